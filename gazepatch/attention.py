@@ -1,0 +1,157 @@
+"""The attention and mask functions that a patched decoder calls in place of its own.
+
+They are registered with transformers under a name of the patched model's own, and fall back to the implementation that
+the model had, with its own mask, wherever nothing gazes: same arithmetic, same bits.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from gazepatch.cache import GazeLayer
+from gazepatch.errors import UnsupportedModelError
+from gazepatch.forward import Forward, Runtime
+from gazepatch.ops.decode import gaze_decode, visual_entries
+from gazepatch.ops.prefill import gaze_prefill
+
+Attended = tuple[Tensor, Tensor | None]
+
+#: Attention arguments that add to the scores what window descriptors do not know of.
+UNSUPPORTED = ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices")
+
+
+class GazeAttention:
+    """Attention of one patched model. `original` is the name of the implementation that it had."""
+
+    def __init__(self, runtime: Runtime, original: str) -> None:
+        self.runtime, self.original = runtime, original
+        #: Unique among living models, and free of the words that transformers looks for in a name.
+        self.name = f"gazepatch_{id(self):x}"
+
+    def register(self) -> None:
+        """Make the functions known to transformers."""
+        AttentionInterface.register(self.name, self.attend)
+        AttentionMaskInterface.register(self.name, self.mask)
+
+    def mask(self, *args: Any, **kwargs: Any) -> Any:
+        """The mask that the original implementation would get."""
+        return ALL_MASK_ATTENTION_FUNCTIONS[self.original](*args, **kwargs)
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> Attended:
+        """Attention of `query` `[B, H, S, D]`, as transformers calls it; returns `[B, S, H, D_v]` and no weights."""
+        forward, layer = self.runtime.running.forward, getattr(module, "layer_idx", None)
+        if forward is None or layer not in self.runtime.gaze_layers:
+            return self.dense(module, query, key, value, attention_mask, **kwargs)
+        if forward.state.decoding:
+            _refuse_unsupported(kwargs)
+            return self._decode(forward, layer, query, _scale(query, kwargs), attention_mask), None
+        output, weights = self.dense(module, query, key, value, attention_mask, **kwargs)
+        if forward.routed is not None:
+            _refuse_unsupported(kwargs)
+            output = self._prefill(forward, layer, query, key, value, _scale(query, kwargs), attention_mask, output)
+        return output, weights
+
+    def dense(self, module: nn.Module, *args: Any, **kwargs: Any) -> Attended:
+        """The model's own attention."""
+        # Eager attention is not registered anywhere: each modelling file has its own.
+        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        attended: Attended = ALL_ATTENTION_FUNCTIONS.get_interface(self.original, eager)(module, *args, **kwargs)
+        return attended
+
+    def _decode(self, forward: Forward, layer: int, query: Tensor, scale: float, mask: Any) -> Tensor:
+        store = _layer(forward, layer)
+        entries, state = store.entries(), forward.state
+        regions = state.table("regions", query.device)
+        decoded = gaze_decode(query, entries, regions, self.runtime.config, scale, forward.bias(_as_4d(mask)))
+        batch, heads = query.shape[:2]
+        total = visual_entries(batch, heads, entries.key.shape[1], regions, self.runtime.config)
+        state.counters.add(layer, total, decoded.read)
+        return decoded.output.transpose(1, 2)
+
+    def _prefill(
+        self,
+        forward: Forward,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        mask: Any,
+        dense: Tensor,
+    ) -> Tensor:
+        state, device = forward.state, query.device
+        assert forward.routed is not None and forward.routed_rows is not None
+        columns, rows = forward.routed.to(device), forward.routed_rows.to(device)
+        mask = _as_4d(mask)
+        if mask is not None and mask.shape[2] > 1:
+            mask = mask.index_select(2, columns)
+        gazed = gaze_prefill(
+            query.index_select(2, columns),
+            key,
+            value,
+            self._means(forward, layer, key, value),
+            state.table("regions", device),
+            state.table("region_of", device),
+            columns + state.length,
+            mask,
+            self.runtime.config,
+            scale,
+        ).transpose(1, 2)
+        kept = dense.index_select(1, columns)
+        return dense.index_copy(1, columns, torch.where(rows[..., None, None], gazed, kept))
+
+    def _means(self, forward: Forward, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Means of the windows: as cached, or made here when the forward keeps no cache."""
+        if forward.cache is not None:
+            store = _layer(forward, layer)
+            assert store.mean_keys is not None
+            return store.mean_keys, store.mean_values
+        chunk = forward.state.table("chunk", key.device)
+        keys, values = (chunk.means(chunk.visual_entries(x)) for x in (key, value))
+        return keys, values if self.runtime.config.periphery else None
+
+
+def unregister(name: str) -> None:
+    """Take a patched model's functions out of transformers' registries, which offer no call for it."""
+    AttentionInterface._global_mapping.pop(name, None)
+    AttentionMaskInterface._global_mapping.pop(name, None)
+
+
+def _layer(forward: Forward, layer: int) -> GazeLayer:
+    assert forward.cache is not None
+    store = forward.cache.layers[layer]
+    assert isinstance(store, GazeLayer)
+    return store
+
+
+def _scale(query: Tensor, kwargs: dict[str, Any]) -> float:
+    scaling = kwargs.get("scaling")
+    return query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+
+
+def _as_4d(mask: Any) -> Tensor | None:
+    """A mask `[B, 1, S, L]`, whichever form the original implementation takes."""
+    if mask is None or (torch.is_tensor(mask) and mask.dim() == 4):
+        return mask
+    if torch.is_tensor(mask) and mask.dim() == 2:  # flash attention: padding only
+        return mask.bool()[:, None, None]
+    raise UnsupportedModelError(
+        f"expected an attention mask that is a tensor, got {type(mask).__name__}: "
+        "load the model with attn_implementation='sdpa' before patching it"
+    )
+
+
+def _refuse_unsupported(kwargs: dict[str, Any]) -> None:
+    if present := [name for name in UNSUPPORTED if kwargs.get(name) is not None]:
+        raise UnsupportedModelError(
+            f"this model's attention uses {', '.join(present)}, which gaze attention does not honour: "
+            "name the layers in dense_layers"
+        )

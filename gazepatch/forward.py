@@ -1,0 +1,213 @@
+"""What happens around one forward of a patched model: find the visual tokens, prepare the cache, decide who gazes.
+
+One `Runtime` per patched model. What belongs to a running forward is kept per thread, so that two threads that
+generate with the same model do not see each other.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from gazepatch.adapters.base import Adapter
+from gazepatch.cache import GazeState, adopt
+from gazepatch.config import GazeConfig
+from gazepatch.layout import Span
+from gazepatch.stats import Counters
+
+logger = logging.getLogger("gazepatch")
+
+MODALITIES = ("image", "video")
+
+
+@dataclass
+class Forward:
+    """A running forward.
+
+    Attributes:
+        state: What its cache's layers share; of a temporary cache when the forward keeps none.
+        cache: The cache, or None.
+        routed: Columns of the new tokens whose queries gaze, `[Q]`; None when no query of a prompt does.
+        routed_rows: `[B, Q]` which rows those are text in.
+    """
+
+    state: GazeState
+    cache: Cache | None
+    routed: Tensor | None = None
+    routed_rows: Tensor | None = None
+    _bias: tuple[Tensor | None, Tensor | None] | None = None
+
+    def bias(self, mask: Tensor | None) -> Tensor | None:
+        """`GazeState.bias`, worked out once for the layers that share a mask."""
+        if self._bias is None or self._bias[0] is not mask:
+            self._bias = (mask, self.state.bias(mask))
+        return self._bias[1]
+
+
+class _Running(threading.local):
+    """What one thread is doing with the model."""
+
+    def __init__(self) -> None:
+        self.ids: Tensor | None = None
+        self.mask: Tensor | None = None
+        self.captured: dict[str, dict[str, Any]] = {}
+        self.capturing = False
+        self.forward: Forward | None = None
+
+
+class Runtime:
+    """The running side of one patched model.
+
+    Args:
+        adapter: Facts about the architecture.
+        model_config: Configuration of the whole model.
+        decoder: The text decoder. It is not kept.
+        config: Settings.
+        gaze_layers: Indices of the layers that gaze.
+    """
+
+    def __init__(
+        self, adapter: Adapter, model_config: Any, decoder: nn.Module, config: GazeConfig, gaze_layers: Sequence[int]
+    ) -> None:
+        self.adapter, self.model_config, self.config = adapter, model_config, config
+        self.text_config = adapter.text_config(model_config)
+        self.gaze_layers = tuple(gaze_layers)
+        self.decoder_signature = inspect.signature(decoder.forward)
+        self.counters = Counters()
+        self.running = _Running()
+        self._warned = False
+
+    # ---- hooks on the multimodal model: they see the token ids
+
+    def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remember the token ids and the padding mask of the forward that starts."""
+        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments if args else kwargs
+        ids, mask = bound.get("input_ids"), bound.get("attention_mask")
+        self.running.ids = ids if torch.is_tensor(ids) else None
+        self.running.mask = mask if torch.is_tensor(mask) and mask.dim() == 2 else None
+
+    def after_model(self, *_: Any) -> None:
+        """Forget them."""
+        self.running.ids = self.running.mask = None
+
+    def capture(self, modality: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap `get_image_features` or `get_video_features`, which every path goes through, to see its arguments."""
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)  # generate() reads the signature
+        def captured(*args: Any, **kwargs: Any) -> Any:
+            running = self.running
+            if running.capturing:  # video features are often made by way of image features
+                return function(*args, **kwargs)
+            running.captured[modality] = _arguments(signature, args, kwargs)
+            running.capturing = True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                running.capturing = False
+
+        return captured
+
+    # ---- hooks on the text decoder
+
+    def before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Prepare the cache and decide which queries gaze."""
+        if args:
+            kwargs = {**kwargs, **self.decoder_signature.bind_partial(*args).arguments}
+        hidden = kwargs.get("inputs_embeds")
+        hidden = kwargs.get("input_ids") if hidden is None else hidden
+        if not torch.is_tensor(hidden):
+            return None  # the decoder itself says what it needs
+        rows, tokens = hidden.shape[:2]
+        cache = kwargs.get("past_key_values")
+        if cache is None and self._will_cache(module, kwargs):
+            cache = kwargs["past_key_values"] = DynamicCache(config=self.text_config)
+        state = (
+            GazeState(self, self.config)
+            if cache is None
+            else adopt(cache, self, self.config, self.text_config.num_hidden_layers, self.gaze_layers)
+        )
+        self.running.forward = self._start(state, cache, rows, tokens)
+        return (), kwargs
+
+    def after_decoder(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """The forward is over, or failed (`output` is None)."""
+        forward, self.running.forward = self.running.forward, None
+        if forward is not None:
+            forward.state.finish(completed=output is not None)
+
+    def _will_cache(self, decoder: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+        """Whether the decoder is about to make a cache of its own, which has to be ours."""
+        if getattr(decoder, "gradient_checkpointing", False) and decoder.training:
+            return False
+        wanted = kwargs.get("use_cache")
+        return bool(getattr(self.text_config, "use_cache", False) if wanted is None else wanted)
+
+    def _start(self, state: GazeState, cache: Cache | None, rows: int, tokens: int) -> Forward:
+        past = state.length
+        prompt = tokens > 1 or past == 0
+        ids = self._ids(rows, tokens) if prompt else None
+        spans = self._spans(ids, past)
+        state.begin(spans, rows, tokens)
+        forward = Forward(state, cache)
+        if prompt:
+            self.counters = state.counters
+            state.counters.clear()
+            if self.config.prefill == "gaze" and ids is not None and state.regions is not None:
+                forward.routed, forward.routed_rows = self._routed(ids, spans, past, state)
+        elif state.decoding:
+            state.counters.steps += 1
+        return forward
+
+    def _ids(self, rows: int, tokens: int) -> list[list[int]] | None:
+        """Token ids of the new tokens, -1 for padding."""
+        ids, mask = self.running.ids, self.running.mask
+        if ids is None or tuple(ids.shape) != (rows, tokens):
+            if ids is None and tokens > 1 and not self._warned:
+                self._warned = True
+                logger.warning("called without input_ids: visual tokens cannot be found, so this prompt is read whole")
+            return None
+        if mask is not None and mask.shape[1] >= tokens:
+            ids = torch.where(mask[:, -tokens:].to(ids.device) == 0, -1, ids)
+        listed: list[list[int]] = ids.tolist()
+        return listed
+
+    def _spans(self, ids: list[list[int]] | None, past: int) -> list[Span]:
+        captured, self.running.captured = self.running.captured, {}
+        if ids is None:
+            return []
+        spans = self.adapter.locate(self.model_config, ids, captured)
+        return [replace(span, start=span.start + past, stop=span.stop + past) for span in spans]
+
+    def _routed(
+        self, ids: list[list[int]], spans: Sequence[Span], past: int, state: GazeState
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Text queries behind a whole span; those inside an image (break tokens, newlines) stay dense."""
+        media = {i for modality in MODALITIES for i in self.adapter.token_ids(self.model_config, modality)}
+        text = torch.tensor([[i not in media and i >= 0 for i in row] for row in ids])
+        for span in spans:
+            text[span.row, span.start - past : span.stop - past] = False
+        assert state.regions is not None
+        stop = state.regions.stop.masked_fill(state.regions.length == 0, torch.iinfo(torch.long).max)
+        text &= torch.arange(past, past + text.shape[1]) >= stop.amin(-1, keepdim=True)
+        columns = text.any(0).nonzero()[:, 0]
+        return (columns, text[:, columns]) if len(columns) else (None, None)
+
+
+def _arguments(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by name, those of `**kwargs` among them."""
+    bound = signature.bind_partial(*args, **kwargs).arguments
+    names = [name for name, p in signature.parameters.items() if p.kind is inspect.Parameter.VAR_KEYWORD]
+    extra: dict[str, Any] = {}
+    for name in names:
+        extra |= bound.pop(name, {})
+    return {**bound, **extra}

@@ -1,0 +1,60 @@
+"""Attention over a part of the entries, and the exact combination of several parts.
+
+Attention over a union of disjoint sets of keys is the average of the attentions over each set, weighted by the softmax
+of their log-sum-exps. So text, selected regions and periphery are read where they lie, and nothing is concatenated.
+
+Source: the same identity as in FlashDecoding and Ring Attention, https://arxiv.org/abs/2310.01889.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Part(NamedTuple):
+    """Attention over one set of keys: `output` `[B, H, Q, D]`, and the `weight` `[B, H, Q]`, log-sum-exp of its scores."""
+
+    output: Tensor
+    weight: Tensor
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None = None) -> Part:
+    """Softmax attention with its log-sum-exp.
+
+    Args:
+        query: `[B, H, Q, D]`.
+        key: `[B, H, N, D]`.
+        value: `[B, H, N, D_v]`.
+        scale: Scale of the scores.
+        bias: Added to the scores; broadcasts to `[B, H, Q, N]`.
+    """
+    tensors = (query, key, value)
+    if (
+        query.device.type == "cpu"
+        and query.shape[-1] == value.shape[-1]
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+    ):
+        # What F.scaled_dot_product_attention calls on CPU; called by name for the log-sum-exp, which it computes anyway.
+        output, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *tensors, 0.0, False, attn_mask=None if bias is None else bias.to(query.dtype), scale=scale
+        )
+        return Part(output, weight)
+    scores = torch.matmul(query, key.transpose(-1, -2)).float() * scale
+    if bias is not None:
+        scores = scores + bias
+    weight = scores.logsumexp(-1)
+    return Part(torch.matmul((scores - weight[..., None]).exp().to(value.dtype), value), weight)
+
+
+def combine(parts: list[Part]) -> Tensor:
+    """Attention over the union of disjoint sets of keys, `[B, H, Q, D]`."""
+    return reduce(_pair, parts).output
+
+
+def _pair(a: Part, b: Part) -> Part:
+    share = torch.sigmoid(b.weight - a.weight)[..., None].to(a.output.dtype)
+    return Part(torch.lerp(a.output, b.output, share), torch.logaddexp(a.weight, b.weight))

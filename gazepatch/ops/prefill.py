@@ -1,0 +1,119 @@
+"""Text queries of a prompt that gaze: each selects its regions among the images before it. Plain PyTorch, differentiable.
+
+Every routed query gets a row of a mask over all keys, in blocks of queries so that memory stays bounded. Axes as in
+`gazepatch.ops.decode`; Q are the routed queries, L the positions of the sequence.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gazepatch.config import GazeConfig
+from gazepatch.ops.partial import Part, attend, combine
+from gazepatch.regions import ABSENT, Regions
+from gazepatch.selection import region_scores, select, window_logits
+
+#: Elements of the largest temporary, the mask of a block of queries.
+BLOCK_ELEMENTS = 1 << 25
+
+
+def gaze_prefill(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    means: tuple[Tensor, Tensor | None],
+    regions: Regions,
+    region_of: Tensor,
+    positions: Tensor,
+    mask: Tensor | None,
+    config: GazeConfig,
+    scale: float,
+) -> Tensor:
+    """Gaze attention of several text queries.
+
+    Args:
+        query: `[B, H, Q, D]`.
+        key, value: `[B, H_kv, L, D]`, the sequence in its own order.
+        means: Mean keys and, with periphery, mean values of the windows, `[B, H_kv, R * C, D]`.
+        regions: Tables of the regions.
+        region_of: `[b, L]` region of every position, -1 where there is no visual token.
+        positions: `[Q]` positions of the queries.
+        mask: `[B or 1, 1, Q, L]`, boolean or to be added to the scores; None: causal.
+        config: Settings.
+        scale: Scale of the attention scores.
+
+    Returns:
+        `[B, H, Q, D_v]`.
+    """
+    batch, heads, queries, _ = query.shape
+    length = key.shape[2]
+    if mask is None:
+        mask = (torch.arange(length, device=key.device) <= positions[:, None])[None, None]
+    block = max(1, BLOCK_ELEMENTS // (batch * heads * length))
+    outputs = []
+    for first in range(0, queries, block):
+        part = slice(first, first + block)
+        bias = _as_bias(mask[:, :, part])
+        outputs.append(
+            _block(query[:, :, part], key, value, means, regions, region_of, positions[part], bias, config, scale)
+        )
+    return torch.cat(outputs, 2)
+
+
+def _block(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    means: tuple[Tensor, Tensor | None],
+    regions: Regions,
+    region_of: Tensor,
+    positions: Tensor,
+    bias: Tensor,
+    config: GazeConfig,
+    scale: float,
+) -> Tensor:
+    batch, heads, queries, dim = query.shape
+    key_heads, group = key.shape[1], heads // key.shape[1]
+    # [B, H_kv, Q * G, D], queries first, so that the heads of a group are neighbours.
+    grouped = query.view(batch, key_heads, group, queries, dim).transpose(2, 3).reshape(batch, key_heads, -1, dim)
+    seen = (regions.stop[:, None] <= positions[:, None]) & (regions.length > 0)[:, None]  # [b, Q, R]
+    logits = window_logits(grouped, means[0], regions.log_counts, scale).unflatten(2, (queries, group))
+    windows_seen = seen.repeat_interleave(regions.windows, -1)[:, None, :, None]
+    logits = logits.masked_fill(~windows_seen, ABSENT)
+    taken = _taken(logits.detach(), seen, regions, config)  # [B, H_kv, Q, 1 or G, R]
+    reads = taken.gather(-1, region_of.clamp(min=0)[:, None, None, None].expand(*taken.shape[:-1], -1))
+    allowed = reads | (region_of < 0)[:, None, None, None]
+    full = torch.where(allowed, 0.0, ABSENT) + bias[:, :, :, None]
+    full = full.expand(batch, key_heads, queries, group, -1).reshape(batch, key_heads, queries * group, -1)
+    parts = [attend(grouped, key, value, scale, full.clamp(min=ABSENT))]
+    if config.periphery and means[1] is not None:
+        far = logits.unflatten(-1, (-1, regions.windows)).masked_fill(taken[..., None], ABSENT).flatten(-2).flatten(2, 3)
+        weight = far.logsumexp(-1)
+        parts.append(Part(torch.matmul((far - weight[..., None]).exp().to(means[1].dtype), means[1]), weight))
+    output = combine(parts).view(batch, key_heads, queries, group, -1)
+    return output.transpose(2, 3).reshape(batch, heads, queries, -1)
+
+
+def _taken(logits: Tensor, seen: Tensor, regions: Regions, config: GazeConfig) -> Tensor:
+    """`[B, H_kv, Q, 1 or G, R]` whether a query reads a region."""
+    scores = region_scores(logits, regions.windows, config.head_reduce).masked_fill(~seen[:, None, :, None], -1.0)
+    budgets = _budgets(seen, regions, config)
+    selected = select(scores, max(1, int(budgets.max())))
+    within = torch.arange(selected.shape[-1], device=seen.device) < budgets[:, None, :, None, None]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, selected, within.expand_as(selected))
+
+
+def _budgets(seen: Tensor, regions: Regions, config: GazeConfig) -> Tensor:
+    """`[b, Q]` regions a query reads out of those it sees: `GazeConfig.budget_regions` on a tensor."""
+    count = seen.sum(-1)
+    if isinstance(config.budget, int):
+        budget = count.clamp(max=config.budget)
+    else:
+        budget = torch.minimum((count.double() * config.budget - 1e-9).ceil().long(), count)
+    tokens = (seen * regions.length[:, None]).sum(-1)
+    return torch.where(tokens < config.min_visual_tokens, count, budget)
+
+
+def _as_bias(mask: Tensor) -> Tensor:
+    return torch.where(mask, 0.0, ABSENT) if mask.dtype == torch.bool else mask.float().clamp(min=ABSENT)

@@ -1,0 +1,209 @@
+"""`apply` and `restore`: the only place that changes a model. Every change is noted with its undoing."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from gazepatch.adapters.base import Adapter
+from gazepatch.attention import GazeAttention, unregister
+from gazepatch.config import GazeConfig
+from gazepatch.errors import ConfigError, GazeError, PatchError, UnsupportedModelError
+from gazepatch.forward import MODALITIES, Runtime
+from gazepatch.registry import adapter_for
+from gazepatch.stats import Stats
+
+Model = TypeVar("Model", bound=nn.Module)
+
+#: The attribute of a patched model that holds its `Patch`.
+ATTRIBUTE = "_gazepatch"
+
+#: Original implementations that the patched decoder can fall back on.
+ORIGINALS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+
+
+@dataclass
+class Patch:
+    """A patched model's settings and state, and how to undo every change, in the order they were made."""
+
+    config: GazeConfig
+    runtime: Runtime
+    undo: list[Callable[[], None]]
+
+
+def apply(model: Model, config: GazeConfig | None = None, **settings: Any) -> Model:
+    """Make `model` gaze, in place.
+
+    Args:
+        model: A vision-language model of transformers, or a PEFT model around one.
+        config: Settings; the defaults are for checkpoints that were not trained with gaze.
+        **settings: Fields of `GazeConfig` to change in `config`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        PatchError: The model is patched already.
+        UnsupportedModelError: The architecture has no adapter, or none of its layers can gaze.
+        ConfigError: A setting is wrong, or does not fit the model.
+    """
+    root = _root(model)
+    config = _settings(config, settings)
+    if hasattr(root, ATTRIBUTE):
+        raise PatchError(
+            f"this model is patched already, with {patch_of(model).config}: to change settings, call "
+            "gazepatch.restore(model) first"
+        )
+    adapter = adapter_for(root.config.model_type)
+    decoder = adapter.decoder(root)
+    layers = gaze_layers(adapter, root.config, config)
+    original = decoder.config._attn_implementation
+    if original not in ORIGINALS:
+        raise UnsupportedModelError(
+            f"expected a text decoder with attn_implementation in {', '.join(ORIGINALS)}, got {original!r}: "
+            "load the model with attn_implementation='sdpa'"
+        )
+    runtime = Runtime(adapter, root.config, decoder, config, layers)
+    patch = Patch(config, runtime, [])
+    try:
+        _change(root, decoder, runtime, original, patch.undo)
+        _set(root, ATTRIBUTE, patch, patch.undo)
+    except BaseException:
+        _undo(patch.undo)
+        raise
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undo `apply` exactly; returns the same model.
+
+    Raises:
+        PatchError: The model is not patched.
+    """
+    patch = patch_of(model)
+    _undo(patch.undo)
+    return model
+
+
+@contextmanager
+def patched(model: Model, config: GazeConfig | None = None, **settings: Any) -> Iterator[Model]:
+    """`apply` for the length of a `with` block, and `restore` behind it, also after an exception."""
+    apply(model, config, **settings)
+    try:
+        yield model
+    finally:
+        restore(model)
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether `apply` is in force on this model."""
+    return hasattr(_root(model), ATTRIBUTE)
+
+
+def stats(model: nn.Module) -> Stats:
+    """What the decode steps since the last prompt read.
+
+    Raises:
+        PatchError: The model is not patched.
+    """
+    return patch_of(model).runtime.counters.stats()
+
+
+def patch_of(model: nn.Module) -> Patch:
+    """The patch in force on a model.
+
+    Raises:
+        PatchError: There is none.
+    """
+    patch = getattr(_root(model), ATTRIBUTE, None)
+    if not isinstance(patch, Patch):
+        raise PatchError("this model is not patched: call gazepatch.apply(model) first")
+    return patch
+
+
+def gaze_layers(adapter: Adapter, model_config: Any, config: GazeConfig) -> tuple[int, ...]:
+    """Layers that gaze under these settings.
+
+    Raises:
+        ConfigError: `dense_layers` names a layer that the model does not have.
+        UnsupportedModelError: None is left.
+    """
+    count = adapter.text_config(model_config).num_hidden_layers
+    if unknown := [i for i in config.dense_layers if i >= count]:
+        raise ConfigError(f"dense_layers must be below {count}, the model's number of layers, got {unknown}")
+    reasons = adapter.dense_reasons(model_config)
+    layers = tuple(i for i in range(count) if i not in reasons and i not in config.dense_layers)
+    if not layers:
+        why = "; ".join(sorted(set(reasons.values()))) or "dense_layers names them all"
+        raise UnsupportedModelError(f"none of the {count} layers of this {model_config.model_type} can gaze: {why}")
+    return layers
+
+
+def _root(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside what was given."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
+    if not isinstance(inner, PreTrainedModel):
+        raise UnsupportedModelError(f"expected a model of transformers, got {type(model).__module__}.{type(model).__name__}")
+    return inner
+
+
+def _settings(config: GazeConfig | None, settings: dict[str, Any]) -> GazeConfig:
+    if config is not None and not isinstance(config, GazeConfig):
+        raise ConfigError(f"config must be a GazeConfig, got {type(config).__name__}")
+    base = config or GazeConfig()
+    config = GazeConfig.from_dict(base.to_dict() | settings)
+    if config.context_tokens:
+        raise GazeError(
+            f"context_tokens={config.context_tokens} needs trained weights, and this version cannot inject any: "
+            "set context_tokens=0"
+        )
+    return config
+
+
+def _change(
+    root: PreTrainedModel, decoder: nn.Module, runtime: Runtime, original: str, undo: list[Callable[[], None]]
+) -> None:
+    attention = GazeAttention(runtime, original)
+    attention.register()
+    # A model that is thrown away while patched must not leave its functions behind.
+    finalizer = weakref.finalize(root, unregister, attention.name)
+    undo.append(lambda: finalizer() and None)
+    _set(decoder.config, "_attn_implementation_internal", attention.name, undo)
+    base = root.base_model
+    for modality in MODALITIES:
+        if (function := getattr(base, name := f"get_{modality}_features", None)) is not None:
+            _set(base, name, runtime.capture(modality, function), undo)
+    hooks = [
+        base.register_forward_pre_hook(runtime.before_model, with_kwargs=True),
+        base.register_forward_hook(runtime.after_model, always_call=True),
+        decoder.register_forward_pre_hook(runtime.before_decoder, with_kwargs=True),
+        decoder.register_forward_hook(runtime.after_decoder, with_kwargs=True, always_call=True),
+    ]
+    undo.extend(hook.remove for hook in hooks)
+
+
+def _set(owner: Any, name: str, value: Any, undo: list[Callable[[], None]]) -> None:
+    """Set an attribute of the instance, so that neither class nor other instances notice."""
+    before = vars(owner).get(name, undo)  # a value that no attribute has stands for "not there"
+
+    def back() -> None:
+        if vars(owner).get(name) is not value:
+            return  # somebody changed it since: that is theirs to keep
+        if before is undo:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+    undo.append(back)
+    setattr(owner, name, value)
+
+
+def _undo(undo: list[Callable[[], None]]) -> None:
+    while undo:
+        undo.pop()()

@@ -1,0 +1,93 @@
+"""The definition of gaze attention, in float32 and one query at a time. Every fast path is compared with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gazepatch.config import GazeConfig
+from gazepatch.layout import Span
+from gazepatch.regions import tile_span
+
+
+class Attended(NamedTuple):
+    """`output` `[H, D_v]`, and whether each query head reads each entry, `kept` `[H, L]` bool."""
+
+    output: Tensor
+    kept: Tensor
+
+
+def gaze_reference(
+    query: Tensor, key: Tensor, value: Tensor, spans: Sequence[Span], config: GazeConfig, scale: float, visible: Tensor
+) -> Attended:
+    """Gaze attention of one text query.
+
+    Args:
+        query: `[H, D]`, after position embedding and norm.
+        key, value: `[H_kv, L, D]`, the whole sequence in its own order, as cached.
+        spans: Where the visual tokens are; those that end behind the query are not visible to it.
+        config: Region, window, budget, head_reduce, periphery and min_visual_tokens are read.
+        scale: Scale of the attention scores.
+        visible: `[L]` bool, the entries that the query could read before.
+
+    Source: https://arxiv.org/abs/2605.13080.
+    """
+    query, key, value = query.float(), key.float(), value.float()
+    regions = _regions(spans, config)
+    length, group = key.shape[1], len(query) // len(key)
+    whole = sum(span.tokens for span in spans) < config.min_visual_tokens
+    outputs, kept = [], torch.zeros(len(query), length, dtype=torch.bool)
+    for k in range(len(key)):
+        heads = range(k * group, (k + 1) * group)
+        scores = torch.stack([_region_scores(query[h], key[k], regions, scale) for h in heads])
+        for h in heads:
+            of_head = scores[h - k * group] if config.head_reduce == "none" else _agree(scores, config.head_reduce)
+            chosen = set(range(len(regions))) if whole else _best(of_head, config.budget_regions(len(regions)))
+            kept[h] = visible
+            for number, windows in enumerate(regions):
+                if number not in chosen:
+                    kept[h, torch.cat(windows)] = False
+            logits, values = scale * key[k][kept[h]] @ query[h], value[k][kept[h]]
+            if config.periphery:
+                far = [w for number, windows in enumerate(regions) if number not in chosen for w in windows]
+                logits = torch.cat([logits, *(_window_logit(query[h], key[k], w, scale)[None] for w in far)])
+                values = torch.cat([values, *(value[k][w].mean(0, keepdim=True) for w in far)])
+            outputs.append(logits.softmax(0) @ values)
+    return Attended(torch.stack(outputs), kept)
+
+
+def _regions(spans: Sequence[Span], config: GazeConfig) -> list[list[Tensor]]:
+    """For every region, the positions of the tokens of each of its windows."""
+    regions = []
+    for span in spans:
+        tiling, positions = tile_span(span, config), torch.tensor(span.positions())
+        in_order = positions[tiling.order]
+        for region in range(len(tiling.lengths)):
+            numbers = range(region * tiling.windows.shape[1], (region + 1) * tiling.windows.shape[1])
+            windows = [in_order[tiling.slot_windows == number] for number in numbers]
+            regions.append([window for window in windows if len(window)])
+    return regions
+
+
+def _window_logit(query: Tensor, key: Tensor, window: Tensor, scale: float) -> Tensor:
+    return scale * query @ key[window].mean(0) + math.log(len(window))
+
+
+def _region_scores(query: Tensor, key: Tensor, regions: list[list[Tensor]], scale: float) -> Tensor:
+    if not regions:
+        return torch.zeros(0)
+    logits = [torch.stack([_window_logit(query, key, w, scale) for w in windows]).logsumexp(0) for windows in regions]
+    return torch.stack(logits).softmax(0)
+
+
+def _agree(scores: Tensor, head_reduce: str) -> Tensor:
+    return scores.amax(0) if head_reduce == "max" else scores.mean(0)
+
+
+def _best(scores: Tensor, count: int) -> set[int]:
+    order = sorted(range(len(scores)), key=lambda number: (-float(scores[number]), number))
+    return set(order[:count])

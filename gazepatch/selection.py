@@ -1,0 +1,61 @@
+"""From a query and the windows' descriptors to the regions it reads. Pure functions of tensors.
+
+Axes: B batch, H_kv key heads, G query heads of a key head, R regions, C windows of a region, S selected regions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def window_logits(query: Tensor, mean_keys: Tensor, log_counts: Tensor, scale: float) -> Tensor:
+    """`scale * q . mean(k) + log n` for every window: what the window weighs if its keys were all alike.
+
+    Args:
+        query: `[B, H_kv, G, D]`.
+        mean_keys: `[B, H_kv, R * C, D]`.
+        log_counts: `[B or 1, R * C]`.
+        scale: Scale of the attention scores.
+
+    Returns:
+        `[B, H_kv, G, R * C]` float32.
+    """
+    return torch.matmul(query, mean_keys.transpose(-1, -2)).float().mul_(scale) + log_counts[:, None, None]
+
+
+def region_scores(logits: Tensor, windows: int, head_reduce: str) -> Tensor:
+    """Softmax over the regions, whose logits are the log-sum-exp of their windows', agreed among the heads of a group.
+
+    Args:
+        logits: `[B, H_kv, G, R * C]`.
+        windows: C.
+        head_reduce: `mean`, `max` or `none`.
+
+    Returns:
+        `[B, H_kv, 1, R]`, or `[B, H_kv, G, R]` when every query head selects for itself.
+
+    Source: one selection per key head, as in NSA, https://arxiv.org/abs/2502.11089.
+    """
+    if windows > 1:
+        logits = logits.unflatten(-1, (-1, windows)).logsumexp(-1)
+    scores = logits.softmax(-1)
+    if head_reduce == "none":
+        return scores
+    return scores.amax(-2, keepdim=True) if head_reduce == "max" else scores.mean(-2, keepdim=True)
+
+
+def select(scores: Tensor, count: int) -> Tensor:
+    """The `count` best regions; of equal ones those with the lower number, whatever the backend.
+
+    Args:
+        scores: `[..., R]` float32, not negative; -1 for regions that must not be selected.
+        count: S, at most R.
+
+    Returns:
+        `[..., S]` int64, best first.
+    """
+    # The bits of a positive float grow with its value. In front of the region's number they make a key without ties.
+    number = torch.arange(scores.shape[-1], device=scores.device)
+    keys = (scores.view(torch.int32).long() << 32) - number
+    return keys.topk(count, dim=-1).indices

@@ -1,0 +1,76 @@
+"""What a patched model has read: counters, without a synchronisation per step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """Visual KV positions of one layer, summed over decode queries and key heads."""
+
+    visual_entries: int
+    read_entries: int
+
+    @property
+    def read_share(self) -> float:
+        """Share of the visual entries that was read; 0 when there were none."""
+        return self.read_entries / self.visual_entries if self.visual_entries else 0.0
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What the decode steps since the last prompt read.
+
+    Attributes:
+        steps: Routed decode steps.
+        visual_entries: Visual KV positions there were, summed over steps, layers, rows and key heads. Where every query
+            head selects for itself (`head_reduce="none"`), over query heads.
+        read_entries: How many of them were read.
+        context_entries: KV positions of context tokens, which are always read.
+        layers: The same for every layer that gazes, by index.
+    """
+
+    steps: int
+    visual_entries: int
+    read_entries: int
+    context_entries: int
+    layers: dict[int, LayerStats]
+
+    @property
+    def read_share(self) -> float:
+        """Share of the visual entries that was read; 0 when there were none."""
+        return self.read_entries / self.visual_entries if self.visual_entries else 0.0
+
+
+@dataclass
+class Counters:
+    """Counts of one cache since its last prompt. Reads of uneven regions stay on the device until they are asked for."""
+
+    steps: int = 0
+    visual: dict[int, int] = field(default_factory=dict)
+    read: dict[int, int | Tensor] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        """A new prompt starts."""
+        self.steps = 0
+        self.visual.clear()
+        self.read.clear()
+
+    def add(self, layer: int, visual: int, read: int | Tensor) -> None:
+        """One layer's reads in one decode step."""
+        self.visual[layer] = self.visual.get(layer, 0) + visual
+        self.read[layer] = self.read.get(layer, 0) + read
+
+    def stats(self) -> Stats:
+        """The counts so far."""
+        layers = {i: LayerStats(self.visual[i], int(self.read[i])) for i in sorted(self.visual)}
+        return Stats(
+            steps=self.steps,
+            visual_entries=sum(layer.visual_entries for layer in layers.values()),
+            read_entries=sum(layer.read_entries for layer in layers.values()),
+            context_entries=0,
+            layers=layers,
+        )

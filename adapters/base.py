@@ -1,30 +1,33 @@
 """What gazepatch must know of an architecture: the questions asked of a family, with the answers most families give.
 
 An adapter holds facts and no state: where the vision tokens of a prompt sit, which decoder layers can gaze, where the
-text decoder is. It never touches a model. A new family is usually a few lines: see `gazepatch/adapters/llava.py`.
+text decoder is. It never touches a model. A new family is usually one line in the table of its layout, see
+`gazepatch/adapters/squares.py`; a new layout is a subclass with one method, `media` or `run`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from gazepatch.layout import Media, Span, place, place_runs, runs
+from gazepatch.layout import Media, Span, features, lay, number_together, runs, share_out
 
-# The arguments of the model's own get_image_features ("image") and get_video_features ("video"), as they were called.
+# By modality: the arguments of the model's own get_image_features or get_video_features as it was called, by name,
+# those of its **kwargs among them.
 Captured = Mapping[str, Mapping[str, Any]]
 
 FULL_ATTENTION = "full_attention"
+
+# Text decoders that add a sink, learned or constant, to the softmax of every layer.
+SINKS = ("deepseek_v4", "flint", "gpt_oss", "granite_swa", "granitemoe_swa", "hy_v4", "mimo_v2_flash")
 
 
 class Adapter:
     """Facts about the model types in `model_types`."""
 
-    model_types: ClassVar[tuple[str, ...]]
+    model_types: tuple[str, ...]
     #: Names in the configuration of the token ids that carry vision features, by modality.
-    token_id_names: ClassVar[Mapping[str, tuple[str, ...]]] = {"image": ("image_token_id",), "video": ("video_token_id",)}
-    #: Grids of video frames are known to be joined in one run, or one run a frame; None where there is no video.
-    video: ClassVar[str | None] = None
+    token_id_names: Mapping[str, tuple[str, ...]] = {"image": ("image_token_id",), "video": ("video_token_id",)}
 
     # ---- the decoder
 
@@ -35,13 +38,12 @@ class Adapter:
     def decoder(self, model: Any) -> Any:
         """The stack of decoder layers that gets `inputs_embeds`: `get_decoder()` without a language-model head."""
         decoder = model.get_decoder()
-        inner = getattr(decoder, "base_model_prefix", "")
-        return getattr(decoder, inner) if decoder.get_output_embeddings() is not None and inner else decoder
+        return decoder if decoder.get_output_embeddings() is None else decoder.base_model
 
     def dense_reasons(self, config: Any) -> dict[int, str]:
         """For every decoder layer that cannot gaze, by index: why not."""
         text = self.text_config(config)
-        if reason := _reads_beyond_keys(text):
+        if reason := _beyond_dot_products(text):
             return dict.fromkeys(range(text.num_hidden_layers), reason)
         return {i: f"{kind} layer" for i, kind in enumerate(_layer_types(text)) if kind != FULL_ATTENTION}
 
@@ -52,7 +54,7 @@ class Adapter:
         values = (getattr(config, name, None) for name in self.token_id_names.get(modality, ()))
         return tuple(value for value in values if value is not None)
 
-    def media(self, config: Any, modality: str, captured: Mapping[str, Any]) -> Sequence[Media] | None:
+    def media(self, config: Any, modality: str, call: Mapping[str, Any]) -> Sequence[Media] | None:
         """The images or videos of a batch, in order, from the arguments their features were made from.
 
         `None` where the arguments do not tell, and each run of tokens is judged by `run`.
@@ -60,71 +62,83 @@ class Adapter:
         return None
 
     def run(self, config: Any, modality: str, tokens: int) -> Sequence[Media] | None:
-        """What a run of `tokens` vision tokens holds, judged by its length. `None`: cannot be known."""
+        """The images or videos in a run of `tokens` vision tokens, judged by its length. `None`: cannot be known."""
         return None
 
     def locate(self, config: Any, ids: Sequence[Sequence[int]], captured: Captured) -> list[Span]:
-        """Spans of every row of `ids`, by row and position.
-
-        Rows that generation repeated (beams, several answers) share the images of the first.
-        """
-        spans = [span for modality in ("image", "video") for span in self._locate(config, modality, ids, captured)]
-        return sorted(spans, key=lambda span: (span.row, span.start))
+        """Spans of every row of `ids`, by row and position. What cannot be explained has no grid, one span a run."""
+        return number_together(self._locate(config, modality, ids, captured) for modality in ("image", "video"))
 
     def _locate(self, config: Any, modality: str, ids: Sequence[Sequence[int]], captured: Captured) -> list[Span]:
-        if not (token_ids := self.token_ids(config, modality)):
-            return []
-        found = [runs(row, token_ids) for row in ids]
-        media = self.media(config, modality, captured[modality]) if modality in captured else None
-        if media is not None:
-            for repeats in (False, True):
-                if (spans := _place_rows(iter(media), ids, found, repeats)) is not None:
-                    return spans
+        wanted = set(self.token_ids(config, modality))
+        tokens = [[position for position, token in enumerate(row) if token in wanted] for row in ids]
+        media = (self.media(config, modality, captured[modality]) if modality in captured else None) or ()
+        copies = _copies(ids, sum(map(len, tokens)), features(media))
+        shares = share_out(media, [len(row) for row in tokens[::copies]])
+        if media and shares is not None:
+            return [span for row, found in enumerate(tokens) for span in lay(shares[row // copies], found, row)]
         return [
             span
-            for row, of_row in enumerate(found)
-            for span in place_runs(of_row, lambda tokens: self.run(config, modality, tokens), row)
+            for row, found in enumerate(tokens)
+            for run in runs(found)
+            for span in self._judge(config, modality, media, run, row, len(ids[row]))
         ]
 
-
-def _place_rows(
-    media: Iterator[Media], ids: Sequence[Sequence[int]], found: Sequence[Sequence[tuple[int, int]]], repeats: bool
-) -> list[Span] | None:
-    """Spans of all rows when `media` is used up exactly; with `repeats`, a row equal to the one above shares its media."""
-    spans: list[Span] = []
-    latest: list[Media] = []
-    for row, of_row in enumerate(found):
-        if not (repeats and row and ids[row] == ids[row - 1]):
-            latest = []
-            source: Iterator[Media] = _remember(media, latest)
-        else:
-            source = iter(latest)
-        placed = place(source, of_row, row)
-        if placed is None:
-            return None
-        spans += placed
-    return spans if next(media, None) is None else None
+    def _judge(
+        self, config: Any, modality: str, media: Sequence[Media], run: tuple[int, int], row: int, row_length: int
+    ) -> list[Span]:
+        """Spans of one run whose images are not known by their place in the batch."""
+        start, stop = run
+        guess = self.run(config, modality, stop - start)
+        # A run at the edge of the row may be cut off there (chunked prefill), so its length tells nothing.
+        if guess is None and start > 0 and stop < row_length:
+            guess = _only_fit(media, stop - start)
+        if guess is None or features(guess) != stop - start:
+            return [Span(row, start, stop, grid=None, media=start)]
+        return lay(guess, range(start, stop), row, first=start)
 
 
-def _remember(media: Iterator[Media], latest: list[Media]) -> Iterator[Media]:
-    for item in media:
-        latest.append(item)
-        yield item
+def integers(value: Any) -> Any:
+    """Nested lists of integers, out of a tensor, an array or sequences of them."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return [integers(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _copies(ids: Sequence[Sequence[int]], tokens: int, expected: int) -> int:
+    """How often generation repeats each row (beams, several answers) over what the images of the batch account for."""
+    copies, rest = divmod(tokens, expected or 1)
+    if rest or copies < 2 or len(ids) % copies:
+        return 1
+    repeated = all(list(row) == list(ids[i - i % copies]) for i, row in enumerate(ids))
+    return copies if repeated else 1
+
+
+def _only_fit(media: Sequence[Media], tokens: int) -> Sequence[Media] | None:
+    """The one layout among `media` that fills `tokens` tokens; `None` if there is none, or several that differ."""
+    fits = {tuple(pieces) for pieces in media if features([pieces]) == tokens}
+    return list(fits) if len(fits) == 1 else None
 
 
 def _layer_types(text: Any) -> list[str]:
     """The kind of attention of every layer, in transformers' words."""
     if (types := getattr(text, "layer_types", None)) is not None:
         return list(types)
-    # Configurations without layer_types window all layers or none (Mistral).
-    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
-    return ["sliding_attention" if window else FULL_ATTENTION] * text.num_hidden_layers
+    # As transformers' own caches read a configuration that does not say: all layers are alike (Mistral).
+    kind = FULL_ATTENTION
+    if getattr(text, "sliding_window", None):
+        kind = "sliding_attention"
+    elif getattr(text, "attention_chunk_size", None):
+        kind = "chunked_attention"
+    return [kind] * text.num_hidden_layers
 
 
-def _reads_beyond_keys(text: Any) -> str | None:
-    """Why no layer of this text decoder can gaze: its attention scores are more than scaled dot products."""
+def _beyond_dot_products(text: Any) -> str | None:
+    """Why no layer of this text decoder can gaze: its attention is more than a softmax of scaled dot products."""
     if getattr(text, "attn_logit_softcapping", None) is not None:
         return "attention scores are soft-capped"
-    if text.model_type == "gpt_oss":
+    if text.model_type in SINKS:
         return "attention has sinks"
+    if getattr(text, "kv_lora_rank", None) is not None:
+        return "keys and values are cached as latents"
     return None

@@ -1,35 +1,52 @@
 """Where visual tokens sit in a sequence, as a family's processor lays them out.
 
-An adapter describes each image or video as a list of pieces (`Block`, `Skip`); `place` finds them among the media tokens
-of a row and returns `Span`s. Everything here is plain Python on lists of ids, so that it can be tested by hand.
+An adapter describes each image or video as a list of pieces (`Block`, `Skip`), in the order of its features; `lay`
+puts them on the positions of a row's media tokens, one feature a token as the model itself does, and returns `Span`s.
+Everything here is plain Python on lists of integers, so that it can be tested by hand.
 """
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 Grid = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Block:
-    """A `(t, h, w)` grid of visual tokens in raster order, with `row_gap` other positions after each grid row.
+    """A `(t, h, w)` grid of visual tokens in raster order.
 
-    The gap is a newline feature inside the run (LLaVA-NeXT) or a break token of its own id (Mistral 3). `tile` and
-    `frame` number the piece within its image or video.
+    Attributes:
+        grid: `(t, h, w)` in decoder tokens.
+        row_gap: Positions behind each grid row that hold no token of the grid.
+        newlines: Whether these positions hold features too, behind the last row as well (LLaVA-NeXT). Otherwise they
+            are text between the rows, with ids of their own (Mistral 3).
+        tile, frame: Number of the piece within its image or video, where it has several.
     """
 
     grid: Grid
     row_gap: int = 0
+    newlines: bool = False
     tile: int | None = None
     frame: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Number of features, newlines included."""
+        t, h, w = self.grid
+        return t * h * (w + self.row_gap * self.newlines)
+
+    def span(self, start: int, row: int, media: int) -> Span:
+        """The span of this block when its first token is at `start`."""
+        t, h, w = self.grid
+        stop = start + t * h * (w + self.row_gap) - self.row_gap
+        return Span(row, start, stop, self.grid, media, self.tile, self.frame, self.row_gap)
 
 
 @dataclass(frozen=True)
 class Skip:
-    """Media tokens that belong to no grid (class tokens, trailing newlines): they stay visible to every query."""
+    """Features that belong to no grid (class tokens, trailing newlines): they stay visible to every query."""
 
     tokens: int
 
@@ -76,59 +93,69 @@ class Span:
         return [first + j for first in starts for j in range(w)]
 
 
-def runs(ids: Sequence[int], media_ids: Iterable[int]) -> list[tuple[int, int]]:
-    """Half-open ranges of consecutive positions whose id is one of `media_ids`."""
-    wanted, found, start = set(media_ids), [], None
-    for position, token in enumerate(ids):
-        if token in wanted:
-            start = position if start is None else start
-        elif start is not None:
-            found.append((start, position))
-            start = None
-    if start is not None:
-        found.append((start, len(ids)))
+def features(media: Iterable[Media]) -> int:
+    """Number of features of some images or videos, hence of the tokens they fill."""
+    return sum(piece.tokens for pieces in media for piece in pieces)
+
+
+def runs(positions: Iterable[int]) -> list[tuple[int, int]]:
+    """Half-open ranges of consecutive positions, out of ascending ones."""
+    found: list[tuple[int, int]] = []
+    for position in positions:
+        if found and found[-1][1] == position:
+            found[-1] = (found[-1][0], position + 1)
+        else:
+            found.append((position, position + 1))
     return found
 
 
-def place(
-    media: Iterator[Media], found: Sequence[tuple[int, int]], row: int, first_media: int = 0
-) -> list[Span] | None:
-    """Lay the images (or videos) of one row over its runs of media tokens.
+def share_out(media: Iterable[Media], tokens_of_rows: Sequence[int]) -> list[list[Media]] | None:
+    """The images or videos of every row, from those of the batch in order.
 
-    Takes from `media` until the runs are used up. Returns `None` when they do not fit each other.
+    Returns `None` unless they fill the rows exactly and none of them goes over the end of a row.
     """
-    tokens = [position for start, stop in found for position in range(start, stop)]
-    occupied, spans, index, number = set(tokens), [], 0, first_media
-    while index < len(tokens):
-        for piece in next(media, (Skip(len(tokens) + 1),)):  # nothing left to lay: skip beyond the end
-            if isinstance(piece, Skip):
-                index += piece.tokens
-                continue
-            if index >= len(tokens):
-                return None
-            span = _span(piece, tokens[index], row, number)
-            if not occupied.issuperset(span.positions()):
-                return None
-            # The gap behind the last grid row counts only where it is a media token itself.
-            index = bisect.bisect_left(tokens, span.stop + piece.row_gap)
-            spans.append(span)
-        number += 1
-    return spans if index == len(tokens) else None
+    rest, shares = list(media), []
+    for tokens in tokens_of_rows:
+        share: list[Media] = []
+        while tokens > 0 and rest:
+            share.append(rest.pop(0))
+            tokens -= features(share[-1:])
+        if tokens:
+            return None
+        shares.append(share)
+    return None if rest else shares
 
 
-def place_runs(
-    found: Sequence[tuple[int, int]], rule: Callable[[int], Sequence[Media] | None], row: int
-) -> list[Span]:
-    """Judge every run by its length alone; one that `rule` cannot explain becomes a span without a grid."""
+def lay(media: Iterable[Media], tokens: Sequence[int], row: int, first: int = 0) -> list[Span]:
+    """Spans of the images or videos (numbered from `first`) whose features fill the positions `tokens` of a row.
+
+    A block whose positions have another pattern than its grid asks for becomes spans without a grid, one a run.
+    """
     spans: list[Span] = []
-    for start, stop in found:
-        number = spans[-1].media + 1 if spans else 0
-        placed = place(iter(rule(stop - start) or ()), [(start, stop)], row, number)
-        spans += placed or [Span(row, start, stop, grid=None, media=number)]
+    index = 0
+    for number, pieces in enumerate(media, first):
+        for piece in pieces:
+            filled = tokens[index : index + piece.tokens]
+            index += piece.tokens
+            if isinstance(piece, Block) and filled:
+                spans += _fit(piece, filled, row, number)
     return spans
 
 
-def _span(block: Block, start: int, row: int, media: int) -> Span:
-    t, h, w = block.grid
-    stop = start + t * h * (w + block.row_gap) - block.row_gap
-    return Span(row, start, stop, block.grid, media, block.tile, block.frame, block.row_gap)
+def number_together(spans_of_modalities: Iterable[Iterable[Span]]) -> list[Span]:
+    """All spans by row and position, with the images and videos of a row numbered in that order from 0."""
+    tagged = [(span, modality) for modality, spans in enumerate(spans_of_modalities) for span in spans]
+    numbers: dict[int, dict[tuple[int, int], int]] = {}
+    ordered = []
+    for span, modality in sorted(tagged, key=lambda pair: (pair[0].row, pair[0].start)):
+        of_row = numbers.setdefault(span.row, {})
+        ordered.append(replace(span, media=of_row.setdefault((modality, span.media), len(of_row))))
+    return ordered
+
+
+def _fit(block: Block, filled: Sequence[int], row: int, media: int) -> list[Span]:
+    span = block.span(filled[0], row, media)
+    expected = range(span.start, span.start + block.tokens) if block.newlines else span.positions()
+    if list(filled) == list(expected):
+        return [span]
+    return [Span(row, start, stop, None, media, block.tile, block.frame) for start, stop in runs(filled)]

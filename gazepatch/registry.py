@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
 from gazepatch.errors import UnsupportedModelError
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
 ENTRY_POINTS = "gazepatch.adapters"
 
 MODULES = {
-    "gemma3": "gemma3",
-    "idefics3": "idefics3",
-    "internvl": "internvl",
-    "llava": "llava",
-    "llava_next": "llava_next",
-    "llava_onevision": "llava_next",
-    "mistral3": "mistral3",
-    "qwen2_5_vl": "qwen_vl",
-    "qwen2_vl": "qwen_vl",
-    "qwen3_vl": "qwen_vl",
-    "smolvlm": "idefics3",
-    "vipllava": "llava",
+    "gemma3": "squares",
+    "idefics3": "squares",
+    "internvl": "squares",
+    "llava": "squares",
+    "llava_next": "anyres",
+    "llava_onevision": "anyres",
+    "mistral3": "rows",
+    "qwen2_5_vl": "thw",
+    "qwen2_vl": "thw",
+    "qwen3_vl": "thw",
+    "smolvlm": "squares",
+    "vipllava": "squares",
 }
 
 
@@ -44,7 +44,7 @@ def adapter_for(model_type: str) -> Adapter:
         UnsupportedModelError: No adapter knows this type.
     """
     for point in entry_points(group=ENTRY_POINTS, name=model_type):
-        return _checked(point.load(), model_type, f"entry point {point.value}")
+        return _checked(_loaded(point), model_type, _named(point))
     if model_type in MODULES:
         name = f"gazepatch.adapters.{MODULES[model_type]}"
         for adapter in importlib.import_module(name).ADAPTERS:
@@ -56,12 +56,26 @@ def adapter_for(model_type: str) -> Adapter:
     )
 
 
+def _loaded(point: EntryPoint) -> object:
+    try:
+        return point.load()
+    except Exception as error:  # whatever an import can raise
+        raise UnsupportedModelError(
+            f"{_named(point)} cannot be loaded ({type(error).__name__}: {error}): repair or uninstall that package"
+        ) from error
+
+
+def _named(point: EntryPoint) -> str:
+    package = f" of package {point.dist.name!r}" if point.dist else ""
+    return f"entry point '{point.name} = {point.value}'{package}"
+
+
 def _checked(adapter: object, model_type: str, source: str) -> Adapter:
     from gazepatch.adapters.base import Adapter
 
     if not isinstance(adapter, Adapter) or model_type not in adapter.model_types:
         raise UnsupportedModelError(
-            f"{source} must be an instance of gazepatch.adapters.base.Adapter whose model_types include {model_type!r}, "
-            f"got {adapter!r}"
+            f"{source} must be an instance of gazepatch.adapters.base.Adapter with {model_type!r} among its "
+            f"model_types, got {adapter!r}"
         )
     return adapter

@@ -1,0 +1,68 @@
+"""Gaze attention for the vision-language models you already run.
+
+Nothing heavy is imported until a name is used: `import gazepatch` costs neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gazepatch.artefact import convert as convert
+    from gazepatch.artefact import load as load
+    from gazepatch.artefact import save as save
+    from gazepatch.config import GazeConfig as GazeConfig
+    from gazepatch.errors import ArtefactError as ArtefactError
+    from gazepatch.errors import CacheError as CacheError
+    from gazepatch.errors import ConfigError as ConfigError
+    from gazepatch.errors import GazeError as GazeError
+    from gazepatch.errors import PatchError as PatchError
+    from gazepatch.errors import UnsupportedModelError as UnsupportedModelError
+    from gazepatch.inspection import inspect as inspect
+    from gazepatch.patch import apply as apply
+    from gazepatch.patch import is_patched as is_patched
+    from gazepatch.patch import patched as patched
+    from gazepatch.patch import restore as restore
+    from gazepatch.patch import stats as stats
+    from gazepatch.verification import verify as verify
+
+    __version__: str
+
+_MODULE_OF = {
+    "ArtefactError": "errors",
+    "CacheError": "errors",
+    "ConfigError": "errors",
+    "GazeConfig": "config",
+    "GazeError": "errors",
+    "PatchError": "errors",
+    "UnsupportedModelError": "errors",
+    "apply": "patch",
+    "convert": "artefact",
+    "inspect": "inspection",
+    "is_patched": "patch",
+    "load": "artefact",
+    "patched": "patch",
+    "restore": "patch",
+    "save": "artefact",
+    "stats": "patch",
+    "verify": "verification",
+}
+
+__all__ = [*_MODULE_OF, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("gazepatch")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'gazepatch' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"gazepatch.{_MODULE_OF[name]}"), name)
+    globals()[name] = value  # found directly from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

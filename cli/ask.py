@@ -1,0 +1,6 @@
+import click
+
+
+@click.command("ask")
+def command() -> None:
+    """x"""

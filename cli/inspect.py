@@ -1,0 +1,42 @@
+"""`gazepatch inspect`."""
+
+from __future__ import annotations
+
+import click
+
+from gazepatch.cli.output import json_option, print_json
+
+
+@click.command("inspect")
+@click.argument("model")
+@json_option
+def command(model: str, as_json: bool) -> None:
+    """Say which layers of MODEL (a local folder or Hub id) would gaze, and why others would not.
+
+    Reads config.json alone.
+    """
+    import gazepatch
+
+    report = gazepatch.inspect(model)
+    if as_json:
+        print_json(report)
+        return
+    layers = len(report.gaze_layers) + len(report.reasons)
+    click.echo(f"family   {report.family}")
+    click.echo(f"decoder  {report.decoder}")
+    click.echo(f"backend  {report.backend}")
+    click.echo(f"gaze     {len(report.gaze_layers)} of {layers} layers: {_ranges(report.gaze_layers)}")
+    for reason in sorted(set(report.reasons.values())):
+        stay = [layer for layer, why in report.reasons.items() if why == reason]
+        click.echo(f"dense    {_ranges(stay)}: {reason}")
+
+
+def _ranges(numbers: list[int]) -> str:
+    """`0-3, 5` for 0, 1, 2, 3, 5."""
+    groups: list[list[int]] = []
+    for number in sorted(numbers):
+        if groups and number == groups[-1][-1] + 1:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    return ", ".join(str(g[0]) if len(g) == 1 else f"{g[0]}-{g[-1]}" for g in groups) or "none"

@@ -1,0 +1,99 @@
+"""One option for every field of `GazeConfig`, made from the dataclass itself so that the two cannot drift apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from gazepatch.config import Block, GazeConfig
+from gazepatch.errors import ConfigError
+
+Command = Callable[..., Any]
+
+
+def gaze_options(command: Command) -> Command:
+    """Add the options; the command takes them all as `**settings`, for `config_from`."""
+    hints = typing.get_type_hints(GazeConfig)
+    helps = _field_helps()
+    for field in reversed(dataclasses.fields(GazeConfig)):
+        flag = "--" + field.name.replace("_", "-")
+        shown = f"{helps[field.name]}  [default: {_text(field.default)}]"
+        if hints[field.name] is bool:
+            option = click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=shown)
+        else:
+            metavar, parse = _PARSERS[hints[field.name]]
+            option = click.option(flag, field.name, type=_Setting(metavar, parse), metavar=metavar, help=shown)
+        command = option(command)
+    return command
+
+
+def config_from(settings: dict[str, Any]) -> GazeConfig:
+    """The settings that were given, the defaults for the others. A bad one is bad usage."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    # `--window none` cannot be None before this point: None is an option that was not given.
+    given = {name: None if value is _NONE else value for name, value in given.items()}
+    try:
+        return GazeConfig(**given)
+    except ConfigError as error:
+        raise click.UsageError(str(error), click.get_current_context()) from error
+
+
+class _Setting(click.ParamType):
+    """Text to value by a function that raises ValueError."""
+
+    def __init__(self, name: str, parse: Callable[[str], object]) -> None:
+        self.name = name
+        self._parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> object:
+        try:
+            return self._parse(value)
+        except ValueError:
+            self.fail(f"expected {self.name}, got {value!r}", param, ctx)
+
+
+_NONE = object()
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.replace("x", ",").split(",")) if text else ()
+
+
+def _block_or_none(text: str) -> object:
+    return _NONE if text == "none" else _integers(text)
+
+
+def _share_or_number(text: str) -> float | int:
+    return int(text) if text.lstrip("+-").isdigit() else float(text)
+
+
+_PARSERS: dict[Any, tuple[str, Callable[[str], object]]] = {
+    Block: ("H,W,T", _integers),
+    Block | None: ("H,W,T|none", _block_or_none),
+    float | int: ("SHARE|NUMBER", _share_or_number),
+    tuple[int, ...]: ("N,N,...", _integers),
+    int: ("N", int),
+    str: ("NAME", str),
+}
+
+
+def _field_helps() -> dict[str, str]:
+    """The texts of `Args:` in the docstring of `GazeConfig`, by field."""
+    names = [field.name for field in dataclasses.fields(GazeConfig)]
+    section = (GazeConfig.__doc__ or "").partition("Args:")[2].partition("Raises:")[0]
+    parts = re.split(rf"\n\s+({'|'.join(names)}): ", section)
+    found = {name: " ".join(text.split()) for name, text in zip(parts[1::2], parts[2::2], strict=True)}
+    return {name: found.get(name, "").replace("`", "") for name in names}
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "none of them"
+    return str(value)

@@ -51,7 +51,8 @@ class LlavaOnevision(LlavaNext):
         return [media if single else whole for media, single in zip(tiled, alone, strict=False)]
 
     def _videos(self, config: Any, call: Mapping[str, Any]) -> Sequence[Media] | None:
-        if (pixels := call.get("pixel_values_videos")) is None:
+        # transformers 5.16 calls the pixels of a video by the name of those of an image.
+        if (pixels := call.get("pixel_values_videos", call.get("pixel_values"))) is None:
             return None
         videos, frames = pixels.shape[:2]
         side = math.ceil(_side(config) / 2)

@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from gazepatch.cache import GazeLayer
 from gazepatch.errors import UnsupportedModelError
 from gazepatch.forward import Forward, Runtime
-from gazepatch.ops.decode import gaze_decode, visual_entries
+from gazepatch.ops.decode import gaze_decode
 from gazepatch.ops.prefill import gaze_prefill
 
 Attended = tuple[Tensor, Tensor | None]
@@ -69,11 +69,9 @@ class GazeAttention:
     def _decode(self, forward: Forward, layer: int, query: Tensor, scale: float, mask: Any) -> Tensor:
         store = _layer(forward, layer)
         entries, state = store.entries(), forward.state
-        regions = state.table("regions", query.device)
-        decoded = gaze_decode(query, entries, regions, self.runtime.config, scale, forward.bias(_as_4d(mask)))
-        batch, heads = query.shape[:2]
-        total = visual_entries(batch, heads, entries.key.shape[1], regions, self.runtime.config)
-        state.counters.add(layer, total, decoded.read)
+        plan = state.plan(query, entries)
+        decoded = gaze_decode(query, entries, plan, scale, forward.bias(_as_4d(mask)))
+        state.counters.add(layer, plan.visual_entries, decoded.read)
         return decoded.output.transpose(1, 2)
 
     def _prefill(

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from gazepatch.config import GazeConfig
 from gazepatch.errors import CacheError
 from gazepatch.layout import Span
-from gazepatch.ops.decode import Entries
+from gazepatch.ops.decode import DecodePlan, Entries
 from gazepatch.regions import ABSENT, Chunk, Regions, sort_chunk, take
 from gazepatch.stats import Counters
 
@@ -76,7 +76,7 @@ class GazeState:
         self._forget("chunk", "region_of", "logical_order")
 
     def _forget(self, *names: str) -> None:
-        self._devices = {key: table for key, table in self._devices.items() if key[0] not in names}
+        self._devices = {key: table for key, table in self._devices.items() if key[0].split()[0] not in names}
 
     def _extend(self, chunk: Chunk) -> None:
         self._other = self.other_positions()
@@ -86,7 +86,7 @@ class GazeState:
         self._other = other if self._other is None else _cat_rows(self._other, other)
         self.other_end = past + self.new_tokens
         self.regions = chunk.regions if self.regions is None else self.regions.followed_by(chunk.regions)
-        self._forget("regions")
+        self._forget("regions", "plan")
 
     # ---- what the layers ask
 
@@ -126,6 +126,15 @@ class GazeState:
             source = source() if callable(source) else source
             self._devices[name, device] = source if source is None else source.to(device)
         return self._devices[name, device]
+
+    def plan(self, query: Tensor, entries: Entries) -> DecodePlan:
+        """How to decode, for layers with as many heads as these; made anew only when the sequence gets new regions."""
+        batch, heads, key_heads = len(query), query.shape[1], entries.key.shape[1]
+        key = (f"plan {batch} {heads} {key_heads}", query.device)
+        if key not in self._devices:
+            self._devices[key] = DecodePlan(self.table("regions", query.device), self.config, batch, heads, key_heads)
+        plan: DecodePlan = self._devices[key]
+        return plan
 
     def bias(self, mask: Tensor | None) -> Tensor | None:
         """`[b, 1, 1, T]` for the scores of a decode query with the other entries, from its mask over all positions.

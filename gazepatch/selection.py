@@ -5,8 +5,22 @@ Axes: B batch, H_kv key heads, G query heads of a key head, R regions, C windows
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class WindowWeights(NamedTuple):
+    """Softmax weights of the windows before they are normalised.
+
+    Attributes:
+        weight: `[..., R * C]` float32, `exp(logit - highest)`.
+        highest: `[..., 1]` the highest logit.
+    """
+
+    weight: Tensor
+    highest: Tensor
 
 
 def window_logits(query: Tensor, mean_keys: Tensor, log_counts: Tensor, scale: float) -> Tensor:
@@ -15,20 +29,26 @@ def window_logits(query: Tensor, mean_keys: Tensor, log_counts: Tensor, scale: f
     Args:
         query: `[B, H_kv, G, D]`.
         mean_keys: `[B, H_kv, R * C, D]`.
-        log_counts: `[B or 1, R * C]`.
+        log_counts: `[B or 1, R * C]` float32.
         scale: Scale of the attention scores.
 
     Returns:
         `[B, H_kv, G, R * C]` float32.
     """
-    return torch.matmul(query, mean_keys.transpose(-1, -2)).float().mul_(scale) + log_counts[:, None, None]
+    return torch.add(log_counts[:, None, None], torch.matmul(query, mean_keys.transpose(-1, -2)), alpha=scale)
 
 
-def region_scores(logits: Tensor, windows: int, head_reduce: str) -> Tensor:
+def weigh(logits: Tensor) -> WindowWeights:
+    """Exponentials of `[..., R * C]` logits, taken once for the scores and for the periphery."""
+    highest = logits.amax(-1, keepdim=True)
+    return WindowWeights((logits - highest).exp_(), highest)
+
+
+def region_scores(weights: Tensor, windows: int, head_reduce: str) -> Tensor:
     """Softmax over the regions, whose logits are the log-sum-exp of their windows', agreed among the heads of a group.
 
     Args:
-        logits: `[B, H_kv, G, R * C]`.
+        weights: `[B, H_kv, G, R * C]` of `weigh`.
         windows: C.
         head_reduce: `mean`, `max` or `none`.
 
@@ -38,8 +58,8 @@ def region_scores(logits: Tensor, windows: int, head_reduce: str) -> Tensor:
     Source: one selection per key head, as in NSA, https://arxiv.org/abs/2502.11089.
     """
     if windows > 1:
-        logits = logits.unflatten(-1, (-1, windows)).logsumexp(-1)
-    scores = logits.softmax(-1)
+        weights = weights.unflatten(-1, (-1, windows)).sum(-1)
+    scores = weights / weights.sum(-1, keepdim=True)
     if head_reduce == "none":
         return scores
     return scores.amax(-2, keepdim=True) if head_reduce == "max" else scores.mean(-2, keepdim=True)
@@ -56,6 +76,6 @@ def select(scores: Tensor, count: int) -> Tensor:
         `[..., S]` int64, best first.
     """
     # The bits of a positive float grow with its value. In front of the region's number they make a key without ties.
-    number = torch.arange(scores.shape[-1], device=scores.device)
-    keys = (scores.view(torch.int32).long() << 32) - number
+    number = torch.arange(0, -scores.shape[-1], -1, device=scores.device)
+    keys = torch.add(number, scores.view(torch.int32).long(), alpha=1 << 32)
     return keys.topk(count, dim=-1).indices

@@ -1,11 +1,12 @@
 """One decode step: select regions, read them and everything that is always visible. The fast path on CPU.
 
-Axes: B batch, H query heads, H_kv key heads, G = H / H_kv, T other entries, N visual slots, R regions, C windows of a
-region, S selected regions.
+Axes: B batch, H query heads, H_kv key heads, G = H / H_kv, g = selections of a key head (1, or G when every query head
+selects for itself), T other entries, N visual slots, R regions, C windows of a region, S selected regions.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from gazepatch.config import GazeConfig
 from gazepatch.ops.partial import Part, attend, combine
 from gazepatch.regions import ABSENT, Regions
-from gazepatch.selection import region_scores, select, window_logits
+from gazepatch.selection import WindowWeights, region_scores, select, weigh, window_logits
 
 
 class Entries(NamedTuple):
@@ -35,27 +36,71 @@ class Entries(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """Attention output `[B, H, 1, D_v]`, and the visual entries it read: of the batch, summed over selections."""
+    """Attention output `[B, H, 1, D_v]`, and the visual entries it read, summed over rows and selections."""
 
     output: Tensor
     read: int | Tensor
 
 
-def gaze_decode(
-    query: Tensor,
-    entries: Entries,
-    regions: Regions,
-    config: GazeConfig,
-    scale: float,
-    bias: Tensor | None = None,
-) -> Decoded:
+class DecodePlan:
+    """What does not change from one decode step or layer to the next: made once, then only read.
+
+    Args:
+        regions: Tables of the regions.
+        config: Budget, min_visual_tokens, head_reduce and periphery are read.
+        batch: B.
+        heads: H.
+        key_heads: H_kv.
+
+    Attributes:
+        whole: Every region is read.
+        visual_entries: Visual entries there are, summed over rows and selections.
+    """
+
+    def __init__(self, regions: Regions, config: GazeConfig, batch: int, heads: int, key_heads: int) -> None:
+        self.regions, self.config = regions, config
+        device, budgets = regions.start.device, regions.budgets(config)
+        selections = heads if config.head_reduce == "none" else key_heads
+        self.visual_entries = selections * sum(regions.tokens) * (batch // len(regions.tokens))
+        self.whole = budgets == list(regions.counts)
+        self.count = max(budgets)
+        # A page is what all regions are multiples of: the fewer rows index_select copies, the better.
+        self.page = math.gcd(*regions.length.unique().tolist())
+        self.offsets = torch.arange(0, regions.max_length, self.page, device=device)
+        rows = torch.arange(batch * key_heads, device=device).view(batch, key_heads, 1, 1, 1)
+        self.first_page = rows * (regions.slots // self.page) + self.offsets // self.page
+        self.start_page = (regions.start // self.page)[:, None, None].expand(batch, key_heads, 1, -1)
+        self.absent = None if regions.even else (regions.length == 0)[:, None, None]
+        self.length = None if regions.even else regions.length[:, None, None].expand(batch, key_heads, 1, -1)
+        places = torch.arange(self.count, device=device)
+        self.within = None
+        if len(set(budgets)) > 1:
+            self.within = places < torch.tensor(budgets, device=device)[:, None, None, None]
+        self.padding = _padding_bias(regions)
+        self._scratch: dict[int, Tensor] = {}
+
+    def read(self, store: Tensor, pages: Tensor, which: int) -> Tensor:
+        """`[n * page, D]` tokens of the `[n]` pages of a `[B, H_kv, N, D]` store.
+
+        Memory fresh from the system costs more than the copy itself, so it is kept: `which` numbers the stores.
+        """
+        source = store.view(-1, self.page * store.shape[-1])
+        if torch.is_grad_enabled() and store.requires_grad:
+            return source.index_select(0, pages)
+        shape = (len(pages), source.shape[1])
+        scratch = self._scratch.get(which)
+        if scratch is None or scratch.shape != shape or scratch.dtype != store.dtype:
+            scratch = self._scratch[which] = store.new_empty(shape)
+        return torch.index_select(source, 0, pages, out=scratch)
+
+
+def gaze_decode(query: Tensor, entries: Entries, plan: DecodePlan, scale: float, bias: Tensor | None = None) -> Decoded:
     """Attention of one query token per row over the other entries, its selected regions and their periphery.
 
     Args:
         query: `[B, H, 1, D]`.
         entries: What the layer has cached, the query's own key included.
-        regions: Tables of the regions.
-        config: Budget, head_reduce and periphery are read.
+        plan: Of the regions that the entries were stored by.
         scale: Scale of the attention scores.
         bias: `[B or 1, 1, 1, T]`, added to the scores of the other entries (padding).
     """
@@ -63,84 +108,76 @@ def gaze_decode(
     key_heads = entries.key.shape[1]
     grouped = query.view(batch, key_heads, heads // key_heads, dim)
     parts = [attend(grouped, entries.key, entries.value, scale, bias)]
-    budgets = regions.budgets(config)
-    read: int | Tensor
-    if budgets == list(regions.counts):
-        parts.append(attend(grouped, entries.visual_key, entries.visual_value, scale, _padding_bias(regions)))
-        read = visual_entries(batch, heads, key_heads, regions, config)
+    read: int | Tensor = plan.visual_entries
+    if plan.whole:
+        parts.append(attend(grouped, entries.visual_key, entries.visual_value, scale, plan.padding))
     else:
-        logits = window_logits(grouped, entries.mean_keys, regions.log_counts, scale)
-        selected = _select(logits, regions, budgets, config)
-        part, read = _attend_selected(grouped, entries, selected, regions, budgets, scale)
+        weights = weigh(window_logits(grouped, entries.mean_keys, plan.regions.log_counts, scale))
+        selected = _select(weights.weight, plan)
+        part, read = _attend_selected(grouped, entries, selected, plan, scale)
         parts.append(part)
-        if config.periphery and entries.mean_values is not None:
-            parts.append(_attend_periphery(logits, entries.mean_values, selected, regions, budgets))
+        if plan.config.periphery and entries.mean_values is not None:
+            parts.append(_attend_periphery(weights, entries.mean_values, selected, plan))
     return Decoded(combine(parts).reshape(batch, heads, 1, -1), read)
 
 
-def visual_entries(batch: int, heads: int, key_heads: int, regions: Regions, config: GazeConfig) -> int:
-    """Visual entries of a batch, counted once for every selection: per key head, or per query head."""
-    selections = heads if config.head_reduce == "none" else key_heads
-    return selections * sum(regions.tokens) * (batch // len(regions.tokens))
-
-
-def _select(logits: Tensor, regions: Regions, budgets: list[int], config: GazeConfig) -> Tensor:
-    """`[B, H_kv, 1 or G, S]` numbers of the selected regions."""
-    scores = region_scores(logits, regions.windows, config.head_reduce)
-    if not regions.even:
-        scores = scores.masked_fill((regions.length == 0)[:, None, None], -1.0)
-    return select(scores, max(budgets))
-
-
-def _within_budget(budgets: list[int], like: Tensor) -> Tensor | None:
-    """`[B or 1, 1, 1, S]` whether a row's budget reaches to that place; None when all rows have the same."""
-    if len(set(budgets)) == 1:
-        return None
-    return torch.arange(max(budgets), device=like.device) < torch.tensor(budgets, device=like.device)[:, None, None, None]
+def _select(weights: Tensor, plan: DecodePlan) -> Tensor:
+    """`[B, H_kv, g, S]` numbers of the selected regions."""
+    scores = region_scores(weights, plan.regions.windows, plan.config.head_reduce)
+    if plan.absent is not None:
+        scores = scores.masked_fill(plan.absent, -1.0)
+    return select(scores, plan.count)
 
 
 def _attend_selected(
-    grouped: Tensor, entries: Entries, selected: Tensor, regions: Regions, budgets: list[int], scale: float
+    grouped: Tensor, entries: Entries, selected: Tensor, plan: DecodePlan, scale: float
 ) -> tuple[Part, int | Tensor]:
     batch, key_heads, group, dim = grouped.shape
     selections = selected.shape[2]
-    bias, read = None, selected.numel() * regions.max_length
-    offsets = torch.arange(regions.max_length, device=selected.device)
-    slots = _look_up(regions.start, selected)[..., None] + offsets
-    if not regions.even:
-        length = _look_up(regions.length, selected)
-        if (within := _within_budget(budgets, selected)) is not None:
-            length = length * within
-        bias = torch.where(offsets < length[..., None], 0.0, ABSENT).view(batch, key_heads * selections, 1, -1)
-        slots, read = slots.clamp(max=regions.slots - 1), length.sum()
-    # Whole rows of the flattened store: index_select copies them as memory, gather would go element by element.
-    first = torch.arange(batch * key_heads, device=selected.device).view(batch, key_heads, 1, 1, 1) * regions.slots
-    rows = (slots + first).view(-1)
+    bias, read = None, selected.numel() * plan.regions.max_length
+    pages = _look_up(plan.start_page, selected)[..., None] + plan.first_page
+    if plan.length is not None:
+        length = _look_up(plan.length, selected)
+        if plan.within is not None:
+            length = length * plan.within
+        held = plan.offsets < length[..., None]
+        # A page that a shorter region does not have is read where the store begins, and hidden.
+        pages = pages.masked_fill(~held, 0)
+        bias = torch.where(held, 0.0, ABSENT).repeat_interleave(plan.page, -1)
+        bias = bias.view(batch, key_heads * selections, 1, -1)
+        read = length.sum()
+    rows = pages.view(-1)
     key, value = (
-        x.view(-1, x.shape[-1]).index_select(0, rows).view(batch, key_heads * selections, -1, x.shape[-1])
-        for x in (entries.visual_key, entries.visual_value)
+        plan.read(store, rows, which).view(batch, key_heads * selections, -1, store.shape[-1])
+        for which, store in enumerate((entries.visual_key, entries.visual_value))
     )
     part = attend(grouped.reshape(batch, key_heads * selections, group // selections, dim), key, value, scale, bias)
     return Part(part.output.reshape(batch, key_heads, group, -1), part.weight.reshape(batch, key_heads, group)), read
 
 
 def _look_up(table: Tensor, selected: Tensor) -> Tensor:
-    """`[b, R]` table at `[B, H_kv, g, S]` regions."""
-    batch, key_heads, selections, _ = selected.shape
-    return table[:, None, None].expand(batch, key_heads, selections, -1).gather(-1, selected)
+    """`[B, H_kv, 1, R]` table at `[B, H_kv, g, S]` regions."""
+    return table.expand(*selected.shape[:3], -1).gather(-1, selected)
 
 
-def _attend_periphery(
-    logits: Tensor, mean_values: Tensor, selected: Tensor, regions: Regions, budgets: list[int]
-) -> Part:
-    """One pseudo-token per window of the regions that are not selected. Its logit is the one it was scored by."""
-    batch, key_heads, _, _ = logits.shape
-    taken = torch.zeros(batch, key_heads, selected.shape[2], regions.start.shape[1], dtype=torch.bool, device=logits.device)
-    within = _within_budget(budgets, selected)
-    taken.scatter_(-1, selected, True if within is None else within.expand_as(selected))  # type: ignore[arg-type]
-    logits = logits.unflatten(-1, (-1, regions.windows)).masked_fill(taken[..., None], ABSENT).flatten(-2)
-    weight = logits.logsumexp(-1)
-    return Part(torch.matmul((logits - weight[..., None]).exp().to(mean_values.dtype), mean_values), weight)
+def _attend_periphery(weights: WindowWeights, mean_values: Tensor, selected: Tensor, plan: DecodePlan) -> Part:
+    """One pseudo-token per window of the regions that are not selected. Its weight is the one it was scored by."""
+    regions = plan.regions.start.shape[1]
+    taken = torch.zeros(*selected.shape[:3], regions, dtype=torch.bool, device=selected.device)
+    if plan.within is None:
+        taken.scatter_(-1, selected, True)
+    else:
+        taken.scatter_(-1, selected, plan.within.expand_as(selected))
+    far = weights.weight.unflatten(-1, (-1, plan.regions.windows)).masked_fill_(taken[..., None], 0.0).flatten(-2)
+    return periphery(far, weights.highest, mean_values)
+
+
+def periphery(weight: Tensor, highest: Tensor, mean_values: Tensor) -> Part:
+    """Attention over pseudo-tokens with weights `[B, H_kv, G, R * C]`, times `exp(highest)`, and values `mean_values`."""
+    # At least the smallest normal number, so that a periphery without weight is 0 and not 0 / 0.
+    total = weight.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    output = torch.matmul(weight.div(total).to(mean_values.dtype), mean_values)
+    return Part(output, (highest + total.log()).squeeze(-1))
 
 
 def _padding_bias(regions: Regions) -> Tensor | None:

@@ -8,11 +8,14 @@ Source: the same identity as in FlashDecoding and Ring Attention, https://arxiv.
 
 from __future__ import annotations
 
-from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+# What F.scaled_dot_product_attention calls on CPU; called by name for the log-sum-exp, which it computes anyway.
+_FLASH_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 class Part(NamedTuple):
@@ -38,8 +41,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor
         and query.shape[-1] == value.shape[-1]
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
     ):
-        # What F.scaled_dot_product_attention calls on CPU; called by name for the log-sum-exp, which it computes anyway.
-        output, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        output, weight = _FLASH_CPU(
             *tensors, 0.0, False, attn_mask=None if bias is None else bias.to(query.dtype), scale=scale
         )
         return Part(output, weight)
@@ -52,9 +54,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor
 
 def combine(parts: list[Part]) -> Tensor:
     """Attention over the union of disjoint sets of keys, `[B, H, Q, D]`."""
-    return reduce(_pair, parts).output
-
-
-def _pair(a: Part, b: Part) -> Part:
-    share = torch.sigmoid(b.weight - a.weight)[..., None].to(a.output.dtype)
-    return Part(torch.lerp(a.output, b.output, share), torch.logaddexp(a.weight, b.weight))
+    output, weight = parts[0]
+    for i, part in enumerate(parts[1:], start=2):
+        share = torch.sigmoid(part.weight - weight)[..., None].to(output.dtype)
+        output = torch.lerp(output, part.output, share)
+        if i < len(parts):
+            weight = torch.logaddexp(weight, part.weight)
+    return output

@@ -400,7 +400,10 @@ def adopt(cache: object, owner: object, config: GazeConfig, layers: int, gaze_la
         return state
     if not isinstance(cache, DynamicCache) or getattr(cache, "offloading", False):
         kind = "an offloaded cache" if isinstance(cache, DynamicCache) else f"a {type(cache).__name__}"
-        raise CacheError(f"a patched model needs transformers' plain DynamicCache, got {kind}: pass none, or DynamicCache()")
+        raise CacheError(
+            f"a patched model needs transformers' plain DynamicCache, got {kind}: generate with "
+            "cache_implementation='dynamic', or pass past_key_values=DynamicCache()"
+        )
     if _holds_entries(cache):
         raise CacheError(
             "this cache was filled by a model that was not patched: patch the model first, then start with a new cache"

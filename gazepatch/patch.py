@@ -53,7 +53,7 @@ def apply(model: Model, config: GazeConfig | None = None, **settings: Any) -> Mo
         UnsupportedModelError: The architecture has no adapter, or none of its layers can gaze.
         ConfigError: A setting is wrong, or does not fit the model.
     """
-    root = _root(model)
+    root = root_model(model)
     config = _settings(config, settings)
     if hasattr(root, ATTRIBUTE):
         raise PatchError(
@@ -103,7 +103,7 @@ def patched(model: Model, config: GazeConfig | None = None, **settings: Any) -> 
 
 def is_patched(model: nn.Module) -> bool:
     """Whether `apply` is in force on this model."""
-    return hasattr(_root(model), ATTRIBUTE)
+    return hasattr(root_model(model), ATTRIBUTE)
 
 
 def stats(model: nn.Module) -> Stats:
@@ -121,7 +121,7 @@ def patch_of(model: nn.Module) -> Patch:
     Raises:
         PatchError: There is none.
     """
-    patch = getattr(_root(model), ATTRIBUTE, None)
+    patch = getattr(root_model(model), ATTRIBUTE, None)
     if not isinstance(patch, Patch):
         raise PatchError("this model is not patched: call gazepatch.apply(model) first")
     return patch
@@ -145,7 +145,7 @@ def gaze_layers(adapter: Adapter, model_config: Any, config: GazeConfig) -> tupl
     return layers
 
 
-def _root(model: nn.Module) -> PreTrainedModel:
+def root_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside what was given."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
     if not isinstance(inner, PreTrainedModel):

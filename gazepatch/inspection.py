@@ -1,0 +1,135 @@
+"""`inspect`: what `apply` would do to a model, or did, with a reason for every layer that does not gaze."""
+
+from __future__ import annotations
+
+import inspect as signatures
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig
+
+from gazepatch.adapters.base import Adapter
+from gazepatch.config import GazeConfig
+from gazepatch.errors import GazeError
+from gazepatch.forward import MODALITIES
+from gazepatch.layout import Span
+from gazepatch.patch import is_patched, patch_of, root_model
+from gazepatch.registry import adapter_for
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What gazepatch knows of a model.
+
+    Attributes:
+        family: Its model type.
+        decoder: The text decoder: its model type, and its path in the model when a model was given.
+        layers: Number of decoder layers.
+        gaze_layers: Indices of the layers that gaze.
+        reasons: For every other layer: why not.
+        patched: Whether `apply` is in force.
+        settings: The settings in force, or the defaults that `apply` would take.
+        backend: What computes the routed steps, and why.
+        spans: With inputs: where their visual tokens are.
+        notes: With inputs: what was not as one might expect.
+    """
+
+    family: str
+    decoder: str
+    layers: int
+    gaze_layers: list[int]
+    reasons: dict[int, str]
+    patched: bool
+    settings: GazeConfig
+    backend: str
+    spans: list[Span] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def inspect(model: nn.Module | str | Path, inputs: Mapping[str, Any] | None = None) -> Inspection:
+    """Look at a model without changing it, or at a local folder or Hub id without loading its weights.
+
+    Args:
+        model: A model, patched or not, a folder or a Hub id.
+        inputs: What a processor returns for the model: its images are then located, without running the model.
+
+    Raises:
+        UnsupportedModelError: The architecture has no adapter.
+        GazeError: Inputs were given with a path.
+    """
+    if isinstance(model, nn.Module):
+        return _inspect_model(model, inputs)
+    if inputs is not None:
+        raise GazeError("inputs can be inspected with a model, got a path: load the model first")
+    config = AutoConfig.from_pretrained(model)
+    return _report(adapter_for(config.model_type), config, None, None, inputs)
+
+
+def _inspect_model(model: nn.Module, inputs: Mapping[str, Any] | None) -> Inspection:
+    root = root_model(model)
+    settings = patch_of(model).config if is_patched(model) else None
+    return _report(adapter_for(root.config.model_type), root.config, root, settings, inputs)
+
+
+def _report(
+    adapter: Adapter, config: Any, root: Any, settings: GazeConfig | None, inputs: Mapping[str, Any] | None
+) -> Inspection:
+    text, reasons = adapter.text_config(config), dict(adapter.dense_reasons(config))
+    in_force = settings or GazeConfig()
+    for layer in in_force.dense_layers:
+        reasons.setdefault(layer, "named in dense_layers")
+    spans = locate(adapter, root, inputs) if inputs is not None else []
+    path = ""
+    if root is not None:
+        decoder = adapter.decoder(root)
+        path = next((f" at {name}" for name, module in root.named_modules() if module is decoder), "")
+    return Inspection(
+        family=config.model_type,
+        decoder=f"{text.model_type}{path}",
+        layers=text.num_hidden_layers,
+        gaze_layers=[i for i in range(text.num_hidden_layers) if i not in reasons],
+        reasons=dict(sorted(reasons.items())),
+        patched=settings is not None,
+        settings=in_force,
+        backend="torch: plain PyTorch, the only backend of this version",
+        spans=spans,
+        notes=_notes(spans, in_force, inputs),
+    )
+
+
+def locate(adapter: Adapter, root: Any, inputs: Mapping[str, Any]) -> list[Span]:
+    """Spans of a processor's output, without running the model."""
+    ids = inputs.get("input_ids")
+    if not torch.is_tensor(ids) or ids.dim() != 2:
+        raise GazeError(f"inputs must hold input_ids of shape [B, S], got {type(ids).__name__}")
+    mask = inputs.get("attention_mask")
+    if torch.is_tensor(mask) and mask.shape == ids.shape:
+        ids = torch.where(mask == 0, -1, ids)
+    captured = {}
+    for modality in MODALITIES:
+        function = getattr(root.base_model, f"get_{modality}_features", None)
+        names = signatures.signature(function).parameters if function is not None else ()
+        if call := {name: inputs[name] for name in names if inputs.get(name) is not None}:
+            captured[modality] = call
+    return adapter.locate(root.config, ids.tolist(), captured)
+
+
+def _notes(spans: list[Span], settings: GazeConfig, inputs: Mapping[str, Any] | None) -> list[str]:
+    if inputs is None:
+        return []
+    if not spans:
+        return ["no visual tokens: the model behaves as if it were not patched"]
+    notes = []
+    if without := [span for span in spans if span.grid is None]:
+        where = ", ".join(f"row {span.row} [{span.start}, {span.stop})" for span in without)
+        notes.append(f"the grid is not known at {where}: regions are one-dimensional runs there")
+    for row in sorted({span.row for span in spans}):
+        tokens = sum(span.tokens for span in spans if span.row == row)
+        if tokens < settings.min_visual_tokens:
+            least = settings.min_visual_tokens
+            notes.append(f"row {row} has {tokens} visual tokens, fewer than min_visual_tokens={least}: it is read whole")
+    return notes

@@ -1,0 +1,168 @@
+"""`verify`: proof on the user's own model and inputs that patching does no harm and can be undone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LogitsProcessor
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+from gazepatch.config import GazeConfig
+from gazepatch.patch import apply, is_patched, patch_of, patched, restore, root_model
+
+#: Largest difference of logits that is put down to the order of additions, relative to the largest logit.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One promise and what was measured: `value` must not exceed `limit`."""
+
+    name: str
+    value: float
+    limit: float
+    note: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether the promise was kept; a NaN never is."""
+        return self.value <= self.limit
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All checks of one model on one input."""
+
+    checks: list[Check]
+
+    @property
+    def passed(self) -> bool:
+        """Whether all promises were kept."""
+        return all(check.passed for check in self.checks)
+
+
+def verify(model: nn.Module, inputs: Mapping[str, Any], *, steps: int = 4) -> Verification:
+    """Check a model on one input; it is left as it was, patched or not.
+
+    Three promises. Reading every region gives the dense logits, over a prompt and `steps` greedy tokens. What gazes
+    reads the same whether its keys come from a cache or from one forward without any. `restore` leaves the logits bit
+    for bit, and the model's hooks, attributes and registries as they were.
+
+    Args:
+        model: A model, patched or not: its settings are checked, else the defaults.
+        inputs: What a processor returns for the model, for one prompt.
+        steps: Decode steps.
+    """
+    settings = patch_of(model).config if is_patched(model) else None
+    if settings is not None:
+        restore(model)
+    try:
+        return _verify(model, inputs, steps, settings or GazeConfig())
+    finally:
+        if settings is not None:
+            apply(model, settings)
+
+
+@torch.no_grad()
+def _verify(model: nn.Module, inputs: Mapping[str, Any], steps: int, settings: GazeConfig) -> Verification:
+    always = dataclasses.replace(settings, min_visual_tokens=0)
+    dense, tokens = _generate(model, inputs, steps)
+    before = fingerprint(model)  # behind the first run, at which transformers sets up hooks of its own
+    with patched(model, dataclasses.replace(always, budget=1.0)):
+        whole, _ = _generate(model, inputs, steps, tokens)
+    with patched(model, dataclasses.replace(always, prefill="gaze")):
+        cached, _ = _generate(model, inputs, steps, tokens)
+        uncached = _uncached(model, inputs, tokens)
+    after = fingerprint(model)
+    again, _ = _generate(model, inputs, steps, tokens)
+    limit = TOLERANCE.get(dense.dtype, 1e-5) * max(1.0, dense.abs().max().item())
+    return Verification(
+        [
+            Check("dense equivalence", _gap(dense, whole), limit, f"largest logit difference at budget 1, {steps} steps"),
+            Check("cached equals uncached", _gap(cached, uncached), limit, "largest logit difference, same steps"),
+            Check("exact undo: logits", _gap(dense, again), 0.0, "largest logit difference, before and after"),
+            Check("exact undo: model", _changes(before, after), 0.0, "hooks, attributes and registries changed"),
+        ]
+    )
+
+
+class _Forced(LogitsProcessor):
+    """Makes `generate` say the given tokens `[B, steps]`, whatever the model thinks."""
+
+    def __init__(self, tokens: Tensor, prompt: int) -> None:
+        self.tokens, self.prompt = tokens, prompt
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        token = self.tokens[:, input_ids.shape[1] - self.prompt]
+        return torch.full_like(scores, float("-inf")).scatter(1, token[:, None], 0.0)
+
+
+def _generate(
+    model: nn.Module, inputs: Mapping[str, Any], steps: int, tokens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Logits `[B, steps + 1, V]` behind the prompt and each new token: the given ones `[B, steps + 1]`, or the greedy."""
+    # By way of generate, which alone knows how each family numbers the positions of new tokens.
+    prompt = inputs["input_ids"].shape[1]
+    out = root_model(model).generate(
+        **_copied(inputs),
+        max_new_tokens=steps + 1,
+        min_new_tokens=steps + 1,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        cache_implementation="dynamic",
+        output_logits=True,
+        return_dict_in_generate=True,
+        logits_processor=[] if tokens is None else [_Forced(tokens, prompt)],
+    )
+    return torch.stack(out.logits, 1), out.sequences[:, prompt:]
+
+
+def _uncached(model: nn.Module, inputs: Mapping[str, Any], tokens: Tensor) -> Tensor:
+    """The logits of `_generate` with these `tokens`, from one forward without a cache."""
+    longer = _copied(inputs)
+    shape, tokens = inputs["input_ids"].shape, tokens[:, :-1]
+    for name, value in inputs.items():
+        # Whatever goes along with the tokens is that of text behind the prompt.
+        if torch.is_tensor(value) and value.shape == shape:
+            fill = tokens if name == "input_ids" else value.new_full(tokens.shape, int(name == "attention_mask"))
+            longer[name] = torch.cat([value, fill], 1)
+    logits: Tensor = model(**longer, use_cache=False).logits
+    return logits[:, shape[1] - 1 :]
+
+
+def _copied(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value.clone() if torch.is_tensor(value) else value for name, value in inputs.items()}
+
+
+def _gap(a: Tensor, b: Tensor) -> float:
+    return (a.float() - b.float()).abs().max().item()
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """Everything about a model and transformers' registries that patching could leave changed."""
+    root = root_model(model)
+    marks: dict[str, Any] = {
+        "attention registry": sorted(AttentionInterface._global_mapping),
+        "mask registry": sorted(AttentionMaskInterface._global_mapping),
+        "config": root.config.to_dict(),
+    }
+    for name, module in root.named_modules():
+        marks[f"attributes of {name}"] = sorted(vars(module))
+        marks[f"class of {name}"] = type(module)
+        marks[f"class attributes of {name}"] = sorted(vars(type(module)))
+        for hooks in ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_forward_hooks_always_called"):
+            marks[f"{hooks} of {name}"] = list(getattr(module, hooks))
+        if (config := getattr(module, "config", None)) is not None:
+            marks[f"attention of {name}"] = getattr(config, "_attn_implementation", None)
+    return marks
+
+
+def _changes(before: dict[str, Any], after: dict[str, Any]) -> float:
+    return float(sum(before.get(name) != after.get(name) for name in before.keys() | after.keys()))

@@ -66,7 +66,7 @@ class LlavaOnevision(LlavaNext):
 
 def _side(config: Any) -> int:
     """Tokens along the side of one tile."""
-    return config.vision_config.image_size // config.vision_config.patch_size
+    return int(config.vision_config.image_size // config.vision_config.patch_size)
 
 
 def _unpadded(config: Any, size_px: Sequence[int]) -> tuple[int, int]:
@@ -74,10 +74,11 @@ def _unpadded(config: Any, size_px: Sequence[int]) -> tuple[int, int]:
     import torch
     from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
+    tile_px, side = config.vision_config.image_size, _side(config)
     pinpoints = [list(point) for point in config.image_grid_pinpoints]
-    rows, columns = get_anyres_image_grid_shape(list(size_px), pinpoints, config.vision_config.image_size)
-    side = _side(config)
-    h, w = unpad_image(torch.empty(1, rows * side, columns * side, device="meta"), list(size_px)).shape[1:]
+    rows, columns = get_anyres_image_grid_shape(list(size_px), pinpoints, tile_px)  # type: ignore[no-untyped-call]
+    padded = torch.empty(1, rows * side, columns * side, device="meta")
+    h, w = unpad_image(padded, list(size_px)).shape[1:]  # type: ignore[no-untyped-call]
     return h, w
 
 

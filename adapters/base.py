@@ -18,7 +18,7 @@ Captured = Mapping[str, Mapping[str, Any]]
 
 FULL_ATTENTION = "full_attention"
 
-# Text decoders that add a sink, learned or constant, to the softmax of every layer.
+# Text decoders with learned sinks in the softmax of (some of) their layers.
 SINKS = ("deepseek_v4", "flint", "gpt_oss", "granite_swa", "granitemoe_swa", "hy_v4", "mimo_v2_flash")
 
 
@@ -54,6 +54,11 @@ class Adapter:
         values = (getattr(config, name, None) for name in self.token_id_names.get(modality, ()))
         return tuple(value for value in values if value is not None)
 
+    def positions(self, config: Any, modality: str, ids: Sequence[int]) -> list[int]:
+        """Positions in one row that carry features of `modality`, in the order of the features."""
+        wanted = set(self.token_ids(config, modality))
+        return [position for position, token in enumerate(ids) if token in wanted]
+
     def media(self, config: Any, modality: str, call: Mapping[str, Any]) -> Sequence[Media] | None:
         """The images or videos of a batch, in order, from the arguments their features were made from.
 
@@ -70,8 +75,9 @@ class Adapter:
         return number_together(self._locate(config, modality, ids, captured) for modality in ("image", "video"))
 
     def _locate(self, config: Any, modality: str, ids: Sequence[Sequence[int]], captured: Captured) -> list[Span]:
-        wanted = set(self.token_ids(config, modality))
-        tokens = [[position for position, token in enumerate(row) if token in wanted] for row in ids]
+        tokens = [self.positions(config, modality, row) for row in ids]
+        if not any(tokens):
+            return []
         media = (self.media(config, modality, captured[modality]) if modality in captured else None) or ()
         copies = _copies(ids, sum(map(len, tokens)), features(media))
         shares = share_out(media, [len(row) for row in tokens[::copies]])
@@ -140,5 +146,5 @@ def _beyond_dot_products(text: Any) -> str | None:
     if text.model_type in SINKS:
         return "attention has sinks"
     if getattr(text, "kv_lora_rank", None) is not None:
-        return "keys and values are cached as latents"
+        return "keys and values come from latents they share (MLA)"
     return None

@@ -11,6 +11,10 @@ from gazepatch.adapters.base import Adapter, integers
 from gazepatch.layout import Block, Media, Skip
 
 
+# Vision towers whose features under the strategy "full" are all patches.
+NO_CLASS_TOKEN = ("siglip_vision_model", "siglip2_vision_model")
+
+
 @dataclass(frozen=True)
 class Squares(Adapter):
     """A run of tokens holds whole squares.
@@ -22,28 +26,23 @@ class Squares(Adapter):
         model_types: Model types laid out so.
         side: Configuration -> tokens along the side of a square.
         tiles: Several squares in one run are the tiles of one image, not several images.
-        class_token: The vision tower's class token may come before each square.
+        lead: Configuration -> tokens before each square that are no part of it (the class token of the vision tower).
     """
 
     model_types: tuple[str, ...]
     side: Callable[[Any], int]
     tiles: bool = False
-    class_token: bool = False
+    lead: Callable[[Any], int] = lambda config: 0
 
     def run(self, config: Any, modality: str, tokens: int) -> Sequence[Media] | None:
-        side = self.side(config)
-        # Whether there is a class token depends on the tower, the strategy and the call; the length of the run tells.
-        for lead in (0, 1) if self.class_token else (0,):
-            count, rest = divmod(tokens, side * side + lead)
-            if not rest:
-                return self._squares(side, count, [Skip(lead)] if lead else [])
-        return None
-
-    def _squares(self, side: int, count: int, lead: Media) -> Sequence[Media]:
+        side, lead = self.side(config), self.lead(config)
+        count, rest = divmod(tokens, side * side + lead)
+        if rest:
+            return None
         grid = (1, side, side)
         if self.tiles and count > 1:
             return [[Block(grid, tile=tile) for tile in range(count)]]
-        return [[*lead, Block(grid)]] * count
+        return [[Skip(lead), Block(grid)]] * count
 
 
 class Llava(Squares):
@@ -57,7 +56,12 @@ class Llava(Squares):
 
 
 def _patches(config: Any) -> int:
-    return config.vision_config.image_size // config.vision_config.patch_size
+    return int(config.vision_config.image_size // config.vision_config.patch_size)
+
+
+def _class_token(config: Any) -> int:
+    full = getattr(config, "vision_feature_select_strategy", "default") == "full"
+    return int(full and config.vision_config.model_type not in NO_CLASS_TOKEN)
 
 
 def _shuffled(config: Any) -> int:
@@ -65,7 +69,7 @@ def _shuffled(config: Any) -> int:
 
 
 ADAPTERS = (
-    Llava(("llava", "vipllava"), _patches, class_token=True),
+    Llava(("llava", "vipllava"), _patches, lead=_class_token),
     Squares(("gemma3",), lambda config: math.isqrt(config.mm_tokens_per_image)),
     Squares(("idefics3", "smolvlm"), lambda config: _patches(config) // config.scale_factor),
     Squares(("internvl",), _shuffled, tiles=True),

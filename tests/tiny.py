@@ -113,7 +113,7 @@ def filled(case: Case) -> Case:
     input_ids = torch.tensor(padded)
     inputs = {"input_ids": input_ids, "attention_mask": (input_ids != PAD).long(), **case.extra(input_ids, case.rows)}
     for name in {name for media in case.rows for item in media for name in item.inputs}:
-        of_rows = [[item.inputs[name] for item in media] for media in case.rows]
+        of_rows = [[item.inputs[name] for item in media if name in item.inputs] for media in case.rows]
         joined = [joined_with_padding(tensors) for tensors in of_rows if tensors]
         inputs[name] = joined_with_padding([one[None] for one in joined] if case.stacked else joined)
     return replace(case, inputs=inputs, spans=spans)

@@ -10,7 +10,6 @@ from typing import Any
 from gazepatch.adapters.base import Adapter, integers
 from gazepatch.layout import Block, Media, Skip
 
-
 # Vision towers whose features under the strategy "full" are all patches.
 NO_CLASS_TOKEN = ("siglip_vision_model", "siglip2_vision_model")
 

@@ -18,13 +18,11 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from gazepatch.layout import Grid, Span
 
 VOCAB, PAD, BOS = 1000, 0, 1
 IMAGE, VIDEO_TOKEN, START, END, BREAK = 990, 991, 992, 993, 994
-SPECIAL = dict(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=2)
 
 
 # ---- prompts
@@ -60,7 +58,7 @@ class Case:
         stacked: Inputs have a batch axis before that of the images (Idefics 3), padded with zeros.
     """
 
-    model: Any
+    model: Any = field(repr=False)
     rows: Sequence[Sequence[Media]]
     few: Sequence[Media] = ()
     many: Sequence[Media] = ()
@@ -122,15 +120,10 @@ def filled(case: Case) -> Case:
 def joined_with_padding(tensors: Sequence[Tensor]) -> Tensor:
     """Concatenation on the first axis; the others are padded with zeros, behind, to the largest."""
     largest = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
-    return torch.cat(
-        [
-            pad(
-                tensor,
-                [n for size, most in zip(tensor.shape[:0:-1], largest[::-1], strict=True) for n in (0, most - size)],
-            )
-            for tensor in tensors
-        ]
-    )
+    enlarged = [tensor.new_zeros(len(tensor), *largest) for tensor in tensors]
+    for room, tensor in zip(enlarged, tensors, strict=True):
+        room[tuple(map(slice, tensor.shape))] = tensor
+    return torch.cat(enlarged)
 
 
 def batch(case: Case) -> Case:
@@ -158,7 +151,9 @@ def repeated(case: Case, times: int) -> Case:
 def tiny(name: str, video: bool = False, seed: int = 0) -> Case:
     """A tiny model of one of `FAMILIES`, with a prompt of one row."""
     torch.manual_seed(seed)
-    case = FAMILIES[name](True) if video else FAMILIES[name](False)
+    if video and name not in VIDEO:
+        raise ValueError(f"expected one of {', '.join(VIDEO)} for videos, got {name}")
+    case = FAMILIES[name](video)
     model = case.model.eval()
     redraw(model, torch.Generator().manual_seed(seed + 1))
     settings = model.generation_config
@@ -177,17 +172,15 @@ def redraw(model: nn.Module, generator: torch.Generator) -> None:
 
 def text(kind: type = transformers.LlamaConfig, **settings: Any) -> Any:
     """Configuration of a text decoder: two query heads share a key head."""
-    sizes = dict(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
-    )
-    return kind(
-        **{**sizes, "vocab_size": VOCAB, "max_position_embeddings": 1024, "head_dim": 16, **SPECIAL, **settings}
-    )
+    sizes = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 1024}
+    special = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": 2}
+    return kind(**{**sizes, **heads, **special, **settings})
 
 
-def tower(kind: type, image_size: int, patch_size: int = 4, **settings: Any) -> Any:
+def tower(kind: type, image_size: Any, patch_size: Any = 4, **settings: Any) -> Any:
     """Configuration of a vision tower for square images of `image_size` pixels."""
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     return kind(**{**sizes, "image_size": image_size, "patch_size": patch_size, **settings})
 
 
@@ -199,7 +192,7 @@ def pixels(*shape: int) -> Tensor:
 # ---- squares: llava, vipllava, gemma3, idefics3, smolvlm, internvl
 
 
-def llava(video: bool, strategy: str = "default") -> Case:
+def llava(video: bool, strategy: Any = "default") -> Case:
     config = transformers.LlavaConfig(
         vision_config=tower(transformers.CLIPVisionConfig, 32),
         text_config=text(),
@@ -370,8 +363,20 @@ def llava_onevision(video: bool) -> Case:
 
 # ---- grids: qwen2_vl, qwen2_5_vl, qwen3_vl
 
-PATCHES = dict(depth=2, num_heads=2, in_channels=3, patch_size=4, spatial_merge_size=2, temporal_patch_size=2)
-MARKS = dict(image_token_id=IMAGE, video_token_id=VIDEO_TOKEN, vision_start_token_id=START, vision_end_token_id=END)
+PATCHES: dict[str, Any] = {
+    "depth": 2,
+    "num_heads": 2,
+    "in_channels": 3,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
+MARKS: dict[str, Any] = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO_TOKEN,
+    "vision_start_token_id": START,
+    "vision_end_token_id": END,
+}
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 
 

@@ -52,7 +52,7 @@ class GazeAttention:
             return self.dense(module, query, key, value, attention_mask, **kwargs)
         if forward.state.decoding:
             _refuse_unsupported(kwargs)
-            return self._decode(forward, layer, query, _scale(query, kwargs), attention_mask), None
+            return self.decode(forward, layer, query, _scale(query, kwargs), attention_mask), None
         output, weights = self.dense(module, query, key, value, attention_mask, **kwargs)
         if forward.routed is not None:
             _refuse_unsupported(kwargs)
@@ -66,7 +66,8 @@ class GazeAttention:
         attended: Attended = ALL_ATTENTION_FUNCTIONS.get_interface(self.original, eager)(module, *args, **kwargs)
         return attended
 
-    def _decode(self, forward: Forward, layer: int, query: Tensor, scale: float, mask: Any) -> Tensor:
+    def decode(self, forward: Forward, layer: int, query: Tensor, scale: float, mask: Any) -> Tensor:
+        """One routed step of one layer: `query` `[B, H, 1, D]` gives `[B, 1, H, D_v]`."""
         store = _layer(forward, layer)
         entries, state = store.entries(), forward.state
         plan = state.plan(query, entries)

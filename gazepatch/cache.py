@@ -60,12 +60,13 @@ class GazeState:
         """A forward of `new_tokens` tokens in each of `rows` rows starts; `spans` are its visual tokens."""
         if self.broken:
             raise CacheError("the last forward on this cache failed half-way and left it incomplete: start with a new one")
-        self.new_tokens, self.running, self.broken = new_tokens, True, True
+        self.running = self.broken = True
         self._forget("chunk", "region_of", "logical_order")
         self.chunk = sort_chunk(spans, rows, self.length, new_tokens, self.config) if spans else None
         self.decoding = new_tokens == 1 and self.regions is not None
         if self.chunk is not None:
-            self._extend(self.chunk)
+            self._extend(self.chunk, new_tokens)
+        self.new_tokens = new_tokens
 
     def finish(self, completed: bool) -> None:
         """The forward is over; one that failed leaves its layers unequal, and the cache unusable."""
@@ -78,13 +79,14 @@ class GazeState:
     def _forget(self, *names: str) -> None:
         self._devices = {key: table for key, table in self._devices.items() if key[0].split()[0] not in names}
 
-    def _extend(self, chunk: Chunk) -> None:
-        self._other = self.other_positions()
-        past = self.length
-        visual, other = (torch.where(x < 0, -1, x + past) for x in (chunk.visual, chunk.other))
+    def _extend(self, chunk: Chunk, new_tokens: int) -> None:
+        past = self.other_positions()
+        if past is None:
+            past = torch.arange(self.length)[None]
+        visual, other = (torch.where(x < 0, -1, x + self.length) for x in (chunk.visual, chunk.other))
         self._visual = visual if self._visual is None else _cat_rows(self._visual, visual)
-        self._other = other if self._other is None else _cat_rows(self._other, other)
-        self.other_end = past + self.new_tokens
+        self._other = _cat_rows(past, other)
+        self.other_end = self.length + new_tokens
         self.regions = chunk.regions if self.regions is None else self.regions.followed_by(chunk.regions)
         self._forget("regions", "plan")
 

@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from gazepatch.adapters.base import Adapter
 from gazepatch.cache import GazeState, adopt
 from gazepatch.config import GazeConfig
+from gazepatch.errors import PatchError
 from gazepatch.layout import Span
 from gazepatch.stats import Counters
 
@@ -85,6 +86,12 @@ class Runtime:
         self.counters = Counters()
         self.running = _Running()
         self._warned = False
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise PatchError(
+            "a patched model cannot be copied or pickled, because its undoing belongs to this one: "
+            "call gazepatch.restore(model) first, then apply to both"
+        )
 
     # ---- hooks on the multimodal model: they see the token ids
 

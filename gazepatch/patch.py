@@ -34,6 +34,7 @@ class Patch:
 
     config: GazeConfig
     runtime: Runtime
+    attention: GazeAttention
     undo: list[Callable[[], None]]
 
 
@@ -70,9 +71,9 @@ def apply(model: Model, config: GazeConfig | None = None, **settings: Any) -> Mo
             "load the model with attn_implementation='sdpa'"
         )
     runtime = Runtime(adapter, root.config, decoder, config, layers)
-    patch = Patch(config, runtime, [])
+    patch = Patch(config, runtime, GazeAttention(runtime, original), [])
     try:
-        _change(root, decoder, runtime, original, patch.undo)
+        _change(root, decoder, runtime, patch.attention, patch.undo)
         _set(root, ATTRIBUTE, patch, patch.undo)
     except BaseException:
         _undo(patch.undo)
@@ -167,9 +168,12 @@ def _settings(config: GazeConfig | None, settings: dict[str, Any]) -> GazeConfig
 
 
 def _change(
-    root: PreTrainedModel, decoder: nn.Module, runtime: Runtime, original: str, undo: list[Callable[[], None]]
+    root: PreTrainedModel,
+    decoder: nn.Module,
+    runtime: Runtime,
+    attention: GazeAttention,
+    undo: list[Callable[[], None]],
 ) -> None:
-    attention = GazeAttention(runtime, original)
     attention.register()
     # A model that is thrown away while patched must not leave its functions behind.
     finalizer = weakref.finalize(root, unregister, attention.name)
@@ -179,13 +183,11 @@ def _change(
     for modality in MODALITIES:
         if (function := getattr(base, name := f"get_{modality}_features", None)) is not None:
             _set(base, name, runtime.capture(modality, function), undo)
-    hooks = [
-        base.register_forward_pre_hook(runtime.before_model, with_kwargs=True),
-        base.register_forward_hook(runtime.after_model, always_call=True),
-        decoder.register_forward_pre_hook(runtime.before_decoder, with_kwargs=True),
-        decoder.register_forward_hook(runtime.after_decoder, with_kwargs=True, always_call=True),
-    ]
-    undo.extend(hook.remove for hook in hooks)
+    # One at a time, each with its undoing, so that a failure half-way leaves nothing.
+    undo.append(base.register_forward_pre_hook(runtime.before_model, with_kwargs=True).remove)
+    undo.append(base.register_forward_hook(runtime.after_model, always_call=True).remove)
+    undo.append(decoder.register_forward_pre_hook(runtime.before_decoder, with_kwargs=True).remove)
+    undo.append(decoder.register_forward_hook(runtime.after_decoder, with_kwargs=True, always_call=True).remove)
 
 
 def _set(owner: Any, name: str, value: Any, undo: list[Callable[[], None]]) -> None:

@@ -13,6 +13,7 @@ from transformers import LogitsProcessor
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from gazepatch.attention import GazeAttention
 from gazepatch.config import GazeConfig
 from gazepatch.patch import apply, is_patched, patch_of, patched, restore, root_model
 
@@ -72,15 +73,15 @@ def verify(model: nn.Module, inputs: Mapping[str, Any], *, steps: int = 4) -> Ve
 @torch.no_grad()
 def _verify(model: nn.Module, inputs: Mapping[str, Any], steps: int, settings: GazeConfig) -> Verification:
     always = dataclasses.replace(settings, min_visual_tokens=0)
-    dense, tokens = _generate(model, inputs, steps)
+    dense, tokens = generate_logits(model, inputs, steps)
     before = fingerprint(model)  # behind the first run, at which transformers sets up hooks of its own
     with patched(model, dataclasses.replace(always, budget=1.0)):
-        whole, _ = _generate(model, inputs, steps, tokens)
+        whole, _ = generate_logits(model, inputs, steps, tokens)
     with patched(model, dataclasses.replace(always, prefill="gaze")):
-        cached, _ = _generate(model, inputs, steps, tokens)
+        cached, _ = generate_logits(model, inputs, steps, tokens)
         uncached = _uncached(model, inputs, tokens)
     after = fingerprint(model)
-    again, _ = _generate(model, inputs, steps, tokens)
+    again, _ = generate_logits(model, inputs, steps, tokens)
     limit = TOLERANCE.get(dense.dtype, 1e-5) * max(1.0, dense.abs().max().item())
     return Verification(
         [
@@ -103,7 +104,7 @@ class _Forced(LogitsProcessor):
         return torch.full_like(scores, float("-inf")).scatter(1, token[:, None], 0.0)
 
 
-def _generate(
+def generate_logits(
     model: nn.Module, inputs: Mapping[str, Any], steps: int, tokens: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Logits `[B, steps + 1, V]` behind the prompt and each new token: the given ones `[B, steps + 1]`, or the greedy."""
@@ -125,7 +126,7 @@ def _generate(
 
 
 def _uncached(model: nn.Module, inputs: Mapping[str, Any], tokens: Tensor) -> Tensor:
-    """The logits of `_generate` with these `tokens`, from one forward without a cache."""
+    """The logits of `generate_logits` with these `tokens`, from one forward without a cache."""
     longer = _copied(inputs)
     shape, tokens = inputs["input_ids"].shape, tokens[:, :-1]
     for name, value in inputs.items():
@@ -149,8 +150,8 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     """Everything about a model and transformers' registries that patching could leave changed."""
     root = root_model(model)
     marks: dict[str, Any] = {
-        "attention registry": sorted(AttentionInterface._global_mapping),
-        "mask registry": sorted(AttentionMaskInterface._global_mapping),
+        "attention registry": _registered(AttentionInterface, root),
+        "mask registry": _registered(AttentionMaskInterface, root),
         "config": root.config.to_dict(),
     }
     for name, module in root.named_modules():
@@ -162,6 +163,16 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
         if (config := getattr(module, "config", None)) is not None:
             marks[f"attention of {name}"] = getattr(config, "_attn_implementation", None)
     return marks
+
+
+def _registered(registry: Any, root: Any) -> list[str]:
+    """Names in a registry of transformers, without those of other patched models, which come and go."""
+    owners = {name: getattr(function, "__self__", None) for name, function in registry._global_mapping.items()}
+    return sorted(
+        name
+        for name, owner in owners.items()
+        if not isinstance(owner, GazeAttention) or owner.runtime.model_config is root.config
+    )
 
 
 def _changes(before: dict[str, Any], after: dict[str, Any]) -> float:

@@ -41,9 +41,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor
         and query.shape[-1] == value.shape[-1]
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
     ):
-        output, weight = _FLASH_CPU(
-            *tensors, 0.0, False, attn_mask=None if bias is None else bias.to(query.dtype), scale=scale
-        )
+        # The bias stays float32: in float16 ABSENT is -inf, for which the operator gives a weight of 0 (a share of 1).
+        output, weight = _FLASH_CPU(*tensors, 0.0, False, attn_mask=None if bias is None else bias.float(), scale=scale)
         return Part(output, weight)
     scores = torch.matmul(query, key.transpose(-1, -2)).float() * scale
     if bias is not None:

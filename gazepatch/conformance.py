@@ -1,0 +1,184 @@
+"""What every adapter must fulfil, as a test class that other packages inherit.
+
+    from gazepatch.conformance import AdapterConformance, Case
+
+    class TestMyFamily(AdapterConformance):
+        @pytest.fixture
+        def case(self):
+            return Case(model, inputs, spans)
+
+`inputs` are what the family's processor returns for a prompt with images (one row or several, padded on the left);
+`spans` say, independently of the adapter, where their visual tokens are. The model may be tiny and random, and must be
+in evaluation mode.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gazepatch.config import GazeConfig
+from gazepatch.inspection import inspect
+from gazepatch.layout import Span
+from gazepatch.patch import patch_of, patched, stats
+from gazepatch.reference import gaze_reference
+from gazepatch.verification import fingerprint, generate_logits, verify
+
+#: Largest difference from the dense logits, float32, relative to the largest logit.
+TOLERANCE = 1e-5
+#: Settings that leave nothing to chance: small regions, windows inside them, edges that do not fit.
+WHOLE = GazeConfig(region=(3, 3, 2), window=(3, 1, 1), budget=1.0, periphery=False, min_visual_tokens=0)
+QUARTER = dataclasses.replace(WHOLE, budget=0.25)
+
+
+class CaseLike(Protocol):
+    """A model, inputs for it, and the spans they hold."""
+
+    @property
+    def model(self) -> Any: ...
+    @property
+    def inputs(self) -> Mapping[str, Any]: ...
+    @property
+    def spans(self) -> Sequence[Span]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """The plainest `CaseLike`."""
+
+    model: nn.Module
+    inputs: Mapping[str, Any]
+    spans: Sequence[Span]
+
+
+class AdapterConformance:
+    """Inherit, and give a fixture `case`."""
+
+    def test_spans_are_where_the_processor_put_them(self, case: CaseLike) -> None:
+        assert inspect(case.model, case.inputs).spans == list(case.spans)
+
+    def test_generate_finds_the_same_spans(self, case: CaseLike) -> None:
+        with patched(case.model, WHOLE):
+            generate_logits(case.model, case.inputs, 1)
+            visual = stats(case.model).visual_entries
+        expected = sum(span.tokens for span in case.spans)
+        layers = len(inspect(case.model).gaze_layers)
+        assert visual == expected * layers * _key_heads(case.model)
+
+    def test_full_budget_generates_the_dense_tokens(self, case: CaseLike) -> None:
+        dense, tokens = generate_logits(case.model, case.inputs, 32)
+        with patched(case.model, WHOLE):
+            whole, same = generate_logits(case.model, case.inputs, 32)
+            assert stats(case.model).read_share == 1.0
+        assert torch.equal(tokens, same)
+        _assert_close(whole, dense)
+
+    def test_full_budget_forward_and_loss_are_dense(self, case: CaseLike) -> None:
+        labels = case.inputs["input_ids"].masked_fill(case.inputs["attention_mask"] == 0, -100)
+        with torch.no_grad():
+            for use_cache in (True, False):
+                dense = case.model(**case.inputs, labels=labels, use_cache=use_cache)
+                for prefill in ("dense", "gaze"):
+                    with patched(case.model, WHOLE, prefill=prefill):
+                        whole = case.model(**case.inputs, labels=labels, use_cache=use_cache)
+                    kept = case.inputs["attention_mask"].bool()
+                    _assert_close(whole.logits[kept], dense.logits[kept])
+                    assert abs(float(whole.loss - dense.loss)) <= TOLERANCE * max(1.0, float(dense.loss))
+
+    def test_decode_equals_the_reference(self, case: CaseLike) -> None:
+        for settings in (QUARTER, dataclasses.replace(QUARTER, periphery=True, head_reduce="none")):
+            with patched(case.model, settings), _spied(case.model) as steps:
+                generate_logits(case.model, case.inputs, 3)
+                assert steps, "no step gazed"
+                kept = sum(step.check(settings, case.spans) for step in steps)
+                counted = stats(case.model)
+            per_head = settings.head_reduce == "none"
+            group = 1 if per_head else _heads(case.model) // _key_heads(case.model)
+            assert counted.read_entries * group == kept
+            assert 0 < counted.read_share < 1
+
+    def test_promises_of_verify(self, case: CaseLike) -> None:
+        if len(case.inputs["input_ids"]) > 1:
+            return  # padding has no logits to compare
+        for settings in (QUARTER, dataclasses.replace(QUARTER, periphery=True, head_reduce="max")):
+            with patched(case.model, settings):
+                report = verify(case.model, case.inputs)
+            assert report.passed, report
+
+    def test_undo_is_exact(self, case: CaseLike) -> None:
+        dense, _ = generate_logits(case.model, case.inputs, 2)
+        before = fingerprint(case.model)
+        with patched(case.model, QUARTER):
+            generate_logits(case.model, case.inputs, 2)
+            assert fingerprint(case.model) != before
+        assert fingerprint(case.model) == before
+        again, _ = generate_logits(case.model, case.inputs, 2)
+        assert torch.equal(again, dense)
+
+
+@dataclasses.dataclass
+class _Step:
+    """One routed layer of one decode step, with everything the reference needs."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    visible: Tensor
+    scale: float
+    output: Tensor
+
+    def check(self, settings: GazeConfig, spans: Sequence[Span]) -> int:
+        """Compare with the reference; returns the visual entries that it kept, summed over query heads."""
+        kept = 0
+        for row in range(len(self.query)):
+            of_row = [span for span in spans if span.row == row]
+            expected = gaze_reference(
+                self.query[row, :, 0], self.key[row], self.value[row], of_row, settings, self.scale, self.visible[row]
+            )
+            error = (self.output[row, 0].float() - expected.output).abs().max().item()
+            assert error <= 2e-5 * max(1.0, expected.output.abs().max().item()), f"row {row}: {error}"
+            positions = [position for span in of_row for position in span.positions()]
+            kept += int(expected.kept[:, positions].sum())
+        return kept
+
+
+@contextmanager
+def _spied(model: nn.Module) -> Iterator[list[_Step]]:
+    """Notes every routed decode step of a patched model."""
+    steps: list[_Step] = []
+    attention = patch_of(model).attention
+    decode = attention.decode
+
+    def noted(forward: Any, layer: int, query: Tensor, scale: float, mask: Any) -> Tensor:
+        output = decode(forward, layer, query, scale, mask)
+        key, value = forward.cache.layers[layer].logical()
+        visible = torch.ones(len(query), key.shape[2], dtype=torch.bool)
+        if mask is not None:
+            row = mask[:, 0, -1]
+            visible = (row if row.dtype == torch.bool else row == 0).expand_as(visible)
+        steps.append(_Step(query, key, value, visible, scale, output))
+        return output
+
+    attention.decode = noted  # type: ignore[method-assign]
+    try:
+        yield steps
+    finally:
+        del attention.decode
+
+
+def _assert_close(actual: Tensor, expected: Tensor) -> None:
+    error, scale = (actual - expected).abs().max().item(), max(1.0, expected.abs().max().item())
+    assert error <= TOLERANCE * scale, f"differs by {error:.2e} at scale {scale:.1f}"
+
+
+def _heads(model: Any) -> int:
+    return int(model.config.get_text_config(decoder=True).num_attention_heads)
+
+
+def _key_heads(model: Any) -> int:
+    return int(model.config.get_text_config(decoder=True).num_key_value_heads)

@@ -1,0 +1,261 @@
+"""The gaze cache: several turns, other people's caches, beams, cropping, growth."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+import transformers
+from tiny import Case, batch, tiny
+from torch import Tensor
+from transformers import DynamicCache
+
+from gazepatch.cache import LEAST_ROOM, GazeLayer, GazeState
+from gazepatch.config import GazeConfig
+from gazepatch.errors import CacheError
+from gazepatch.layout import Span
+from gazepatch.patch import apply, patched, restore, stats
+
+WHOLE = GazeConfig(region=(3, 3, 1), window=(1, 3, 1), budget=1.0, periphery=False, min_visual_tokens=0)
+QUARTER = dataclasses.replace(WHOLE, budget=0.25)
+
+
+@pytest.fixture
+def case() -> Case:
+    return tiny("llava")
+
+
+def generate(case: Case, steps: int = 6, **inputs: object) -> Tensor:
+    given = {**case.inputs, **inputs}
+    return case.model.generate(**given, max_new_tokens=steps, min_new_tokens=steps)
+
+
+def two_turns(case: Case, cache: DynamicCache, second: dict[str, Tensor]) -> Tensor:
+    """Greedy tokens of a prompt, then of a second one on the same cache."""
+    first = generate(case, past_key_values=cache)
+    ids = torch.cat([first, second["input_ids"]], 1)
+    images = {name: value for name, value in second.items() if name != "input_ids"}
+    return case.model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=6, **images
+    )
+
+
+TEXT = {"input_ids": torch.tensor([[11, 12, 13, 14, 15]])}
+
+
+def image_turn(case: Case) -> dict[str, Tensor]:
+    """Another image, of the kind the case's prompt has, with text around it."""
+    first = case.spans[0]
+    image = case.inputs["input_ids"][:, first.start : first.stop]
+    text = torch.tensor([[21, 22, 23]])
+    return {"input_ids": torch.cat([text, image, text], 1), "pixel_values": torch.randn_like(case.inputs["pixel_values"][:1])}
+
+
+@pytest.mark.parametrize("prefill", ["dense", "gaze"])
+@pytest.mark.parametrize("turn", ["text", "image"])
+def test_a_second_turn_at_full_budget_is_dense(case: Case, turn: str, prefill: str) -> None:
+    second = TEXT if turn == "text" else image_turn(case)
+    dense = two_turns(case, DynamicCache(), second)
+    with patched(case.model, WHOLE, prefill=prefill):
+        assert torch.equal(two_turns(case, DynamicCache(), second), dense)
+
+
+@pytest.mark.parametrize("prefill", ["dense", "gaze"])
+def test_an_image_behind_a_first_turn_of_text_is_dense_at_full_budget(case: Case, prefill: str) -> None:
+    text = dataclasses.replace(case, inputs={"input_ids": TEXT["input_ids"]})
+    second = image_turn(case)
+    dense = two_turns(text, DynamicCache(), second)
+    with patched(case.model, WHOLE, prefill=prefill):
+        assert torch.equal(two_turns(text, DynamicCache(), second), dense)
+
+
+def test_an_image_of_a_later_turn_gazes_too(case: Case) -> None:
+    with patched(case.model, QUARTER):
+        two_turns(case, DynamicCache(), image_turn(case))
+        per_step = stats(case.model).visual_entries / stats(case.model).steps
+        generate(case)
+        before = stats(case.model).visual_entries / stats(case.model).steps
+    assert per_step > before
+
+
+@pytest.mark.parametrize("with_configuration", [True, False], ids=["layers", "no-layers"])
+def test_the_cache_given_is_the_one_filled(case: Case, with_configuration: bool) -> None:
+    cache = DynamicCache(config=case.model.config) if with_configuration else DynamicCache()
+    with patched(case.model, QUARTER):
+        generate(case, past_key_values=cache)
+    assert cache.get_seq_length() == case.inputs["input_ids"].shape[1] + 5
+    assert all(isinstance(layer, GazeLayer) for layer in cache.layers)
+
+
+def test_keys_and_values_are_in_the_order_of_the_sequence(case: Case) -> None:
+    dense, gazing = DynamicCache(), DynamicCache()
+    generate(case, past_key_values=dense)
+    with patched(case.model, WHOLE):
+        generate(case, past_key_values=gazing)
+    for one, other in zip(dense.layers, gazing.layers, strict=True):
+        assert torch.allclose(one.keys, other.keys, atol=1e-5)
+        assert torch.allclose(one.values, other.values, atol=1e-5)
+
+
+def test_a_forward_without_a_cache_makes_one_that_goes_on(case: Case) -> None:
+    with torch.no_grad(), patched(case.model, QUARTER):
+        out = case.model(**case.inputs, use_cache=True)
+        assert all(isinstance(layer, GazeLayer) for layer in out.past_key_values.layers)
+        case.model(input_ids=torch.tensor([[5]]), past_key_values=out.past_key_values)
+        assert stats(case.model).steps == 1
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_beam_search_at_full_budget_is_dense(case: Case, settings: dict, rows: int) -> None:
+    given = batch(case) if rows == 2 else case
+    dense = given.model.generate(**given.inputs, max_new_tokens=8, **settings)
+    with patched(given.model, WHOLE):
+        assert torch.equal(given.model.generate(**given.inputs, max_new_tokens=8, **settings), dense)
+
+
+def test_several_answers_at_full_budget_are_dense(case: Case) -> None:
+    settings = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 6}
+    torch.manual_seed(0)
+    dense = case.model.generate(**case.inputs, **settings)
+    with patched(case.model, WHOLE):
+        torch.manual_seed(0)
+        assert torch.equal(case.model.generate(**case.inputs, **settings), dense)
+
+
+def test_prompt_lookup_crops_and_stays_dense_at_full_budget(case: Case) -> None:
+    settings = {"prompt_lookup_num_tokens": 3, "max_new_tokens": 12}
+    dense = case.model.generate(**case.inputs, **settings)
+    with patched(case.model, WHOLE):
+        assert torch.equal(case.model.generate(**case.inputs, **settings), dense)
+
+
+def test_crop_forgets_text_but_no_image(case: Case) -> None:
+    cache = DynamicCache()
+    with patched(case.model, QUARTER):
+        once = generate(case, past_key_values=cache)
+        length = cache.get_seq_length()
+        cache.crop(-3)
+        assert cache.get_seq_length() == length - 3
+        ids = once[:, : length - 3 + 1]
+        again = case.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=3
+        )
+        assert torch.equal(again, once[:, : ids.shape[1] + 3][:, : again.shape[1]])
+        with pytest.raises(CacheError, match="only text behind the last image"):
+            cache.crop(-(cache.get_seq_length() - case.spans[-1].start))
+
+
+def test_a_copy_goes_its_own_way(case: Case) -> None:
+    cache = DynamicCache()
+    with torch.no_grad(), patched(case.model, QUARTER):
+        case.model(**case.inputs, past_key_values=cache)
+        twin = copy.deepcopy(cache)
+        logits = [case.model(input_ids=torch.tensor([[5]]), past_key_values=c).logits for c in (cache, twin)]
+        assert torch.equal(*logits)
+        case.model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+        assert cache.get_seq_length() == twin.get_seq_length() + 1
+
+
+def test_reset_makes_a_cache_that_starts_again(case: Case) -> None:
+    cache = DynamicCache()
+    with patched(case.model, QUARTER):
+        first = generate(case, past_key_values=cache)
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        assert torch.equal(generate(case, past_key_values=cache), first)
+
+
+def test_a_cache_filled_while_patched_belongs_to_the_patch(case: Case) -> None:
+    cache = DynamicCache()
+    token = {"input_ids": torch.tensor([[5]]), "past_key_values": cache}
+    with torch.no_grad():
+        with patched(case.model, QUARTER):
+            case.model(**case.inputs, past_key_values=cache)
+        with pytest.raises(CacheError, match=r"after gazepatch\.restore"):
+            case.model(**token)
+        with patched(case.model, QUARTER), pytest.raises(CacheError, match="start with a new cache"):
+            case.model(**token)
+        other = tiny("llava").model
+        with pytest.raises(CacheError, match="another model"):
+            other(**token)
+        with patched(other, QUARTER), pytest.raises(CacheError, match="another model"):
+            other(**token)
+
+
+def test_a_cache_filled_while_unpatched_is_refused(case: Case) -> None:
+    cache = DynamicCache()
+    with torch.no_grad():
+        case.model(**case.inputs, past_key_values=cache)
+        with patched(case.model, QUARTER), pytest.raises(CacheError, match="patch the model first"):
+            case.model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+
+
+@pytest.mark.parametrize("kind", ["static", "offloaded"])
+def test_other_kinds_of_cache_are_refused(case: Case, kind: str) -> None:
+    with patched(case.model, QUARTER), pytest.raises(CacheError, match="cache_implementation='dynamic'"):
+        if kind == "static":
+            generate(case, cache_implementation=kind)
+        else:
+            cache = transformers.DynamicCache(config=case.model.config)
+            cache.offloading = True
+            case.model(**case.inputs, past_key_values=cache)
+
+
+def test_a_cache_whose_forward_failed_is_refused(case: Case) -> None:
+    cache = DynamicCache()
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    with torch.no_grad(), patched(case.model, QUARTER):
+        case.model(**case.inputs, past_key_values=cache)
+        hook = case.model.model.language_model.layers[1].register_forward_pre_hook(fail)
+        with pytest.raises(ZeroDivisionError):
+            case.model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+        hook.remove()
+        with pytest.raises(CacheError, match="failed half-way"):
+            case.model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+
+
+def test_restore_then_apply_needs_a_new_cache_only(case: Case) -> None:
+    apply(case.model, QUARTER)
+    first = generate(case)
+    restore(case.model)
+    apply(case.model, QUARTER)
+    assert torch.equal(generate(case), first)
+
+
+def filled_layer(tokens: int, span: Span) -> tuple[GazeState, GazeLayer, object]:
+    owner = type("Owner", (), {})()
+    state = GazeState(owner, QUARTER)
+    layer = GazeLayer(state, gazes=True, leads=True)
+    state.begin([span], 1, tokens)
+    layer.update(torch.randn(1, 2, tokens, 8), torch.randn(1, 2, tokens, 8))
+    state.finish(True)
+    return state, layer, owner
+
+
+def test_decode_steps_append_in_place_and_grow_rarely() -> None:
+    state, layer, _owner = filled_layer(50, Span(0, 4, 40, (1, 6, 6), 0))
+    stores = set()
+    for step in range(3 * LEAST_ROOM):
+        state.begin([], 1, 1)
+        new = torch.full((1, 2, 1, 8), float(step))
+        key, value = layer.update(new, -new)
+        state.finish(True)
+        stores.add(key.untyped_storage().data_ptr())
+        assert key.shape[2] == 14 + step + 1
+        assert torch.equal(key[:, :, -1:], new) and torch.equal(value[:, :, -1:], -new)
+    assert len(stores) <= 4
+    assert torch.equal(layer.logical()[0][:, :, 50:, 0], torch.arange(3 * LEAST_ROOM).expand(1, 2, -1).float())
+
+
+def test_memory_is_close_to_that_of_the_entries() -> None:
+    tokens = 64 * 64 + 100
+    state, layer, _owner = filled_layer(tokens, Span(0, 50, 50 + 64 * 64, (1, 64, 64), 0))
+    state.begin([], 1, 1)
+    layer.update(torch.randn(1, 2, 1, 8), torch.randn(1, 2, 1, 8))
+    assert layer.nbytes() <= 1.25 * 2 * (tokens + 1) * 2 * 8 * 4

@@ -1,0 +1,329 @@
+"""apply and restore: what changes, what must not, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+
+import pytest
+import torch
+import transformers
+from tiny import Case, tiny
+from torch import nn
+
+from gazepatch.config import GazeConfig
+from gazepatch.errors import ConfigError, GazeError, PatchError, UnsupportedModelError
+from gazepatch.patch import apply, is_patched, patched, restore, stats
+from gazepatch.verification import fingerprint, generate_logits
+
+SMALL = GazeConfig(region=(3, 3, 1), window=None, budget=0.25, min_visual_tokens=0)
+
+
+@pytest.fixture
+def case() -> Case:
+    return tiny("llava")
+
+
+@pytest.fixture
+def ran(case: Case) -> Case:
+    """A case whose model has run once: at its first run transformers sets up hooks of its own."""
+    generate_logits(case.model, case.inputs, 1)
+    return case
+
+
+def test_apply_returns_the_model_and_restore_undoes_it(ran: Case) -> None:
+    before, dense = fingerprint(ran.model), generate_logits(ran.model, ran.inputs, 4)[0]
+    assert apply(ran.model, SMALL) is ran.model
+    assert is_patched(ran.model)
+    assert not torch.equal(generate_logits(ran.model, ran.inputs, 4)[0], dense)
+    assert restore(ran.model) is ran.model
+    assert not is_patched(ran.model)
+    assert fingerprint(ran.model) == before
+    assert torch.equal(generate_logits(ran.model, ran.inputs, 4)[0], dense)
+
+
+def test_settings_can_be_given_by_name(case: Case) -> None:
+    apply(case.model, SMALL, budget=3)
+    generate_logits(case.model, case.inputs, 1)
+    assert stats(case.model).read_entries < stats(case.model).visual_entries
+
+
+def test_the_vision_tower_keeps_its_attention(case: Case) -> None:
+    before = case.model.config.vision_config._attn_implementation
+    apply(case.model, SMALL)
+    assert case.model.config.vision_config._attn_implementation == before
+    assert case.model.config._attn_implementation == before
+
+
+def test_nothing_of_the_patch_is_saved(case: Case, tmp_path) -> None:
+    apply(case.model, SMALL)
+    case.model.save_pretrained(tmp_path)
+    assert "gaze" not in (tmp_path / "config.json").read_text()
+    loaded = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert loaded.state_dict().keys() == case.model.state_dict().keys()
+    assert not is_patched(loaded)
+
+
+def test_state_dict_and_parameters_do_not_change(case: Case) -> None:
+    names, parameters = list(case.model.state_dict()), [id(p) for p in case.model.parameters()]
+    apply(case.model, SMALL)
+    assert list(case.model.state_dict()) == names
+    assert [id(p) for p in case.model.parameters()] == parameters
+
+
+def test_two_models_of_one_class_and_one_configuration_do_not_see_each_other(ran: Case) -> None:
+    other = type(ran.model)(ran.model.config).eval()
+    other.load_state_dict(ran.model.state_dict())
+    dense = generate_logits(other, ran.inputs, 4)[0]
+    before = fingerprint(other)["config"]
+    with patched(ran.model, SMALL):
+        assert not is_patched(other)
+        assert torch.equal(generate_logits(other, ran.inputs, 4)[0], dense)
+        assert not torch.equal(generate_logits(ran.model, ran.inputs, 4)[0], dense)
+    assert fingerprint(other)["config"] == before
+
+
+def test_two_patched_models_keep_their_own_settings() -> None:
+    cases = [tiny("llava"), tiny("qwen2_vl")]
+    for case, budget in zip(cases, (0.5, 1.0), strict=True):
+        apply(case.model, SMALL, budget=budget)
+    for case in cases:
+        generate_logits(case.model, case.inputs, 2)
+    assert stats(cases[0].model).read_share < 0.7
+    assert stats(cases[1].model).read_share == 1.0
+
+
+def test_restoring_one_of_two_leaves_the_other_patched() -> None:
+    first, second = tiny("llava"), tiny("llava")
+    apply(first.model, SMALL)
+    apply(second.model, SMALL)
+    gazing = generate_logits(second.model, second.inputs, 3)[0]
+    restore(first.model)
+    assert torch.equal(generate_logits(second.model, second.inputs, 3)[0], gazing)
+
+
+def test_patched_restores_after_an_exception(ran: Case) -> None:
+    before = fingerprint(ran.model)
+    with pytest.raises(ZeroDivisionError), patched(ran.model, SMALL):
+        raise ZeroDivisionError
+    assert fingerprint(ran.model) == before
+
+
+def test_an_exception_inside_a_forward_leaves_the_model_usable(ran: Case) -> None:
+    apply(ran.model, SMALL)
+    expected = generate_logits(ran.model, ran.inputs, 2)[0]
+    decoder = ran.model.model.language_model
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    with (hook := decoder.layers[1].register_forward_pre_hook(fail)) and pytest.raises(ZeroDivisionError):
+        ran.model(**ran.inputs)
+    hook.remove()
+    assert torch.equal(generate_logits(ran.model, ran.inputs, 2)[0], expected)
+
+
+def test_an_exception_inside_apply_leaves_the_model_as_it_was(ran: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = fingerprint(ran.model)
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(type(ran.model.model.language_model), "register_forward_hook", fail)
+    with pytest.raises(MemoryError):
+        apply(ran.model, SMALL)
+    monkeypatch.undo()
+    assert fingerprint(ran.model) == before
+
+
+def test_applying_twice_is_refused_and_says_how_to_change_settings(case: Case) -> None:
+    apply(case.model, SMALL)
+    with pytest.raises(PatchError, match=r"patched already, with GazeConfig.*restore"):
+        apply(case.model, SMALL)
+    assert is_patched(case.model)
+
+
+@pytest.mark.parametrize("function", [restore, stats])
+def test_an_unpatched_model_is_refused(case: Case, function) -> None:
+    with pytest.raises(PatchError, match="not patched: call gazepatch.apply"):
+        function(case.model)
+
+
+@pytest.mark.parametrize("thing", [nn.Linear(2, 2), None, "llava"], ids=["module", "none", "name"])
+def test_what_is_not_a_model_of_transformers_is_refused(thing) -> None:
+    with pytest.raises(UnsupportedModelError, match="expected a model of transformers, got"):
+        apply(thing)
+
+
+def test_an_unknown_architecture_is_refused_with_the_known_ones() -> None:
+    config = transformers.LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    with pytest.raises(UnsupportedModelError, match=r"'llama'; known: .*llava.*To add one"):
+        apply(transformers.LlamaForCausalLM(config))
+
+
+@pytest.mark.parametrize(
+    "settings, error",
+    [
+        ({"budget": 0}, ConfigError),
+        ({"budget": float("nan")}, ConfigError),
+        ({"budget": 2.0}, ConfigError),
+        ({"bugdet": 0.5}, ConfigError),
+        ({"dense_layers": (7,)}, ConfigError),
+        ({"dense_layers": (0, 1)}, UnsupportedModelError),
+        ({"context_tokens": 4}, GazeError),
+        ({"config": {"budget": 0.5}}, ConfigError),
+    ],
+    ids=str,
+)
+def test_bad_settings_are_refused_and_change_nothing(ran: Case, settings, error) -> None:
+    before = fingerprint(ran.model)
+    with pytest.raises(error):
+        apply(ran.model, **settings)
+    assert fingerprint(ran.model) == before
+
+
+def test_flex_attention_is_refused(case: Case) -> None:
+    case.model.config.text_config._attn_implementation_internal = "flex_attention"
+    with pytest.raises(UnsupportedModelError, match="attn_implementation='sdpa'"):
+        apply(case.model)
+
+
+def test_eager_attention_is_kept_where_nothing_gazes(case: Case) -> None:
+    case.model.set_attn_implementation("eager")
+    generate_logits(case.model, case.inputs, 1)
+    with torch.no_grad():
+        dense = case.model(**case.inputs, output_attentions=True)
+        with patched(case.model, SMALL):
+            prompt = case.model(**case.inputs, output_attentions=True)
+            whole = generate_logits(case.model, case.inputs, 4)[0]
+    assert torch.equal(prompt.logits, dense.logits)
+    assert len(prompt.attentions) == len(dense.attentions)
+    assert torch.isfinite(whole).all()
+
+
+def test_an_attention_chosen_while_patched_stays_chosen(case: Case) -> None:
+    apply(case.model, SMALL)
+    case.model.set_attn_implementation("eager")
+    restore(case.model)
+    assert case.model.config.text_config._attn_implementation == "eager"
+
+
+def test_a_features_function_that_was_set_on_the_instance_comes_back(ran: Case) -> None:
+    own = ran.model.model.get_image_features
+    ran.model.model.get_image_features = replaced = lambda *a, **k: own(*a, **k)
+    with patched(ran.model, SMALL):
+        assert ran.model.model.get_image_features is not replaced
+    assert ran.model.model.get_image_features is replaced
+
+
+def test_a_model_thrown_away_leaves_no_functions_behind(case: Case) -> None:
+    names = set(transformers.AttentionInterface._global_mapping)
+    apply(case.model, SMALL)
+    assert set(transformers.AttentionInterface._global_mapping) != names
+    del case
+    model = tiny("llava").model
+    apply(model, SMALL)
+    del model
+    gc.collect()
+    # The fixture's model is alive still, this test's own is not.
+    assert len(set(transformers.AttentionInterface._global_mapping) - names) == 1
+
+
+def test_a_text_only_call_is_as_if_unpatched(ran: Case) -> None:
+    text = {"input_ids": torch.tensor([[1, 5, 7, 9]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    dense = generate_logits(ran.model, text, 6)[0]
+    with patched(ran.model, SMALL):
+        assert torch.equal(generate_logits(ran.model, text, 6)[0], dense)
+        assert stats(ran.model).steps == 0
+        assert stats(ran.model).read_share == 0.0
+
+
+def test_image_tokens_without_an_image_are_transformers_own_business(ran: Case) -> None:
+    without = {name: value for name, value in ran.inputs.items() if name != "pixel_values"}
+    with torch.no_grad():
+        dense = ran.model(**without).logits
+        with patched(ran.model, SMALL):
+            assert torch.equal(ran.model(**without).logits, dense)
+
+
+def test_pixels_without_image_tokens_are_refused_as_unpatched(ran: Case) -> None:
+    text = {**ran.inputs, "input_ids": torch.full_like(ran.inputs["input_ids"], 5)}
+    with pytest.raises(Exception) as unpatched:
+        ran.model(**text)
+    with patched(ran.model, SMALL), pytest.raises(type(unpatched.value)):
+        ran.model(**text)
+
+
+def test_embeddings_without_ids_are_read_whole_with_a_warning(ran: Case, caplog: pytest.LogCaptureFixture) -> None:
+    embeddings = ran.model.get_input_embeddings()(ran.inputs["input_ids"])
+    with torch.no_grad():
+        dense = ran.model(inputs_embeds=embeddings).logits
+        with patched(ran.model, SMALL):
+            assert torch.equal(ran.model(inputs_embeds=embeddings).logits, dense)
+            ran.model(inputs_embeds=embeddings)
+    assert [r.levelname for r in caplog.records if "without input_ids" in r.message] == ["WARNING"]
+
+
+def test_few_visual_tokens_are_read_whole(ran: Case) -> None:
+    dense = generate_logits(ran.model, ran.inputs, 4)[0]
+    with patched(ran.model, SMALL, min_visual_tokens=10_000):
+        whole = generate_logits(ran.model, ran.inputs, 4)[0]
+        assert stats(ran.model).read_share == 1.0
+    assert (whole - dense).abs().max() <= 1e-5 * dense.abs().max()
+
+
+def test_dense_layers_stay_dense(ran: Case) -> None:
+    with patched(ran.model, SMALL, dense_layers=(1,)):
+        generate_logits(ran.model, ran.inputs, 2)
+        assert list(stats(ran.model).layers) == [0]
+
+
+def test_statistics_start_again_with_every_prompt(ran: Case) -> None:
+    with patched(ran.model, SMALL):
+        generate_logits(ran.model, ran.inputs, 5)
+        first = stats(ran.model)
+        generate_logits(ran.model, ran.inputs, 5)
+        assert stats(ran.model) == first
+        assert first.steps == 5
+
+
+def test_two_threads_do_not_see_each_other(ran: Case) -> None:
+    other = tiny("llava", seed=3).inputs
+    with patched(ran.model, SMALL):
+        alone = [generate_logits(ran.model, inputs, 6)[0] for inputs in (ran.inputs, other)]
+        together: list[torch.Tensor | None] = [None, None]
+
+        def run(place: int, inputs: dict) -> None:
+            for _ in range(3):
+                together[place] = generate_logits(ran.model, inputs, 6)[0]
+
+        threads = [threading.Thread(target=run, args=(i, inputs)) for i, inputs in enumerate((ran.inputs, other))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for one, both in zip(alone, together, strict=True):
+        assert both is not None and torch.equal(one, both)
+
+
+def test_training_through_a_patched_model(ran: Case) -> None:
+    def gradients(**settings: object) -> list[torch.Tensor]:
+        ran.model.zero_grad()
+        with patched(ran.model, SMALL, **settings):
+            ran.model(**ran.inputs, labels=ran.inputs["input_ids"]).loss.backward()
+        return [p.grad.clone() for p in ran.model.parameters() if p.grad is not None]
+
+    ran.model.zero_grad()
+    ran.model(**ran.inputs, labels=ran.inputs["input_ids"]).loss.backward()
+    dense = [p.grad.clone() for p in ran.model.parameters() if p.grad is not None]
+    whole = gradients(prefill="gaze", budget=1.0)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(dense, whole, strict=True))
+    gazing = gradients(prefill="gaze", budget=1)
+    assert any(not torch.allclose(a, b, atol=1e-5) for a, b in zip(dense, gazing, strict=True))
+
+
+def test_a_patched_model_is_not_copied(ran: Case) -> None:
+    with patched(ran.model, SMALL), pytest.raises(PatchError, match="cannot be copied"):
+        copy.deepcopy(ran.model)
+    assert not is_patched(copy.deepcopy(ran.model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,9 +15,10 @@ import pytest
 import torch
 import transformers
 from tiny import BREAK, FAMILIES, IMAGE, VIDEO, VIDEO_TOKEN, Case, batch, filled, repeated, text, tiny
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from gazepatch.adapters.base import Adapter
-from gazepatch.layout import Span
+from gazepatch.layout import Span, lay
 from gazepatch.registry import MODULES, adapter_for
 
 CASES = [(name, False) for name in FAMILIES] + [(name, True) for name in VIDEO]
@@ -180,6 +182,34 @@ def test_images_and_videos_in_one_row(cases: Callable[[str, bool], Case]) -> Non
     assert set(captured) == {"image", "video"}
     assert located(mixed, captured) == mixed.spans
     assert [span.media for span in mixed.spans] == [0, 1, 1, 1, 2, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+def test_any_resolution_as_the_model_packs_it(cases: Callable[[str, bool], Case], name: str) -> None:
+    case = cases(name, False)
+    config = copy.deepcopy(case.model.config)
+    config.image_grid_pinpoints = [[24 * rows, 24 * columns] for rows in range(1, 5) for columns in range(1, 5)]
+    sizes_px = torch.randint(8, 300, (60, 2), generator=torch.Generator().manual_seed(3))
+    tiles = [image_size_to_num_patches(size, config.image_grid_pinpoints, 24) for size in sizes_px]
+    own = (
+        {"vision_feature_select_strategy": "default"}
+        if name == "llava_next"
+        else {"vision_aspect_ratio": "anyres_max_2"}
+    )
+    packed, _ = type(case.model.base_model).pack_image_features(
+        SimpleNamespace(config=config),
+        [torch.zeros(n, 36, 1) for n in tiles],
+        sizes_px,
+        image_newline=torch.ones(1),
+        **own,
+    )
+    media = adapter_of(case).media(config, "image", {"image_sizes": sizes_px}) or ()
+    for made, pieces in zip(packed, media, strict=True):
+        base, fine = pieces
+        assert base.tokens == 36 and fine.tokens == len(made) - 36
+        newlines = [position for position in range(36, len(made)) if made[position]]
+        (span,) = lay([[fine]], range(36, len(made)), row=0)
+        assert sorted(span.positions() + newlines) == list(range(36, len(made)))
 
 
 # ---- what cannot be known
@@ -405,6 +435,12 @@ def test_dense_reasons_of_families(cases: Callable[[str, bool], Case], name: str
     case = cases(name, False)
     expected = {0: SLIDING, 2: SLIDING} if name == "gemma3" else {}
     assert adapter_of(case).dense_reasons(case.model.config) == expected
+
+
+def test_a_decoder_with_a_head_is_taken_without_it() -> None:
+    with torch.device("meta"):
+        headed = transformers.LlamaForCausalLM(text())
+    assert adapter_for("llava").decoder(SimpleNamespace(get_decoder=lambda: headed)) is headed.model
 
 
 def test_a_configuration_may_lack_a_token_id() -> None:

@@ -56,6 +56,7 @@ LAYOUTS: dict[str, tuple[list[Media], str, list[Span]]] = {
     "breaks where the runs are long": ([[BREAKS]], "iiiiii", [span(0, 6, None)]),
     "breaks of the wrong width": ([[BREAKS]], "ii|ii|ii", [span(0, 2, None), span(3, 5, None), span(6, 8, None)]),
     "a newline missing": ([[NEWLINES]], "iiii.iiii", [span(0, 4, None), span(5, 9, None)]),
+    "an empty tile": ([[ONE, Block((1, 0, 4), row_gap=1, newlines=True)]], "iiiiii", [span(0, 6)]),
     "nothing": ([], "...", []),
 }
 

@@ -53,6 +53,8 @@ class GazeAttention:
         if forward.state.decoding:
             _refuse_unsupported(kwargs)
             return self.decode(forward, layer, query, _scale(query, kwargs), attention_mask), None
+        if forward.state.spans and query.shape[2] == 1:
+            forward.count_whole(layer, query.shape[1], key.shape[1])
         output, weights = self.dense(module, query, key, value, attention_mask, **kwargs)
         if forward.routed is not None:
             _refuse_unsupported(kwargs)
@@ -114,8 +116,10 @@ class GazeAttention:
             assert store.mean_keys is not None
             return store.mean_keys, store.mean_values
         chunk = forward.state.table("chunk", key.device)
-        keys, values = (chunk.means(chunk.visual_entries(x)) for x in (key, value))
-        return keys, values if self.runtime.config.periphery else None
+        keys = chunk.means(chunk.visual_entries(key))
+        if not self.runtime.config.periphery:
+            return keys, None
+        return keys, chunk.means(chunk.visual_entries(value)).to(value.dtype)
 
 
 def unregister(name: str) -> None:

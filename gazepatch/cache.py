@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ from gazepatch.stats import Counters
 #: Room for new entries: an eighth of what is held, at least this many. Rare copies, and little memory held in vain.
 LEAST_ROOM = 128
 
+#: Tables that change with every token.
+_GROWING = ("region_of", "logical_order")
+
 
 class GazeState:
     """What the layers of one cache share: the layout of the sequence so far, and the forward that is running.
@@ -32,8 +36,11 @@ class GazeState:
     Attributes:
         owner: The patch that fills this cache.
         length: Tokens seen, in the model's own count.
-        regions: Tables of all regions so far, or None before the first visual token.
-        chunk: The running forward's tokens, when some of them are visual.
+        spans: Visual tokens so far.
+        regions: Tables of all regions so far. None while every row has fewer visual tokens than `min_visual_tokens`:
+            they are then kept like text, and read by the model's own attention.
+        chunk: The running forward's tokens, when some of them become visual entries. It reaches back to the first
+            token when a sequence gets enough visual tokens only now.
         running: Whether a forward of the owner is running.
         decoding: Whether the running forward is one routed decode step.
     """
@@ -47,6 +54,7 @@ class GazeState:
     def clear(self) -> None:
         """Forget the sequence."""
         self.length = self.new_tokens = self.other_end = 0
+        self.spans: list[Span] = []
         self.regions: Regions | None = None
         self.chunk: Chunk | None = None
         self.running = self.decoding = self.broken = False
@@ -61,8 +69,8 @@ class GazeState:
         if self.broken:
             raise CacheError("the last forward on this cache failed half-way and left it incomplete: start with a new one")
         self.running = self.broken = True
-        self._forget("chunk", "region_of", "logical_order")
-        self.chunk = sort_chunk(spans, rows, self.length, new_tokens, self.config) if spans else None
+        self.spans += spans
+        self.chunk = self._sort(spans, rows, new_tokens) if spans else None
         self.decoding = new_tokens == 1 and self.regions is not None
         if self.chunk is not None:
             self._extend(self.chunk, new_tokens)
@@ -74,23 +82,38 @@ class GazeState:
         self.new_tokens, self.chunk = 0, None
         self.running = self.decoding = False
         self.broken = not completed
-        self._forget("chunk", "region_of", "logical_order")
 
-    def _forget(self, *names: str) -> None:
-        self._devices = {key: table for key, table in self._devices.items() if key[0].split()[0] not in names}
+    def _forget(self, name: str, device: torch.device | None = None) -> None:
+        def named(key: tuple[str, torch.device]) -> bool:
+            return key[0].split()[0] == name and device in (None, key[1])
+
+        self._devices = {key: table for key, table in self._devices.items() if not named(key)}
+
+    def _sort(self, spans: Sequence[Span], rows: int, new_tokens: int) -> Chunk | None:
+        if self.regions is not None:
+            return sort_chunk(spans, rows, self.length, new_tokens, self.config)
+        if self.visual_tokens < self.config.min_visual_tokens:
+            return None
+        return sort_chunk(self.spans, rows, 0, self.length + new_tokens, self.config)
 
     def _extend(self, chunk: Chunk, new_tokens: int) -> None:
-        past = self.other_positions()
-        if past is None:
-            past = torch.arange(self.length)[None]
-        visual, other = (torch.where(x < 0, -1, x + self.length) for x in (chunk.visual, chunk.other))
+        start = self.length + new_tokens - chunk.tokens
+        visual, other = (torch.where(x < 0, -1, x + start) for x in (chunk.visual, chunk.other))
+        past = self.other_positions() if start else None
         self._visual = visual if self._visual is None else _cat_rows(self._visual, visual)
-        self._other = _cat_rows(past, other)
+        self._other = other if past is None else _cat_rows(past, other)
         self.other_end = self.length + new_tokens
         self.regions = chunk.regions if self.regions is None else self.regions.followed_by(chunk.regions)
-        self._forget("regions", "plan")
+        for name in ("chunk", "regions", "plan"):
+            self._forget(name)
 
     # ---- what the layers ask
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens of the row that has most."""
+        rows = [span.row for span in self.spans]
+        return max((sum(s.tokens for s in self.spans if s.row == row) for row in set(rows)), default=0)
 
     def other_positions(self) -> Tensor | None:
         """`[b, T]` position of every entry that is not visual, the running forward's included; None: all in order."""
@@ -122,12 +145,14 @@ class GazeState:
         return number[:, :-1]
 
     def table(self, name: str, device: torch.device) -> Any:
-        """`chunk`, `regions`, `region_of` or `logical_order`, on a layer's device; made once a forward."""
-        if (name, device) not in self._devices:
+        """`chunk`, `regions`, `region_of` or `logical_order`, on a layer's device; made once and shared by the layers."""
+        key = (f"{name} {self.length + self.new_tokens}" if name in _GROWING else name, device)
+        if key not in self._devices:
+            self._forget(name, device)
             source: Any = getattr(self, name)
             source = source() if callable(source) else source
-            self._devices[name, device] = source if source is None else source.to(device)
-        return self._devices[name, device]
+            self._devices[key] = source if source is None else source.to(device)
+        return self._devices[key]
 
     def plan(self, query: Tensor, entries: Entries) -> DecodePlan:
         """How to decode, for layers with as many heads as these; made anew only when the sequence gets new regions."""
@@ -162,7 +187,6 @@ class GazeState:
         """Forget the last `tokens` tokens, none of which may be visual."""
         self.check_crop(tokens)
         self.length -= tokens
-        self._forget("logical_order")
         if self._other is not None and self.length < self.other_end:
             self._other, self.other_end = self._other[:, : self.length - self.other_end], self.length
 
@@ -183,6 +207,9 @@ class GazeState:
             self._other = self._other[rows.cpu()]
         if self.regions is not None:
             self.regions = self.regions.select_rows(rows)
+        else:  # not sorted yet: rows may still have to be
+            picked = enumerate(rows.tolist())
+            self.spans = [replace(span, row=i) for i, row in picked for span in self.spans if span.row == row]
         self._devices.clear()
 
 
@@ -237,15 +264,22 @@ class GazeLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         first = self._tokens == 0
         self._tokens += key_states.shape[-2]
-        chunk: Chunk | None = self.state.table("chunk", key_states.device) if self.gazes else None
-        if chunk is None:
+        if self.state.chunk is None or not self.gazes:
             self._append(key_states, value_states)
         else:
+            chunk: Chunk = self.state.table("chunk", key_states.device)
+            if chunk.tokens > key_states.shape[-2]:
+                key_states, value_states = self._take_back(key_states, value_states)
             self._append(chunk.other_entries(key_states), chunk.other_entries(value_states))
             self._append_visual(chunk.visual_entries(key_states), chunk.visual_entries(value_states), chunk)
         if first:
             return key_states, value_states
         return self._others() if self.gazes and self.state.decoding else self.logical()
+
+    def _take_back(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Empty the store of other entries, to be sorted again together with new ones."""
+        held, self._other, self._used = self._others(), None, 0
+        return torch.cat([held[0], key], 2), torch.cat([held[1], value], 2)
 
     def _append(self, key: Tensor, value: Tensor) -> None:
         start, self._used = self._used, self._used + key.shape[-2]
@@ -253,18 +287,19 @@ class GazeLayer(DynamicLayer):
             room = max(LEAST_ROOM, self._used // 8)
             self._other = _grown(self._other, start, self._used + room, (key, value))
         for store, new in zip(self._other, (key, value), strict=True):
-            store[:, :, start : self._used] = new
+            store.narrow(2, start, new.shape[2]).copy_(new)
 
     def _append_visual(self, key: Tensor, value: Tensor, chunk: Chunk) -> None:
-        mean_values = chunk.means(value) if self.state.config.periphery else None
-        means = (chunk.means(key), mean_values)
+        mean_keys = chunk.means(key)
+        mean_values = chunk.means(value).to(value.dtype) if self.state.config.periphery else None
         if self._visual is not None and self._means is not None:
             key, value = (torch.cat(pair, 2) for pair in zip(self._visual, (key, value), strict=True))
-            means = (
-                torch.cat([self._means[0], means[0]], 2),
-                None if mean_values is None or self._means[1] is None else torch.cat([self._means[1], mean_values], 2),
-            )
-        self._visual, self._means = (key.contiguous(), value.contiguous()), means
+            mean_keys = torch.cat([self._means[0], mean_keys], 2)
+            if mean_values is not None and self._means[1] is not None:
+                mean_values = torch.cat([self._means[1], mean_values], 2)
+        self._visual = key.contiguous(), value.contiguous()
+        # Windows innermost: scores are then products with rows of memory.
+        self._means = mean_keys.mT.contiguous().mT, mean_values
 
     # ---- reading
 
@@ -286,7 +321,7 @@ class GazeLayer(DynamicLayer):
     def _others(self) -> tuple[Tensor, Tensor]:
         assert self._other is not None
         key, value = self._other
-        return key[:, :, : self._used], value[:, :, : self._used]
+        return key.narrow(2, 0, self._used), value.narrow(2, 0, self._used)
 
     def logical(self) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, H_kv, L, D]` in the order of the sequence: a view without visual entries, else a copy."""

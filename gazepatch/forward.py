@@ -54,6 +54,13 @@ class Forward:
         return self._bias[1]
 
 
+    def count_whole(self, layer: int, heads: int, key_heads: int) -> None:
+        """Count a decode step of a sequence with few visual tokens, all of which the model's own attention reads."""
+        selections = heads if self.state.config.head_reduce == "none" else key_heads
+        entries = selections * sum(span.tokens for span in self.state.spans)
+        self.state.counters.add(layer, entries, entries)
+
+
 class _Running(threading.local):
     """What one thread is doing with the model."""
 
@@ -171,7 +178,7 @@ class Runtime:
             state.counters.clear()
             if self.config.prefill == "gaze" and ids is not None and state.regions is not None:
                 forward.routed, forward.routed_rows = self._routed(ids, spans, past, state)
-        elif state.decoding:
+        elif state.spans:
             state.counters.steps += 1
         return forward
 

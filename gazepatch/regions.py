@@ -159,17 +159,19 @@ class Chunk:
         other: `[b, T]` position in the chunk of every other entry; padding is -1, at the front.
         slot_windows: `[b, N]` window of each visual slot; padding counts as one window more than there are.
         regions: Tables of the regions of this chunk, slots counted from 0.
+        tokens: Length of the chunk.
     """
 
     visual: Tensor
     other: Tensor
     slot_windows: Tensor
     regions: Regions
+    tokens: int
 
     def to(self, device: torch.device) -> Chunk:
         """The same tables on `device`."""
         tensors = {name: getattr(self, name).to(device) for name in ("visual", "other", "slot_windows")}
-        return Chunk(**tensors, regions=self.regions.to(device))
+        return Chunk(**tensors, regions=self.regions.to(device), tokens=self.tokens)
 
     def visual_entries(self, x: Tensor) -> Tensor:
         """`x` `[B, H, S, D]` of the whole chunk gives `[B, H, N, D]` in slot order."""
@@ -180,7 +182,7 @@ class Chunk:
         return take(x, self.other)
 
     def means(self, x: Tensor) -> Tensor:
-        """Mean over every window: `x` `[B, H, N, D]` in slot order gives `[B, H, R * C, D]`, 0 for absent windows."""
+        """Mean over every window: `x` `[B, H, N, D]` in slot order gives float32 `[B, H, R * C, D]`, 0 for absent ones."""
         batch, heads, _, dim = x.shape
         total = self.regions.log_counts.shape[1]
         windows = self.slot_windows.expand(batch, -1)
@@ -189,7 +191,7 @@ class Chunk:
         sums = sums.index_add(0, bins.reshape(-1), x.reshape(-1, dim).float())
         counts = self.regions.log_counts.exp().round().clamp(min=1)
         sums = sums.view(batch, heads, total + 1, dim)[:, :, :total]
-        return (sums / counts[:, None, :, None]).to(x.dtype)
+        return sums / counts[:, None, :, None]
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
@@ -230,6 +232,7 @@ def sort_chunk(spans: Iterable[Span], rows: int, offset: int, tokens: int, confi
         other=torch.stack([torch.nn.functional.pad(o, (max(map(len, other)) - len(o), 0), value=-1) for o in other]),
         slot_windows=slot_windows,
         regions=regions,
+        tokens=tokens,
     )
 
 

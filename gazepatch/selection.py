@@ -5,22 +5,8 @@ Axes: B batch, H_kv key heads, G query heads of a key head, R regions, C windows
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
-
-
-class WindowWeights(NamedTuple):
-    """Softmax weights of the windows before they are normalised.
-
-    Attributes:
-        weight: `[..., R * C]` float32, `exp(logit - highest)`.
-        highest: `[..., 1]` the highest logit.
-    """
-
-    weight: Tensor
-    highest: Tensor
 
 
 def window_logits(query: Tensor, mean_keys: Tensor, log_counts: Tensor, scale: float) -> Tensor:
@@ -28,27 +14,21 @@ def window_logits(query: Tensor, mean_keys: Tensor, log_counts: Tensor, scale: f
 
     Args:
         query: `[B, H_kv, G, D]`.
-        mean_keys: `[B, H_kv, R * C, D]`.
+        mean_keys: `[B, H_kv, R * C, D]` float32, so that the selection is the same whatever the model's precision.
         log_counts: `[B or 1, R * C]` float32.
         scale: Scale of the attention scores.
 
     Returns:
         `[B, H_kv, G, R * C]` float32.
     """
-    return torch.add(log_counts[:, None, None], torch.matmul(query, mean_keys.transpose(-1, -2)), alpha=scale)
-
-
-def weigh(logits: Tensor) -> WindowWeights:
-    """Exponentials of `[..., R * C]` logits, taken once for the scores and for the periphery."""
-    highest = logits.amax(-1, keepdim=True)
-    return WindowWeights((logits - highest).exp_(), highest)
+    return torch.add(log_counts[:, None, None], torch.matmul(query.float(), mean_keys.transpose(-1, -2)), alpha=scale)
 
 
 def region_scores(weights: Tensor, windows: int, head_reduce: str) -> Tensor:
     """Softmax over the regions, whose logits are the log-sum-exp of their windows', agreed among the heads of a group.
 
     Args:
-        weights: `[B, H_kv, G, R * C]` of `weigh`.
+        weights: `[B, H_kv, G, R * C]` softmax over all windows, of which a region's share is the sum.
         windows: C.
         head_reduce: `mean`, `max` or `none`.
 
@@ -57,9 +37,7 @@ def region_scores(weights: Tensor, windows: int, head_reduce: str) -> Tensor:
 
     Source: one selection per key head, as in NSA, https://arxiv.org/abs/2502.11089.
     """
-    if windows > 1:
-        weights = weights.unflatten(-1, (-1, windows)).sum(-1)
-    scores = weights / weights.sum(-1, keepdim=True)
+    scores = weights.unflatten(-1, (-1, windows)).sum(-1) if windows > 1 else weights
     if head_reduce == "none":
         return scores
     return scores.amax(-2, keepdim=True) if head_reduce == "max" else scores.mean(-2, keepdim=True)

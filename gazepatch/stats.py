@@ -25,7 +25,7 @@ class Stats:
     """What the decode steps since the last prompt read.
 
     Attributes:
-        steps: Routed decode steps.
+        steps: Decode steps of sequences with visual tokens.
         visual_entries: Visual KV positions there were, summed over steps, layers, rows and key heads. Where every query
             head selects for itself (`head_reduce="none"`), over query heads.
         read_entries: How many of them were read.

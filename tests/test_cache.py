@@ -62,6 +62,21 @@ def test_a_second_turn_at_full_budget_is_dense(case: Case, turn: str, prefill: s
         assert torch.equal(two_turns(case, DynamicCache(), second), dense)
 
 
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_a_sequence_that_gets_enough_visual_tokens_later_is_sorted_then(case: Case, settings: dict) -> None:
+    second, enough = image_turn(case), sum(span.tokens for span in case.spans) + 1
+    dense = two_turns(case, DynamicCache(), second)
+    with patched(case.model, WHOLE, min_visual_tokens=enough):
+        cache = DynamicCache()
+        generate(case, past_key_values=cache, **settings)
+        assert cache.gaze.regions is None and stats(case.model).read_share == 1.0
+        assert torch.equal(two_turns(case, cache := DynamicCache(), second), dense)
+        assert cache.gaze.regions.counts == (9 * 3,)
+    with patched(case.model, QUARTER, min_visual_tokens=enough):
+        two_turns(case, DynamicCache(), second)
+        assert stats(case.model).read_share < 0.5
+
+
 @pytest.mark.parametrize("prefill", ["dense", "gaze"])
 def test_an_image_behind_a_first_turn_of_text_is_dense_at_full_budget(case: Case, prefill: str) -> None:
     text = dataclasses.replace(case, inputs={"input_ids": TEXT["input_ids"]})

@@ -15,7 +15,7 @@ from torch import Tensor
 from gazepatch.config import GazeConfig
 from gazepatch.ops.partial import Part, attend, combine
 from gazepatch.regions import ABSENT, Regions
-from gazepatch.selection import WindowWeights, region_scores, select, weigh, window_logits
+from gazepatch.selection import region_scores, select, window_logits
 
 
 class Entries(NamedTuple):
@@ -24,7 +24,7 @@ class Entries(NamedTuple):
     Attributes:
         key, value: `[B, H_kv, T, D]` of every token that is always visible.
         visual_key, visual_value: `[B, H_kv, N, D]`, contiguous.
-        mean_keys, mean_values: `[B, H_kv, R * C, D]`.
+        mean_keys, mean_values: `[B, H_kv, R * C, D]`; the keys float32 and stored with windows innermost.
     """
 
     key: Tensor
@@ -64,8 +64,9 @@ class DecodePlan:
         self.visual_entries = selections * sum(regions.tokens) * (batch // len(regions.tokens))
         self.whole = budgets == list(regions.counts)
         self.count = max(budgets)
-        # A page is what all regions are multiples of: the fewer rows index_select copies, the better.
-        self.page = math.gcd(*regions.length.unique().tolist())
+        # A page is what all regions are multiples of: the fewer rows index_select copies, the better. Starts and slots
+        # count too, as they are still those of rows that are gone.
+        self.page = math.gcd(regions.slots, *torch.cat([regions.length, regions.start]).unique().tolist())
         self.offsets = torch.arange(0, regions.max_length, self.page, device=device)
         rows = torch.arange(batch * key_heads, device=device).view(batch, key_heads, 1, 1, 1)
         self.first_page = rows * (regions.slots // self.page) + self.offsets // self.page
@@ -85,7 +86,7 @@ class DecodePlan:
         Memory fresh from the system costs more than the copy itself, so it is kept: `which` numbers the stores.
         """
         source = store.view(-1, self.page * store.shape[-1])
-        if torch.is_grad_enabled() and store.requires_grad:
+        if torch.is_grad_enabled():  # whoever asks for a gradient, of the query only perhaps, needs it later
             return source.index_select(0, pages)
         shape = (len(pages), source.shape[1])
         scratch = self._scratch.get(which)
@@ -112,12 +113,13 @@ def gaze_decode(query: Tensor, entries: Entries, plan: DecodePlan, scale: float,
     if plan.whole:
         parts.append(attend(grouped, entries.visual_key, entries.visual_value, scale, plan.padding))
     else:
-        weights = weigh(window_logits(grouped, entries.mean_keys, plan.regions.log_counts, scale))
-        selected = _select(weights.weight, plan)
+        logits = window_logits(grouped, entries.mean_keys, plan.regions.log_counts, scale)
+        weights = logits.softmax(-1)
+        selected = _select(weights, plan)
         part, read = _attend_selected(grouped, entries, selected, plan, scale)
         parts.append(part)
         if plan.config.periphery and entries.mean_values is not None:
-            parts.append(_attend_periphery(weights, entries.mean_values, selected, plan))
+            parts.append(_attend_periphery(logits, weights, entries.mean_values, selected, plan))
     return Decoded(combine(parts).reshape(batch, heads, 1, -1), read)
 
 
@@ -160,24 +162,32 @@ def _look_up(table: Tensor, selected: Tensor) -> Tensor:
     return table.expand(*selected.shape[:3], -1).gather(-1, selected)
 
 
-def _attend_periphery(weights: WindowWeights, mean_values: Tensor, selected: Tensor, plan: DecodePlan) -> Part:
-    """One pseudo-token per window of the regions that are not selected. Its weight is the one it was scored by."""
+def _attend_periphery(
+    logits: Tensor, weights: Tensor, mean_values: Tensor, selected: Tensor, plan: DecodePlan
+) -> Part:
+    """One pseudo-token per window of the regions that are not selected."""
     regions = plan.regions.start.shape[1]
     taken = torch.zeros(*selected.shape[:3], regions, dtype=torch.bool, device=selected.device)
     if plan.within is None:
         taken.scatter_(-1, selected, True)
     else:
         taken.scatter_(-1, selected, plan.within.expand_as(selected))
-    far = weights.weight.unflatten(-1, (-1, plan.regions.windows)).masked_fill_(taken[..., None], 0.0).flatten(-2)
-    return periphery(far, weights.highest, mean_values)
+    far = weights.unflatten(-1, (-1, plan.regions.windows)).masked_fill(taken[..., None], 0.0).flatten(-2)
+    return periphery(far, logits.logsumexp(-1), mean_values)
 
 
-def periphery(weight: Tensor, highest: Tensor, mean_values: Tensor) -> Part:
-    """Attention over pseudo-tokens with weights `[B, H_kv, G, R * C]`, times `exp(highest)`, and values `mean_values`."""
+def periphery(weights: Tensor, total: Tensor, mean_values: Tensor) -> Part:
+    """Attention over pseudo-tokens.
+
+    Args:
+        weights: `[B, H_kv, Q, R * C]` their share of the softmax over all windows; 0 for windows that are read.
+        total: `[B, H_kv, Q]` log-sum-exp of the logits of all windows.
+        mean_values: `[B, H_kv, R * C, D_v]`.
+    """
     # At least the smallest normal number, so that a periphery without weight is 0 and not 0 / 0.
-    total = weight.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    output = torch.matmul(weight.div(total).to(mean_values.dtype), mean_values)
-    return Part(output, (highest + total.log()).squeeze(-1))
+    share = weights.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    output = torch.matmul(weights.div(share).to(mean_values.dtype), mean_values)
+    return Part(output, total + share.squeeze(-1).log())
 
 
 def _padding_bias(regions: Regions) -> Tensor | None:

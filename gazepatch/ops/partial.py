@@ -53,10 +53,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor
 
 def combine(parts: list[Part]) -> Tensor:
     """Attention over the union of disjoint sets of keys, `[B, H, Q, D]`."""
-    output, weight = parts[0]
+    # In float32: rounding the shares and every step costs more than the precision of the parts does.
+    output, weight = parts[0].output.float(), parts[0].weight
     for i, part in enumerate(parts[1:], start=2):
-        share = torch.sigmoid(part.weight - weight)[..., None].to(output.dtype)
-        output = torch.lerp(output, part.output, share)
+        share = torch.sigmoid(part.weight - weight)[..., None]
+        output = torch.lerp(output, part.output.float(), share)
         if i < len(parts):
             weight = torch.logaddexp(weight, part.weight)
-    return output
+    return output.to(parts[0].output.dtype)

@@ -13,7 +13,7 @@ from gazepatch.config import GazeConfig
 from gazepatch.ops.decode import periphery
 from gazepatch.ops.partial import attend, combine
 from gazepatch.regions import ABSENT, Regions
-from gazepatch.selection import region_scores, select, weigh, window_logits
+from gazepatch.selection import region_scores, select, window_logits
 
 #: Elements of the largest temporary, the mask of a block of queries.
 BLOCK_ELEMENTS = 1 << 25
@@ -82,16 +82,16 @@ def _block(
     logits = window_logits(grouped, means[0], regions.log_counts, scale).unflatten(2, (queries, group))
     windows_seen = seen.repeat_interleave(regions.windows, -1)[:, None, :, None]
     logits = logits.masked_fill(~windows_seen, ABSENT)
-    weights = weigh(logits)
-    taken = _taken(weights.weight.detach(), seen, regions, config)  # [B, H_kv, Q, 1 or G, R]
+    weights = logits.softmax(-1)
+    taken = _taken(weights.detach(), seen, regions, config)  # [B, H_kv, Q, 1 or G, R]
     reads = taken.gather(-1, region_of.clamp(min=0)[:, None, None, None].expand(*taken.shape[:-1], -1))
     allowed = reads | (region_of < 0)[:, None, None, None]
     full = torch.where(allowed, 0.0, ABSENT) + bias[:, :, :, None]
     full = full.expand(batch, key_heads, queries, group, -1).reshape(batch, key_heads, queries * group, -1)
     parts = [attend(grouped, key, value, scale, full.clamp(min=ABSENT))]
     if config.periphery and means[1] is not None:
-        far = weights.weight.unflatten(-1, (-1, regions.windows)).masked_fill(taken[..., None], 0.0).flatten(-2)
-        parts.append(periphery(far.flatten(2, 3), weights.highest.flatten(2, 3), means[1]))
+        far = weights.unflatten(-1, (-1, regions.windows)).masked_fill(taken[..., None], 0.0).flatten(-2)
+        parts.append(periphery(far.flatten(2, 3), logits.logsumexp(-1).flatten(2, 3), means[1]))
     output = combine(parts).view(batch, key_heads, queries, group, -1)
     return output.transpose(2, 3).reshape(batch, heads, queries, -1)
 

@@ -36,7 +36,8 @@ class GazeConfig:
             scores, or `none`: each query head selects for itself.
         dense_layers: Indices of decoder layers that keep the model's own attention.
         prefill: Whether the text of a prompt reads everything (`dense`) or gazes too (`gaze`, for models trained so).
-        min_visual_tokens: A sequence with fewer visual tokens is read whole.
+        min_visual_tokens: A sequence with fewer visual tokens is read whole, because selecting would cost more time
+            than it saves.
         backend: `auto` or `torch`.
 
     Raises:
@@ -53,7 +54,7 @@ class GazeConfig:
     head_reduce: str = "mean"
     dense_layers: tuple[int, ...] = ()
     prefill: str = "dense"
-    min_visual_tokens: int = 256
+    min_visual_tokens: int = 1024
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -87,6 +88,7 @@ class GazeConfig:
             "context_tokens": 4,
             "periphery": False,
             "prefill": "gaze",
+            "min_visual_tokens": 0,
         }
         return cls(**(paper | settings))
 

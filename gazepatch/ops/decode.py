@@ -18,6 +18,10 @@ from gazepatch.regions import ABSENT, Regions
 from gazepatch.selection import region_scores, select, window_logits
 
 
+#: Keys and values that a CPU core's own cache can hold for a moment.
+CHUNK_BYTES = 1 << 22
+
+
 class Entries(NamedTuple):
     """Keys and values of one layer. Visual ones lie region by region; `mean_values` only with periphery.
 
@@ -60,13 +64,13 @@ class DecodePlan:
     def __init__(self, regions: Regions, config: GazeConfig, batch: int, heads: int, key_heads: int) -> None:
         self.regions, self.config = regions, config
         device, budgets = regions.start.device, regions.budgets(config)
+        self.on_cpu = device.type == "cpu"
         selections = heads if config.head_reduce == "none" else key_heads
         self.visual_entries = selections * sum(regions.tokens) * (batch // len(regions.tokens))
         self.whole = budgets == list(regions.counts)
         self.count = max(budgets)
-        # A page is what all regions are multiples of: the fewer rows index_select copies, the better. Starts and slots
-        # count too, as they are still those of rows that are gone.
-        self.page = math.gcd(regions.slots, *torch.cat([regions.length, regions.start]).unique().tolist())
+        # A page is what all regions are multiples of: the fewer rows index_select copies, the better.
+        self.page = math.gcd(*regions.length.unique().tolist())
         self.offsets = torch.arange(0, regions.max_length, self.page, device=device)
         rows = torch.arange(batch * key_heads, device=device).view(batch, key_heads, 1, 1, 1)
         self.first_page = rows * (regions.slots // self.page) + self.offsets // self.page
@@ -81,18 +85,25 @@ class DecodePlan:
         self._scratch: dict[int, Tensor] = {}
 
     def read(self, store: Tensor, pages: Tensor, which: int) -> Tensor:
-        """`[n * page, D]` tokens of the `[n]` pages of a `[B, H_kv, N, D]` store.
+        """Tokens `[g, n * page, D]` of the pages `[g, n]` of a `[B, H_kv, N, D]` store.
 
-        Memory fresh from the system costs more than the copy itself, so it is kept: `which` numbers the stores.
+        Memory fresh from the system costs more than the copy itself, so it is kept: `which` numbers the stores. What
+        was read before is overwritten.
         """
-        source = store.view(-1, self.page * store.shape[-1])
-        if torch.is_grad_enabled():  # whoever asks for a gradient, of the query only perhaps, needs it later
-            return source.index_select(0, pages)
-        shape = (len(pages), source.shape[1])
+        groups, dim = len(pages), store.shape[-1]
+        source, rows = store.view(-1, self.page * dim), pages.view(-1)
+        if torch.is_grad_enabled() and store.requires_grad:
+            return source.index_select(0, rows).view(groups, -1, dim)
+        size = len(rows) * source.shape[1]
         scratch = self._scratch.get(which)
-        if scratch is None or scratch.shape != shape or scratch.dtype != store.dtype:
-            scratch = self._scratch[which] = store.new_empty(shape)
-        return torch.index_select(source, 0, pages, out=scratch)
+        if scratch is None or scratch.numel() < size or scratch.dtype != store.dtype:
+            scratch = self._scratch[which] = store.new_empty(size)
+        out = scratch[:size].view(len(rows), -1)
+        return torch.index_select(source, 0, rows, out=out).view(groups, -1, dim)
+
+    def chunks(self, groups: int, group_bytes: int) -> int:
+        """How many groups to read at a time, so that what is copied is attended to while it is in the processor's cache."""
+        return max(torch.get_num_threads(), CHUNK_BYTES // max(group_bytes, 1)) if self.on_cpu else groups
 
 
 def gaze_decode(query: Tensor, entries: Entries, plan: DecodePlan, scale: float, bias: Tensor | None = None) -> Decoded:
@@ -135,7 +146,7 @@ def _attend_selected(
     grouped: Tensor, entries: Entries, selected: Tensor, plan: DecodePlan, scale: float
 ) -> tuple[Part, int | Tensor]:
     batch, key_heads, group, dim = grouped.shape
-    selections = selected.shape[2]
+    groups = batch * key_heads * selected.shape[2]  # that read the same entries
     bias, read = None, selected.numel() * plan.regions.max_length
     pages = _look_up(plan.start_page, selected)[..., None] + plan.first_page
     if plan.length is not None:
@@ -145,16 +156,17 @@ def _attend_selected(
         held = plan.offsets < length[..., None]
         # A page that a shorter region does not have is read where the store begins, and hidden.
         pages = pages.masked_fill(~held, 0)
-        bias = torch.where(held, 0.0, ABSENT).repeat_interleave(plan.page, -1)
-        bias = bias.view(batch, key_heads * selections, 1, -1)
+        bias = torch.where(held, 0.0, ABSENT).repeat_interleave(plan.page, -1).view(1, groups, 1, -1)
         read = length.sum()
-    rows = pages.view(-1)
-    key, value = (
-        plan.read(store, rows, which).view(batch, key_heads * selections, -1, store.shape[-1])
-        for which, store in enumerate((entries.visual_key, entries.visual_value))
-    )
-    part = attend(grouped.reshape(batch, key_heads * selections, group // selections, dim), key, value, scale, bias)
-    return Part(part.output.reshape(batch, key_heads, group, -1), part.weight.reshape(batch, key_heads, group)), read
+    pages, query = pages.view(groups, -1), grouped.reshape(groups, -1, dim)
+    size = plan.chunks(groups, 2 * pages.shape[1] * plan.page * dim * query.element_size())
+    parts = []
+    for some in (slice(first, first + size) for first in range(0, groups, size)):
+        key = plan.read(entries.visual_key, pages[some], 0)
+        value = plan.read(entries.visual_value, pages[some], 1)
+        parts.append(attend(query[None, some], key[None], value[None], scale, None if bias is None else bias[:, some]))
+    output, weight = parts[0] if len(parts) == 1 else (torch.cat(of_all, 1) for of_all in zip(*parts, strict=True))
+    return Part(output.reshape(batch, key_heads, group, -1), weight.reshape(batch, key_heads, group)), read
 
 
 def _look_up(table: Tensor, selected: Tensor) -> Tensor:
@@ -162,9 +174,7 @@ def _look_up(table: Tensor, selected: Tensor) -> Tensor:
     return table.expand(*selected.shape[:3], -1).gather(-1, selected)
 
 
-def _attend_periphery(
-    logits: Tensor, weights: Tensor, mean_values: Tensor, selected: Tensor, plan: DecodePlan
-) -> Part:
+def _attend_periphery(logits: Tensor, weights: Tensor, mean_values: Tensor, selected: Tensor, plan: DecodePlan) -> Part:
     """One pseudo-token per window of the regions that are not selected."""
     regions = plan.regions.start.shape[1]
     taken = torch.zeros(*selected.shape[:3], regions, dtype=torch.bool, device=selected.device)

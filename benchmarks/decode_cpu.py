@@ -1,0 +1,349 @@
+"""What gaze attention costs and saves on a CPU: `python benchmarks/decode_cpu.py [--quick] [--json] [-o FILE]`.
+
+Each line compares ways of doing the same in one run, interleaved, and gives medians and ratios. The keys and values are
+random: time does not depend on them. Filling a cache of 64k tokens by a real prompt would take minutes, so the caches
+of the attention and decode tables are filled directly, as a prompt would fill them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from timing import machine, ratio, side_by_side
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from gazepatch.cache import GazeLayer, GazeState, adopt
+from gazepatch.config import GazeConfig
+from gazepatch.layout import Span
+from gazepatch.ops.decode import gaze_decode
+from gazepatch.patch import apply, patch_of, restore
+
+HEADS, KEY_HEADS, DIM, TEXT, LAYERS = 32, 8, 128, 64, 4
+SETTINGS = {
+    "64": GazeConfig(region=(8, 8, 1), window=None, periphery=False),
+    "36": GazeConfig(region=(6, 6, 1), window=None, periphery=False),
+    "36 in 3x3, periphery": GazeConfig(),
+}
+BUDGETS = (0.05, 0.1, 0.25, 1.0)
+
+
+class Owner:
+    """Stands for the patch that a cache belongs to."""
+
+
+class Attention(nn.Module):
+    """What transformers' attention function asks of a module."""
+
+    num_key_value_groups, is_causal = HEADS // KEY_HEADS, True
+
+
+def span(side: int) -> Span:
+    """An image of `side` x `side` tokens behind half of the text."""
+    return Span(0, TEXT // 2, TEXT // 2 + side * side, (1, side, side), 0)
+
+
+# ---- one attention step
+
+
+class Layers:
+    """The entries of a few layers, in their own order for dense attention and in the layers of one gaze cache."""
+
+    def __init__(self, stored: list[tuple[Tensor, Tensor]], side: int, config: GazeConfig) -> None:
+        self.stored, self.owner = stored, Owner()
+        self.state = GazeState(self.owner, config)
+        self.layers = [GazeLayer(self.state, gazes=True, leads=i == 0) for i in range(len(stored))]
+        self.state.begin([span(side)], 1, stored[0][0].shape[2])
+        for layer, (key, value) in zip(self.layers, stored, strict=True):
+            layer.update(key, value)
+        self.state.finish(True)
+
+    def gaze(self, query: Tensor, new: Tensor) -> None:
+        """Append one token to every layer and attend, as a patched model does."""
+        self.state.begin([], 1, 1)
+        for layer in self.layers:
+            key, value = layer.update(new, new)
+            if self.state.decoding:
+                entries = layer.entries()
+                gaze_decode(query, entries, self.state.plan(query, entries), DIM**-0.5)
+            else:  # fewer than min_visual_tokens
+                sdpa_attention_forward(ATTENTION, query, key, value, None, scaling=DIM**-0.5)
+        self.state.finish(True)
+
+    def default(self, query: Tensor, new: Tensor) -> None:
+        """Append one token to layers of a DynamicCache and attend, as an unpatched model does."""
+        for key, value in self.stored:
+            plain = DynamicLayer()
+            plain.lazy_initialization(key, value)
+            plain.keys, plain.values = key, value
+            sdpa_attention_forward(ATTENTION, query, *plain.update(new, new), None, scaling=DIM**-0.5)
+
+
+ATTENTION = Attention()
+
+
+@torch.no_grad()
+def attention_step(
+    stored: list[tuple[Tensor, Tensor]], side: int, config: GazeConfig, rounds: int
+) -> dict[str, Any]:
+    """Appending one token and attending, over several layers in turn, so that entries come from memory as in a model.
+
+    Beside it the best dense sdpa, which is spared the append, and transformers' default path.
+    """
+    dtype = stored[0][0].dtype
+    layers = Layers(stored, side, config)
+    # A new query for every step, so that it reads other regions than the one before.
+    queries = itertools.cycle(torch.randn(32, 1, HEADS, 1, DIM).to(dtype))
+    new, group = torch.randn(1, KEY_HEADS, 1, DIM).to(dtype), HEADS // KEY_HEADS
+
+    def grouped() -> None:
+        query = next(queries).view(1, KEY_HEADS, group, DIM)
+        for key, value in stored:
+            sdpa(query, key, value)
+
+    def enable_gqa() -> None:
+        query = next(queries)
+        for key, value in stored:
+            sdpa(query, key, value, enable_gqa=True)
+
+    dense: dict[str, Callable[[], object]] = {"heads grouped": grouped, "enable_gqa": enable_gqa}
+    ways = {
+        "gaze": lambda: layers.gaze(next(queries), new),
+        **dense,
+        "transformers": lambda: layers.default(next(queries), new),
+    }
+    taken = side_by_side(ways, rounds)
+    best = min(dense, key=lambda name: statistics.median(taken[name]))
+    per_layer = {name: statistics.median(times) / len(stored) for name, times in taken.items()}
+    return {
+        "visual_tokens": side * side,
+        "dtype": str(dtype).removeprefix("torch."),
+        "budget": config.budget,
+        "path": "dense" if layers.state.regions is None else "gaze",
+        "gaze_ms": per_layer["gaze"],
+        "best_dense_ms": per_layer[best],
+        "best_dense": best,
+        "transformers_ms": per_layer["transformers"],
+        "over_best_dense": ratio(taken[best], taken["gaze"]),
+        "over_transformers": ratio(taken["transformers"], taken["gaze"]),
+    }
+
+
+# ---- a whole decode step
+
+
+def llava(layers: int, side: int, dtype: torch.dtype, hidden: int, mlp: int, heads: int) -> LlavaForConditionalGeneration:
+    """A LLaVA with random weights whose images have `side` x `side` tokens."""
+    text = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=KEY_HEADS,
+        head_dim=DIM,
+        max_position_embeddings=1 << 17,
+    )
+    tower = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1, image_size=4 * side, patch_size=4
+    )
+    config = LlavaConfig(text_config=text, vision_config=tower, image_token_id=1000, vision_feature_layer=-1)
+    return LlavaForConditionalGeneration(config).to(dtype).eval()
+
+
+def fill(cache: DynamicCache, model: LlavaForConditionalGeneration, side: int, seed: int = 0) -> DynamicCache:
+    """Fill every layer as a prompt with one image would."""
+    tokens, layers = side * side + TEXT, model.config.text_config.num_hidden_layers
+    generator = torch.Generator().manual_seed(seed)
+    state = None
+    if hasattr(model, "_gazepatch"):
+        runtime = patch_of(model).runtime
+        state = adopt(cache, runtime, runtime.config, layers, runtime.gaze_layers)
+        state.begin([span(side)], 1, tokens)
+    for i in range(layers):
+        key, value = torch.randn(2, 1, KEY_HEADS, tokens, DIM, generator=generator).to(model.dtype)
+        cache.update(key, value, i)
+    if state is not None:
+        state.finish(True)
+    return cache
+
+
+@torch.no_grad()
+def decode_step(side: int, dtype: torch.dtype, config: GazeConfig, rounds: int) -> dict[str, Any]:
+    """One forward of a token through a four-layer model whose attention dominates."""
+    model = llava(4, side, dtype, hidden=1024, mlp=1024, heads=HEADS)
+    token = torch.tensor([[5]])
+    plain = fill(DynamicCache(), model, side)
+    apply(model, config)
+    gazing = fill(DynamicCache(), model, side)
+    patch = patch_of(model)
+    settings, name, own = patch.config, patch.attention.name, model.model.language_model.config
+    original = patch.attention.original
+
+    def gaze() -> object:
+        own._attn_implementation_internal = name
+        return model(input_ids=token, past_key_values=gazing).logits
+
+    # The same weights for both: the unpatched step runs the decoder without hooks and with its own attention.
+    decoder = model.model.language_model
+    hooks = dict(decoder._forward_pre_hooks), dict(decoder._forward_hooks)
+
+    def dense() -> object:
+        own._attn_implementation_internal = original
+        decoder._forward_pre_hooks.clear(), decoder._forward_hooks.clear()
+        try:
+            return model(input_ids=token, past_key_values=plain).logits
+        finally:
+            decoder._forward_pre_hooks.update(hooks[0]), decoder._forward_hooks.update(hooks[1])
+
+    taken = side_by_side({"gaze": gaze, "dense": dense}, rounds)
+    own._attn_implementation_internal = name
+    restore(model)
+    return {
+        "visual_tokens": side * side,
+        "dtype": str(dtype).removeprefix("torch."),
+        "budget": settings.budget,
+        "gaze_ms": statistics.median(taken["gaze"]),
+        "dense_ms": statistics.median(taken["dense"]),
+        "over_dense": ratio(taken["dense"], taken["gaze"]),
+    }
+
+
+# ---- the rest
+
+
+@torch.no_grad()
+def flatness(steps: int = 1000) -> dict[str, Any]:
+    """Whether a step costs the same late in an answer: 16k visual tokens, float32, a model with a usual MLP."""
+    model = llava(2, 128, torch.float32, hidden=2048, mlp=8192, heads=16)
+    apply(model, replace(SETTINGS["64"], budget=0.1))
+    early, late = fill(DynamicCache(), model, 128), fill(DynamicCache(), model, 128)
+    token = torch.tensor([[5]])
+    for cache, count in ((early, 10), (late, steps)):
+        for _ in range(count):
+            model(input_ids=token, past_key_values=cache)
+    # `early` grows while it is timed, but only from 10 to 50 tokens.
+    ways = {
+        "early": lambda: model(input_ids=token, past_key_values=early),
+        "late": lambda: model(input_ids=token, past_key_values=late),
+    }
+    taken = side_by_side(ways, rounds=40)
+    medians = {name: statistics.median(times) for name, times in taken.items()}
+    return {"step_10_ms": medians["early"], f"step_{steps}_ms": medians["late"], "ratio": ratio(taken["late"], taken["early"])}
+
+
+@torch.no_grad()
+def prefill(rounds: int) -> dict[str, Any]:
+    """A prompt of 4k visual tokens, float32, patched and not; and the memory of the caches it leaves."""
+    side = 64
+    model, twin = (llava(2, side, torch.float32, hidden=1024, mlp=2816, heads=8) for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    ids = torch.cat([torch.full((1, 32), 5), torch.full((1, side * side), 1000), torch.full((1, 32), 5)], 1)
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 4 * side, 4 * side)}
+    apply(model, replace(SETTINGS["64"], budget=0.1))
+    taken = side_by_side({"gaze": lambda: model(**inputs), "dense": lambda: twin(**inputs)}, rounds, seconds=90)
+    cache, plain = model(**inputs).past_key_values, twin(**inputs).past_key_values
+    token = torch.tensor([[5]])
+    model(input_ids=token, past_key_values=cache)
+    twin(input_ids=token, past_key_values=plain)
+    held = sum(layer.nbytes() for layer in cache.layers)
+    dense = sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in plain.layers)
+    return {
+        "visual_tokens": side * side,
+        "gaze_ms": statistics.median(taken["gaze"]),
+        "dense_ms": statistics.median(taken["dense"]),
+        "over_dense": 1 / ratio(taken["dense"], taken["gaze"]),
+        "cache_memory_ratio": held / dense,
+    }
+
+
+def apply_time() -> dict[str, Any]:
+    """`apply` and `restore` on a model of 32 layers."""
+    model = llava(32, 8, torch.float32, hidden=64, mlp=64, heads=8)
+    taken = []
+    for _ in range(11):
+        start = time.perf_counter()
+        apply(model)
+        taken.append(1e3 * (time.perf_counter() - start))
+        restore(model)
+    return {"layers": 32, "apply_ms": statistics.median(taken)}
+
+
+# ---- the tables
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Plain aligned columns."""
+    heads = list(rows[0])
+    cells = [heads, *([_cell(row[head]) for head in heads] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(heads))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def run(quick: bool) -> dict[str, Any]:
+    """All figures; `quick` leaves out the large ones."""
+    sides, rounds = ((32, 64, 128), 7) if quick else ((32, 64, 128, 256), 15)
+    figures: dict[str, Any] = {"machine": machine(), "attention_step": [], "decode_step": []}
+    for dtype in (torch.float32, torch.bfloat16):
+        for side in sides:
+            shape = (2, 1, KEY_HEADS, side * side + TEXT, DIM)
+            stored = [(key, value) for key, value in (torch.randn(shape).to(dtype) for _ in range(LAYERS))]
+            for name, config in SETTINGS.items():
+                for budget in BUDGETS if name == "64" else (0.1, 0.25):
+                    row = attention_step(stored, side, replace(config, budget=budget), rounds)
+                    figures["attention_step"].append({"regions": name, **row})
+                    _progress(f"attention {dtype} {side}x{side} {name} {budget}")
+    for dtype in (torch.float32, torch.bfloat16):
+        for side in sides[1:]:
+            for name, budget in (("64", 0.05), ("64", 0.1), ("64", 0.25), ("64", 1.0), ("36 in 3x3, periphery", 0.25)):
+                row = decode_step(side, dtype, replace(SETTINGS[name], budget=budget), rounds)
+                figures["decode_step"].append({"regions": name, **row})
+                _progress(f"decode {dtype} {side}x{side} {name} {budget}")
+    figures["flatness"] = [flatness(100 if quick else 1000)]
+    figures["prefill"] = [prefill(3 if quick else 9)]
+    figures["apply"] = [apply_time()]
+    return figures
+
+
+def _progress(what: str) -> None:
+    print(f"  {what}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="smaller sizes, fewer rounds")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("-o", "--out", type=Path, help="also write the tables to FILE, and the figures beside it as JSON")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    figures = run(options.quick)
+    parts = [json.dumps(figures["machine"])]
+    parts += [f"{name}\n{table(rows)}" for name, rows in figures.items() if name != "machine"]
+    text = "\n\n".join(parts) + "\n"
+    print(json.dumps(figures, indent=1) if options.json else text)
+    if options.out is not None:
+        options.out.write_text(text)
+        options.out.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

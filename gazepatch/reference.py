@@ -29,7 +29,7 @@ def gaze_reference(
     Args:
         query: `[H, D]`, after position embedding and norm.
         key, value: `[H_kv, L, D]`, the whole sequence in its own order, as cached.
-        spans: Where the visual tokens are; those that end behind the query are not visible to it.
+        spans: The visual tokens that the query sees: leave out those that end behind it.
         config: Region, window, budget, head_reduce, periphery and min_visual_tokens are read.
         scale: Scale of the attention scores.
         visible: `[L]` bool, the entries that the query could read before.
@@ -38,26 +38,27 @@ def gaze_reference(
     """
     query, key, value = query.float(), key.float(), value.float()
     regions = _regions(spans, config)
-    length, group = key.shape[1], len(query) // len(key)
+    group = len(query) // len(key)
     whole = sum(span.tokens for span in spans) < config.min_visual_tokens
-    outputs, kept = [], torch.zeros(len(query), length, dtype=torch.bool)
+    outputs, kept = [], []
     for k in range(len(key)):
         heads = range(k * group, (k + 1) * group)
         scores = torch.stack([_region_scores(query[h], key[k], regions, scale) for h in heads])
         for h in heads:
             of_head = scores[h - k * group] if config.head_reduce == "none" else _agree(scores, config.head_reduce)
             chosen = set(range(len(regions))) if whole else _best(of_head, config.budget_regions(len(regions)))
-            kept[h] = visible
+            read = visible.clone()
             for number, windows in enumerate(regions):
                 if number not in chosen:
-                    kept[h, torch.cat(windows)] = False
-            logits, values = scale * key[k][kept[h]] @ query[h], value[k][kept[h]]
+                    read[torch.cat(windows)] = False
+            kept.append(read)
+            logits, values = scale * key[k][read] @ query[h], value[k][read]
             if config.periphery:
                 far = [w for number, windows in enumerate(regions) if number not in chosen for w in windows]
                 logits = torch.cat([logits, *(_window_logit(query[h], key[k], w, scale)[None] for w in far)])
                 values = torch.cat([values, *(value[k][w].mean(0, keepdim=True) for w in far)])
             outputs.append(logits.softmax(0) @ values)
-    return Attended(torch.stack(outputs), kept)
+    return Attended(torch.stack(outputs), torch.stack(kept))
 
 
 def _regions(spans: Sequence[Span], config: GazeConfig) -> list[list[Tensor]]:
@@ -89,5 +90,6 @@ def _agree(scores: Tensor, head_reduce: str) -> Tensor:
 
 
 def _best(scores: Tensor, count: int) -> set[int]:
-    order = sorted(range(len(scores)), key=lambda number: (-float(scores[number]), number))
+    values: list[float] = scores.tolist()
+    order = sorted(range(len(values)), key=lambda number: (-values[number], number))
     return set(order[:count])

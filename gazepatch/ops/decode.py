@@ -17,7 +17,6 @@ from gazepatch.ops.partial import Part, attend, combine
 from gazepatch.regions import ABSENT, Regions
 from gazepatch.selection import region_scores, select, window_logits
 
-
 #: Keys and values that a CPU core's own cache can hold for a moment.
 CHUNK_BYTES = 1 << 22
 
@@ -69,8 +68,9 @@ class DecodePlan:
         self.visual_entries = selections * sum(regions.tokens) * (batch // len(regions.tokens))
         self.whole = budgets == list(regions.counts)
         self.count = max(budgets)
-        # A page is what all regions are multiples of: the fewer rows index_select copies, the better.
-        self.page = math.gcd(*regions.length.unique().tolist())
+        # A page is what all regions are multiples of: the fewer rows index_select copies, the better. Starts and slots
+        # count too, as they are still those of rows that are gone.
+        self.page = math.gcd(regions.slots, *torch.cat([regions.length, regions.start]).unique().tolist())
         self.offsets = torch.arange(0, regions.max_length, self.page, device=device)
         rows = torch.arange(batch * key_heads, device=device).view(batch, key_heads, 1, 1, 1)
         self.first_page = rows * (regions.slots // self.page) + self.offsets // self.page
@@ -92,7 +92,7 @@ class DecodePlan:
         """
         groups, dim = len(pages), store.shape[-1]
         source, rows = store.view(-1, self.page * dim), pages.view(-1)
-        if torch.is_grad_enabled() and store.requires_grad:
+        if torch.is_grad_enabled():  # whoever asks for a gradient, of the query only perhaps, needs it later
             return source.index_select(0, rows).view(groups, -1, dim)
         size = len(rows) * source.shape[1]
         scratch = self._scratch.get(which)
@@ -102,7 +102,7 @@ class DecodePlan:
         return torch.index_select(source, 0, rows, out=out).view(groups, -1, dim)
 
     def chunks(self, groups: int, group_bytes: int) -> int:
-        """How many groups to read at a time, so that what is copied is attended to while it is in the processor's cache."""
+        """How many groups to read at a time, so that what is copied is still in the processor's cache when used."""
         return max(torch.get_num_threads(), CHUNK_BYTES // max(group_bytes, 1)) if self.on_cpu else groups
 
 

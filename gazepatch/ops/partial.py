@@ -13,13 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 # What F.scaled_dot_product_attention calls on CPU; called by name for the log-sum-exp, which it computes anyway.
 _FLASH_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 class Part(NamedTuple):
-    """Attention over one set of keys: `output` `[B, H, Q, D]`, and the `weight` `[B, H, Q]`, log-sum-exp of its scores."""
+    """Attention over one set of keys: `output` `[B, H, Q, D]` and `weight` `[B, H, Q]`, log-sum-exp of its scores."""
 
     output: Tensor
     weight: Tensor

@@ -1,4 +1,4 @@
-"""Text queries of a prompt that gaze: each selects its regions among the images before it. Plain PyTorch, differentiable.
+"""Text queries of a prompt that gaze: each selects its regions among the images before it. Plain, differentiable torch.
 
 Every routed query gets a row of a mask over all keys, in blocks of queries so that memory stays bounded. Axes as in
 `gazepatch.ops.decode`; Q are the routed queries, L the positions of the sequence.
@@ -111,7 +111,7 @@ def _budgets(seen: Tensor, regions: Regions, config: GazeConfig) -> Tensor:
     if isinstance(config.budget, int):
         budget = count.clamp(max=config.budget)
     else:
-        budget = torch.minimum((count.double() * config.budget - 1e-9).ceil().long(), count)
+        budget = torch.minimum((count.double() * config.budget - 1e-9).ceil().long().clamp(min=1), count)
     tokens = (seen * regions.length[:, None]).sum(-1)
     return torch.where(tokens < config.min_visual_tokens, count, budget)
 

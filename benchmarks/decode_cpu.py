@@ -96,9 +96,7 @@ ATTENTION = Attention()
 
 
 @torch.no_grad()
-def attention_step(
-    stored: list[tuple[Tensor, Tensor]], side: int, config: GazeConfig, rounds: int
-) -> dict[str, Any]:
+def attention_step(stored: list[tuple[Tensor, Tensor]], side: int, config: GazeConfig, rounds: int) -> dict[str, Any]:
     """Appending one token and attending, over several layers in turn, so that entries come from memory as in a model.
 
     Beside it the best dense sdpa, which is spared the append, and transformers' default path.
@@ -145,7 +143,9 @@ def attention_step(
 # ---- a whole decode step
 
 
-def llava(layers: int, side: int, dtype: torch.dtype, hidden: int, mlp: int, heads: int) -> LlavaForConditionalGeneration:
+def llava(
+    layers: int, side: int, dtype: torch.dtype, hidden: int, mlp: int, heads: int
+) -> LlavaForConditionalGeneration:
     """A LLaVA with random weights whose images have `side` x `side` tokens."""
     text = LlamaConfig(
         vocab_size=1024,
@@ -158,7 +158,12 @@ def llava(layers: int, side: int, dtype: torch.dtype, hidden: int, mlp: int, hea
         max_position_embeddings=1 << 17,
     )
     tower = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1, image_size=4 * side, patch_size=4
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        image_size=4 * side,
+        patch_size=4,
     )
     config = LlavaConfig(text_config=text, vision_config=tower, image_token_id=1000, vision_feature_layer=-1)
     return LlavaForConditionalGeneration(config).to(dtype).eval()
@@ -242,7 +247,11 @@ def flatness(steps: int = 1000) -> dict[str, Any]:
     }
     taken = side_by_side(ways, rounds=40)
     medians = {name: statistics.median(times) for name, times in taken.items()}
-    return {"step_10_ms": medians["early"], f"step_{steps}_ms": medians["late"], "ratio": ratio(taken["late"], taken["early"])}
+    return {
+        "step_10_ms": medians["early"],
+        f"step_{steps}_ms": medians["late"],
+        "ratio": ratio(taken["late"], taken["early"]),
+    }
 
 
 @torch.no_grad()
@@ -331,7 +340,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="smaller sizes, fewer rounds")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("-o", "--out", type=Path, help="also write the tables to FILE, and the figures beside it as JSON")
+    parser.add_argument(
+        "-o", "--out", type=Path, help="also write the tables to FILE, and the figures beside it as JSON"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)

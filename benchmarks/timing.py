@@ -13,7 +13,11 @@ import transformers
 
 
 def side_by_side(
-    ways: Mapping[str, Callable[[], object]], rounds: int = 15, warmup: int = 2, in_a_row: int = 3, seconds: float = 20.0
+    ways: Mapping[str, Callable[[], object]],
+    rounds: int = 15,
+    warmup: int = 2,
+    in_a_row: int = 3,
+    seconds: float = 20.0,
 ) -> dict[str, list[float]]:
     """Milliseconds of every way in every round.
 

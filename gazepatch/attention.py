@@ -64,7 +64,7 @@ class GazeAttention:
     def dense(self, module: nn.Module, *args: Any, **kwargs: Any) -> Attended:
         """The model's own attention."""
         # Eager attention is not registered anywhere: each modelling file has its own.
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         attended: Attended = ALL_ATTENTION_FUNCTIONS.get_interface(self.original, eager)(module, *args, **kwargs)
         return attended
 
@@ -142,7 +142,9 @@ def _scale(query: Tensor, kwargs: dict[str, Any]) -> float:
 
 def _as_4d(mask: Any) -> Tensor | None:
     """A mask `[B, 1, S, L]`, whichever form the original implementation takes."""
-    if mask is None or (torch.is_tensor(mask) and mask.dim() == 4):
+    if mask is None:
+        return None
+    if isinstance(mask, Tensor) and mask.dim() == 4:
         return mask
     if torch.is_tensor(mask) and mask.dim() == 2:  # flash attention: padding only
         return mask.bool()[:, None, None]

@@ -67,7 +67,9 @@ class GazeState:
     def begin(self, spans: Sequence[Span], rows: int, new_tokens: int) -> None:
         """A forward of `new_tokens` tokens in each of `rows` rows starts; `spans` are its visual tokens."""
         if self.broken:
-            raise CacheError("the last forward on this cache failed half-way and left it incomplete: start with a new one")
+            raise CacheError(
+                "the last forward on this cache failed half-way and left it incomplete: start with a new one"
+            )
         self.running = self.broken = True
         self.spans += spans
         self.chunk = self._sort(spans, rows, new_tokens) if spans else None
@@ -145,7 +147,7 @@ class GazeState:
         return number[:, :-1]
 
     def table(self, name: str, device: torch.device) -> Any:
-        """`chunk`, `regions`, `region_of` or `logical_order`, on a layer's device; made once and shared by the layers."""
+        """`chunk`, `regions`, `region_of` or `logical_order`, on a layer's device; made once for all layers."""
         key = (f"{name} {self.length + self.new_tokens}" if name in _GROWING else name, device)
         if key not in self._devices:
             self._forget(name, device)
@@ -324,7 +326,7 @@ class GazeLayer(DynamicLayer):
         return key.narrow(2, 0, self._used), value.narrow(2, 0, self._used)
 
     def logical(self) -> tuple[Tensor, Tensor]:
-        """Keys and values `[B, H_kv, L, D]` in the order of the sequence: a view without visual entries, else a copy."""
+        """Keys and values `[B, H_kv, L, D]` in the order of the sequence: a copy, or a view if none is visual."""
         if self._visual is None:
             return self._others()
         order = self.state.table("logical_order", self._visual[0].device)
@@ -367,7 +369,7 @@ class GazeLayer(DynamicLayer):
             self.state.clear()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens (a positive number is the length to keep, as transformers 5.16 has it)."""
+        """Forget the last `-tokens_to_remove` tokens; a positive number is the length to keep (transformers 5.16)."""
         tokens = -tokens_to_remove if tokens_to_remove <= 0 else max(self._tokens - tokens_to_remove, 0)
         if tokens == 0:
             return
@@ -407,7 +409,9 @@ class GazeLayer(DynamicLayer):
     prefetch = offload
 
 
-def _grown(held: tuple[Tensor, Tensor] | None, used: int, room: int, like: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _grown(
+    held: tuple[Tensor, Tensor] | None, used: int, room: int, like: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
     stores = []
     for i, new in enumerate(like):
         store = new.new_empty(*new.shape[:2], room, new.shape[3])
@@ -452,7 +456,8 @@ def adopt(cache: object, owner: object, config: GazeConfig, layers: int, gaze_la
 
 
 def _holds_entries(cache: Cache) -> bool:
-    return any(getattr(layer, "is_initialized", False) and layer.get_seq_length() > 0 for layer in cache.layers)
+    layers: list[Any] = cache.layers
+    return any(getattr(layer, "is_initialized", False) and layer.get_seq_length() > 0 for layer in layers)
 
 
 def _replace_layers(cache: Cache, state: GazeState, layers: int, gaze_layers: Sequence[int]) -> None:
@@ -461,7 +466,9 @@ def _replace_layers(cache: Cache, state: GazeState, layers: int, gaze_layers: Se
     plain = [i for i, kind in enumerate(kinds) if kind is DynamicLayer]
     made = list(cache.layers) or [DynamicLayer() for _ in kinds]
     if missing := sorted(set(gaze_layers) - set(plain)):
-        raise CacheError(f"layers {missing} were to gaze, but the cache keeps them as {[kinds[i].__name__ for i in missing]}")
+        raise CacheError(
+            f"layers {missing} were to gaze, but the cache keeps them as {[kinds[i].__name__ for i in missing]}"
+        )
     leader = next(iter(gaze_layers), plain[0] if plain else None)
     for i in plain:
         made[i] = GazeLayer(state, gazes=i in gaze_layers, leads=i == leader)

@@ -67,7 +67,8 @@ class GazeConfig:
             _check_block("window", self.window)
             if any(r % w for r, w in zip(self.region, self.window, strict=True)):
                 raise ConfigError(
-                    f"window must divide region on every axis (h, w, t), got window {self.window} in region {self.region}"
+                    f"window must divide region on every axis (h, w, t), got window {self.window} "
+                    f"in region {self.region}"
                 )
         _check_budget(self.budget)
         _check_int("context_tokens", self.context_tokens, least=0)
@@ -102,7 +103,7 @@ class GazeConfig:
         if isinstance(self.budget, int):
             return min(self.budget, regions)
         # The small step back keeps ceil(0.1 * 10) at 1 whatever the rounding of the product.
-        return min(math.ceil(self.budget * regions - 1e-9), regions)
+        return min(max(1, math.ceil(self.budget * regions - 1e-9)), regions)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
@@ -157,7 +158,8 @@ def _check_budget(value: object) -> None:
     if isinstance(value, float) and 0.0 < value <= 1.0:
         return
     raise ConfigError(
-        f"budget must be a share of the regions (a float, 0 < budget <= 1) or their number (an int of at least 1), got {value!r}"
+        "budget must be a share of the regions (a float, 0 < budget <= 1) or their number (an int of at least 1), "
+        f"got {value!r}"
     )
 
 

@@ -53,7 +53,6 @@ class Forward:
             self._bias = (mask, self.state.bias(mask))
         return self._bias[1]
 
-
     def count_whole(self, layer: int, heads: int, key_heads: int) -> None:
         """Count a decode step of a sequence with few visual tokens, all of which the model's own attention reads."""
         selections = heads if self.state.config.head_reduce == "none" else key_heads

@@ -131,5 +131,7 @@ def _notes(spans: list[Span], settings: GazeConfig, inputs: Mapping[str, Any] | 
         tokens = sum(span.tokens for span in spans if span.row == row)
         if tokens < settings.min_visual_tokens:
             least = settings.min_visual_tokens
-            notes.append(f"row {row} has {tokens} visual tokens, fewer than min_visual_tokens={least}: it is read whole")
+            notes.append(
+                f"row {row} has {tokens} visual tokens, fewer than min_visual_tokens={least}: it is read whole"
+            )
     return notes

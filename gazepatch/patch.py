@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import nn
@@ -148,9 +148,13 @@ def gaze_layers(adapter: Adapter, model_config: Any, config: GazeConfig) -> tupl
 
 def root_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside what was given."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
+    inner: Any = model
+    if hasattr(inner, "get_base_model"):  # PEFT
+        inner = inner.get_base_model()
     if not isinstance(inner, PreTrainedModel):
-        raise UnsupportedModelError(f"expected a model of transformers, got {type(model).__module__}.{type(model).__name__}")
+        raise UnsupportedModelError(
+            f"expected a model of transformers, got {type(model).__module__}.{type(model).__name__}"
+        )
     return inner
 
 

@@ -182,7 +182,7 @@ class Chunk:
         return take(x, self.other)
 
     def means(self, x: Tensor) -> Tensor:
-        """Mean over every window: `x` `[B, H, N, D]` in slot order gives float32 `[B, H, R * C, D]`, 0 for absent ones."""
+        """Mean over every window: `x` `[B, H, N, D]` in slot order gives float32 `[B, H, R * C, D]`."""
         batch, heads, _, dim = x.shape
         total = self.regions.log_counts.shape[1]
         windows = self.slot_windows.expand(batch, -1)

@@ -47,7 +47,7 @@ class Stats:
 
 @dataclass
 class Counters:
-    """Counts of one cache since its last prompt. Reads of uneven regions stay on the device until they are asked for."""
+    """Counts of one cache since its last prompt. Reads of uneven regions stay on the device until asked for."""
 
     steps: int = 0
     visual: dict[int, int] = field(default_factory=dict)

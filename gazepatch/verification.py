@@ -85,7 +85,9 @@ def _verify(model: nn.Module, inputs: Mapping[str, Any], steps: int, settings: G
     limit = TOLERANCE.get(dense.dtype, 1e-5) * max(1.0, dense.abs().max().item())
     return Verification(
         [
-            Check("dense equivalence", _gap(dense, whole), limit, f"largest logit difference at budget 1, {steps} steps"),
+            Check(
+                "dense equivalence", _gap(dense, whole), limit, f"largest logit difference at budget 1, {steps} steps"
+            ),
             Check("cached equals uncached", _gap(cached, uncached), limit, "largest logit difference, same steps"),
             Check("exact undo: logits", _gap(dense, again), 0.0, "largest logit difference, before and after"),
             Check("exact undo: model", _changes(before, after), 0.0, "hooks, attributes and registries changed"),
@@ -107,10 +109,11 @@ class _Forced(LogitsProcessor):
 def generate_logits(
     model: nn.Module, inputs: Mapping[str, Any], steps: int, tokens: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Logits `[B, steps + 1, V]` behind the prompt and each new token: the given ones `[B, steps + 1]`, or the greedy."""
+    """Logits `[B, steps + 1, V]` behind the prompt and each new token: the given `[B, steps + 1]`, or the greedy."""
     # By way of generate, which alone knows how each family numbers the positions of new tokens.
     prompt = inputs["input_ids"].shape[1]
-    out = root_model(model).generate(
+    root: Any = root_model(model)
+    out = root.generate(
         **_copied(inputs),
         max_new_tokens=steps + 1,
         min_new_tokens=steps + 1,

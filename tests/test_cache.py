@@ -50,7 +50,10 @@ def image_turn(case: Case) -> dict[str, Tensor]:
     first = case.spans[0]
     image = case.inputs["input_ids"][:, first.start : first.stop]
     text = torch.tensor([[21, 22, 23]])
-    return {"input_ids": torch.cat([text, image, text], 1), "pixel_values": torch.randn_like(case.inputs["pixel_values"][:1])}
+    return {
+        "input_ids": torch.cat([text, image, text], 1),
+        "pixel_values": torch.randn_like(case.inputs["pixel_values"][:1]),
+    }
 
 
 @pytest.mark.parametrize("prefill", ["dense", "gaze"])
@@ -70,7 +73,8 @@ def test_a_sequence_that_gets_enough_visual_tokens_later_is_sorted_then(case: Ca
         cache = DynamicCache()
         generate(case, past_key_values=cache, **settings)
         assert cache.gaze.regions is None and stats(case.model).read_share == 1.0
-        assert torch.equal(two_turns(case, cache := DynamicCache(), second), dense)
+        cache = DynamicCache()
+        assert torch.equal(two_turns(case, cache, second), dense)
         assert cache.gaze.regions.counts == (9 * 3,)
     with patched(case.model, QUARTER, min_visual_tokens=enough):
         two_turns(case, DynamicCache(), second)

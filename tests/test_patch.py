@@ -146,7 +146,7 @@ def test_applying_twice_is_refused_and_says_how_to_change_settings(case: Case) -
 
 @pytest.mark.parametrize("function", [restore, stats])
 def test_an_unpatched_model_is_refused(case: Case, function) -> None:
-    with pytest.raises(PatchError, match="not patched: call gazepatch.apply"):
+    with pytest.raises(PatchError, match=r"not patched: call gazepatch\.apply"):
         function(case.model)
 
 
@@ -157,7 +157,9 @@ def test_what_is_not_a_model_of_transformers_is_refused(thing) -> None:
 
 
 def test_an_unknown_architecture_is_refused_with_the_known_ones() -> None:
-    config = transformers.LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    config = transformers.LlamaConfig(
+        vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
     with pytest.raises(UnsupportedModelError, match=r"'llama'; known: .*llava.*To add one"):
         apply(transformers.LlamaForCausalLM(config))
 

@@ -1,6 +1,59 @@
+"""`gazepatch ask`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
 import click
+
+from gazepatch.cli.output import json_option, print_json
+
+if TYPE_CHECKING:
+    from gazepatch.answering import Answer
 
 
 @click.command("ask")
-def command() -> None:
-    """x"""
+@click.argument("model")
+@click.argument("images", metavar="IMAGE...", nargs=-1, type=click.Path(exists=True, dir_okay=False))
+@click.argument("prompt")
+@click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(min=1), metavar="N")
+@click.option("--dense", is_flag=True, help="Let the model's own attention answer.")
+@click.option("--compare", is_flag=True, help="Let both answer, one after the other.")
+@json_option
+def command(
+    model: str, images: tuple[str, ...], prompt: str, max_new_tokens: int, dense: bool, compare: bool, as_json: bool
+) -> None:
+    """Ask MODEL about images.
+
+    MODEL is an artefact, or any supported model (a local folder or Hub id), which then gazes with the default settings.
+    """
+    if dense and compare:
+        raise click.UsageError("--dense and --compare exclude each other", click.get_current_context())
+
+    import gazepatch
+    from gazepatch.answering import answer
+    from gazepatch.cli.opening import open_model, prompt_inputs
+
+    patched, processor = open_model(model)
+    settings = gazepatch.inspect(patched).settings
+    inputs = prompt_inputs(patched, processor, images, prompt)
+    answers: dict[str, Any] = {}
+    for name in ("dense", "gaze") if compare else ("dense",) if dense else ("gaze",):
+        if name == "dense":
+            gazepatch.restore(patched)
+        elif not gazepatch.is_patched(patched):
+            gazepatch.apply(patched, settings)
+        show = None if as_json else lambda text: click.echo(text, nl=False)
+        answers[name] = answer(patched, processor.tokenizer, inputs, max_new_tokens=max_new_tokens, show=show)
+        if not as_json:
+            click.echo(f"\n[{name}: {_cost(answers[name], name)}]")
+    if as_json:
+        print_json({name: dataclasses.asdict(given) for name, given in answers.items()})
+
+
+def _cost(given: Answer, name: str) -> str:
+    share = "all" if given.read_share is None else f"{given.read_share:.1%}"
+    rate = f", {given.per_token_s * 1000:.1f} ms a token" if given.per_token_s is not None else ""
+    note = " (too few of them to choose from)" if name == "gaze" and given.read_share is None else ""
+    return f"{share} of the visual entries read{note}, {given.first_token_s:.2f} s to the first token{rate}"

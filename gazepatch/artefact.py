@@ -52,18 +52,15 @@ def save(model: PreTrainedModel, out: str | Path, *, force: bool = False) -> Pat
         PatchError: The model is not patched.
         ArtefactError: It was not loaded from anywhere, or `out` cannot be written.
     """
-    from gazepatch.inspection import inspect
+    from gazepatch.patch import patch_of, root_model
 
-    if (settings := inspect(model).settings) is None:
-        raise ArtefactError(
-            "the model is not patched, so there are no settings to save: call gazepatch.apply(model) first"
-        )
-    if not (source := getattr(model.config, "_name_or_path", "")):
+    settings, config = patch_of(model).config, root_model(model).config
+    if not (source := getattr(config, "_name_or_path", "")):
         raise ArtefactError(
             "an artefact names its base model, and this one was not loaded from anywhere: "
             "restore it, call model.save_pretrained(folder), and load it from there"
         )
-    return _write(model.config, source, settings, Path(out), force)
+    return _write(config, source, settings, Path(out), force)
 
 
 def load(

@@ -1,0 +1,45 @@
+"""Models, processors and prompts as the commands take them: names and files in, model and inputs out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
+
+def open_model(source: str) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A patched model with its processor: an artefact with its own settings, any other model with the defaults."""
+    import torch
+    import transformers
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    import gazepatch
+    from gazepatch.artefact import artefact_folder, base_config, base_of, is_artefact
+    from gazepatch.manifest import read
+
+    transformers.utils.logging.set_verbosity_error()  # hints about settings that nobody here has chosen
+    if is_artefact(source):
+        model = gazepatch.load(source)
+        base, revision = base_of(read(artefact_folder(source)))
+    else:
+        base_config(source)  # an unknown architecture is refused before its weights are read
+        model = gazepatch.apply(AutoModelForImageTextToText.from_pretrained(source))
+        base, revision = source, None
+    processor = AutoProcessor.from_pretrained(base, revision=revision)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
+
+
+def prompt_inputs(model: PreTrainedModel, processor: ProcessorMixin, images: Sequence[Any], prompt: str) -> Any:
+    """The model's inputs for one question about images (file names or PIL images), by its own chat template."""
+    from PIL import Image
+
+    opened = [Image.open(image).convert("RGB") if isinstance(image, (str, Path)) else image for image in images]
+    content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in opened]
+    messages = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    return inputs.to(model.device)

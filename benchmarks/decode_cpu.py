@@ -8,6 +8,7 @@ of the attention and decode tables are filled directly, as a prompt would fill t
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import statistics
@@ -18,8 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from timing import machine, ratio, side_by_side  # isort: skip  # before torch: it sets the environment
+
 import torch
-from timing import machine, ratio, side_by_side
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -30,7 +32,7 @@ from gazepatch.cache import GazeLayer, GazeState, adopt
 from gazepatch.config import GazeConfig
 from gazepatch.layout import Span
 from gazepatch.ops.decode import gaze_decode
-from gazepatch.patch import apply, patch_of, restore
+from gazepatch.patch import apply, is_patched, patch_of, restore
 
 HEADS, KEY_HEADS, DIM, TEXT, LAYERS = 32, 8, 128, 64, 4
 SETTINGS = {
@@ -174,7 +176,7 @@ def fill(cache: DynamicCache, model: LlavaForConditionalGeneration, side: int, s
     tokens, layers = side * side + TEXT, model.config.text_config.num_hidden_layers
     generator = torch.Generator().manual_seed(seed)
     state = None
-    if hasattr(model, "_gazepatch"):
+    if is_patched(model):
         runtime = patch_of(model).runtime
         state = adopt(cache, runtime, runtime.config, layers, runtime.gaze_layers)
         state.begin([span(side)], 1, tokens)
@@ -190,37 +192,18 @@ def fill(cache: DynamicCache, model: LlavaForConditionalGeneration, side: int, s
 def decode_step(side: int, dtype: torch.dtype, config: GazeConfig, rounds: int) -> dict[str, Any]:
     """One forward of a token through a four-layer model whose attention dominates."""
     model = llava(4, side, dtype, hidden=1024, mlp=1024, heads=HEADS)
-    token = torch.tensor([[5]])
-    plain = fill(DynamicCache(), model, side)
+    twin, token = copy.deepcopy(model), torch.tensor([[5]])
     apply(model, config)
-    gazing = fill(DynamicCache(), model, side)
-    patch = patch_of(model)
-    settings, name, own = patch.config, patch.attention.name, model.model.language_model.config
-    original = patch.attention.original
-
-    def gaze() -> object:
-        own._attn_implementation_internal = name
-        return model(input_ids=token, past_key_values=gazing).logits
-
-    # The same weights for both: the unpatched step runs the decoder without hooks and with its own attention.
-    decoder = model.model.language_model
-    hooks = dict(decoder._forward_pre_hooks), dict(decoder._forward_hooks)
-
-    def dense() -> object:
-        own._attn_implementation_internal = original
-        decoder._forward_pre_hooks.clear(), decoder._forward_hooks.clear()
-        try:
-            return model(input_ids=token, past_key_values=plain).logits
-        finally:
-            decoder._forward_pre_hooks.update(hooks[0]), decoder._forward_hooks.update(hooks[1])
-
-    taken = side_by_side({"gaze": gaze, "dense": dense}, rounds)
-    own._attn_implementation_internal = name
-    restore(model)
+    gazing, plain = fill(DynamicCache(), model, side), fill(DynamicCache(), twin, side)
+    ways = {
+        "gaze": lambda: model(input_ids=token, past_key_values=gazing),
+        "dense": lambda: twin(input_ids=token, past_key_values=plain),
+    }
+    taken = side_by_side(ways, rounds)
     return {
         "visual_tokens": side * side,
         "dtype": str(dtype).removeprefix("torch."),
-        "budget": settings.budget,
+        "budget": config.budget,
         "gaze_ms": statistics.median(taken["gaze"]),
         "dense_ms": statistics.median(taken["dense"]),
         "over_dense": ratio(taken["dense"], taken["gaze"]),
@@ -258,8 +241,8 @@ def flatness(steps: int = 1000) -> dict[str, Any]:
 def prefill(rounds: int) -> dict[str, Any]:
     """A prompt of 4k visual tokens, float32, patched and not; and the memory of the caches it leaves."""
     side = 64
-    model, twin = (llava(2, side, torch.float32, hidden=1024, mlp=2816, heads=8) for _ in range(2))
-    twin.load_state_dict(model.state_dict())
+    model = llava(2, side, torch.float32, hidden=1024, mlp=2816, heads=8)
+    twin = copy.deepcopy(model)
     ids = torch.cat([torch.full((1, 32), 5), torch.full((1, side * side), 1000), torch.full((1, 32), 5)], 1)
     inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 4 * side, 4 * side)}
     apply(model, replace(SETTINGS["64"], budget=0.1))

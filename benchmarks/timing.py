@@ -8,6 +8,10 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 
+# torch's CPU build brings two OpenMP runtimes. Threads of the one (MKL's) by default spin for 200 ms after each matrix
+# product, on cores that the other (torch's own kernels, attention among them) needs. It slows dense and gaze down.
+os.environ.setdefault("KMP_BLOCKTIME", "0")
+
 import torch
 import transformers
 
@@ -56,6 +60,7 @@ def machine() -> dict[str, object]:
     return {
         "cpu": name,
         "threads": torch.get_num_threads(),
+        "KMP_BLOCKTIME": os.environ["KMP_BLOCKTIME"],
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),

@@ -119,7 +119,7 @@ class GazeAttention:
         keys = chunk.means(chunk.visual_entries(key))
         if not self.runtime.config.periphery:
             return keys, None
-        return keys, chunk.means(chunk.visual_entries(value)).to(value.dtype)
+        return keys, chunk.means(chunk.visual_entries(value))
 
 
 def unregister(name: str) -> None:

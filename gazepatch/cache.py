@@ -293,7 +293,7 @@ class GazeLayer(DynamicLayer):
 
     def _append_visual(self, key: Tensor, value: Tensor, chunk: Chunk) -> None:
         mean_keys = chunk.means(key)
-        mean_values = chunk.means(value).to(value.dtype) if self.state.config.periphery else None
+        mean_values = chunk.means(value) if self.state.config.periphery else None
         if self._visual is not None and self._means is not None:
             key, value = (torch.cat(pair, 2) for pair in zip(self._visual, (key, value), strict=True))
             mean_keys = torch.cat([self._means[0], mean_keys], 2)

@@ -182,7 +182,7 @@ class Chunk:
         return take(x, self.other)
 
     def means(self, x: Tensor) -> Tensor:
-        """Mean over every window: `x` `[B, H, N, D]` in slot order gives float32 `[B, H, R * C, D]`."""
+        """Mean over every window: `x` `[B, H, N, D]` in slot order gives `[B, H, R * C, D]`, 0 for absent ones."""
         batch, heads, _, dim = x.shape
         total = self.regions.log_counts.shape[1]
         windows = self.slot_windows.expand(batch, -1)
@@ -191,7 +191,7 @@ class Chunk:
         sums = sums.index_add(0, bins.reshape(-1), x.reshape(-1, dim).float())
         counts = self.regions.log_counts.exp().round().clamp(min=1)
         sums = sums.view(batch, heads, total + 1, dim)[:, :, :total]
-        return sums / counts[:, None, :, None]
+        return (sums / counts[:, None, :, None]).to(x.dtype)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

@@ -14,14 +14,14 @@ def window_logits(query: Tensor, mean_keys: Tensor, log_counts: Tensor, scale: f
 
     Args:
         query: `[B, H_kv, G, D]`.
-        mean_keys: `[B, H_kv, R * C, D]` float32, so that the selection is the same whatever the model's precision.
+        mean_keys: `[B, H_kv, R * C, D]`.
         log_counts: `[B or 1, R * C]` float32.
         scale: Scale of the attention scores.
 
     Returns:
         `[B, H_kv, G, R * C]` float32.
     """
-    return torch.add(log_counts[:, None, None], torch.matmul(query.float(), mean_keys.transpose(-1, -2)), alpha=scale)
+    return torch.add(log_counts[:, None, None], torch.matmul(query, mean_keys.transpose(-1, -2)), alpha=scale)
 
 
 def region_scores(weights: Tensor, windows: int, head_reduce: str) -> Tensor:

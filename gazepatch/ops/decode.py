@@ -27,7 +27,7 @@ class Entries(NamedTuple):
     Attributes:
         key, value: `[B, H_kv, T, D]` of every token that is always visible.
         visual_key, visual_value: `[B, H_kv, N, D]`, contiguous.
-        mean_keys, mean_values: `[B, H_kv, R * C, D]`; the keys float32 and stored with windows innermost.
+        mean_keys, mean_values: `[B, H_kv, R * C, D]`.
     """
 
     key: Tensor

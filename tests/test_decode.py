@@ -187,6 +187,17 @@ def test_turns(turns: Any, settings: str, sequences: Make) -> None:
     assert_every_step_is_the_reference(sequences(turns, steps=2), replace(BASE, **SETTINGS[settings]))
 
 
+@torch.no_grad()
+def test_regions_of_other_rows_are_never_selected(sequences: Make) -> None:
+    # Keys so far apart that all regions but one score exactly 0, as those do that only the other row has. In the second
+    # row these come first, and must not take the place of its own.
+    sequence = sequences(TURNS["images in one row, then in the other"])
+    sequence, config = replace(sequence, key=1000 * sequence.key), replace(BASE, budget=3, head_reduce="none")
+    *_, (position, decoded) = steps(Filled(sequence, config))
+    _, kept = sequence.reference(position, config)
+    assert int(decoded.read) == sequence.read(kept, config)
+
+
 def test_a_mask_to_be_added_is_like_a_boolean_one(sequences: Make) -> None:
     sequence = sequences([LAYOUTS["rows of different images"]])
     position, boolean = sequence.stops[0], Filled(sequence, BASE)

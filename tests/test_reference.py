@@ -60,18 +60,21 @@ def test_by_hand_the_other_region() -> None:
     assert output == average([(weight([-1.0, 2.0], KEYS[i]), VALUES[i]) for i in (1, 3, 4, 5)] + [far])
 
 
-def test_by_hand_windows_make_the_score() -> None:
-    # By its mean key region 1 is better, by its best window region 0: exp(5) + exp(-5) > 2 exp(1).
-    keys = [[5.0], [1.0], [-5.0], [1.0], [0.0]]
-    visible = torch.ones(5, dtype=torch.bool)
-    chosen = {}
-    for window in (None, (1, 1, 1)):
-        config = GazeConfig(region=(2, 1, 1), window=window, budget=1, periphery=False, min_visual_tokens=0)
-        kept = gaze_reference(
-            torch.ones(1, 1), torch.tensor([keys]), torch.ones(1, 5, 1), [IMAGE], config, 1.0, visible
-        )
-        chosen[window] = kept.kept[0].tolist()
-    assert chosen == {None: [False, True, False, True, True], (1, 1, 1): [True, False, True, False, True]}
+@pytest.mark.parametrize(
+    ("keys", "window", "expected"),
+    [
+        # Two columns of two tokens again, the keys being the logits.
+        ([5.0, 1.0, -5.0, 1.0], None, 1),  # means 0 and 1
+        ([5.0, 1.0, -5.0, 1.0], (1, 1, 1), 0),  # exp(5) + exp(-5) > 2 exp(1)
+        ([2.0, 1.5, -5.0, 1.5], (1, 1, 1), 1),  # exp(2) + exp(-5) < 2 exp(1.5)
+    ],
+    ids=["by the mean", "by the best window", "by all windows"],
+)
+def test_by_hand_windows_make_the_score(keys: list[float], window: Any, expected: int) -> None:
+    key, value, visible = torch.tensor(keys).view(1, 4, 1), torch.ones(1, 4, 1), torch.ones(4, dtype=torch.bool)
+    config = GazeConfig(region=(2, 1, 1), window=window, budget=1, periphery=False, min_visual_tokens=0)
+    kept = gaze_reference(torch.ones(1, 1), key, value, [IMAGE], config, 1.0, visible).kept[0]
+    assert kept.nonzero()[:, 0].tolist() == [expected, expected + 2]
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,9 @@ def test_select(scores: list[float], order: list[int]) -> None:
 
 @pytest.mark.parametrize("regions", [1, 35, 36, 63, 100, 5000])
 def test_select_among_many_ties(regions: int) -> None:
-    # Few distinct scores: topk by itself returns ties in no order that one could rely on.
-    scores = torch.randint(3, (2, 3, 4, regions)) / 4
+    # Three neighbouring floats: topk by itself returns ties in no order that one could rely on.
+    bits = torch.tensor(0.5).view(torch.int32) + torch.randint(3, (2, 3, 4, regions), dtype=torch.int32)
+    scores = bits.view(torch.float32)
     expected = torch.sort(scores, dim=-1, descending=True, stable=True).indices
     for count in {1, (regions + 1) // 2, regions}:
         assert torch.equal(select(scores, count), expected[..., :count])
@@ -92,7 +93,8 @@ def test_scores_are_those_of_a_plain_softmax(regions: int, windows: int, group: 
     assert torch.equal(select(scores, count), expected.topk(count).indices)
 
 
-def test_logits_of_a_low_precision_query_are_exact() -> None:
-    # bfloat16 has 8 bits: 256 and 257 would be one number.
-    query, mean_keys = torch.ones(1, 1, 1, 2, dtype=torch.bfloat16), torch.tensor([[256.0, 1], [256, 0]])[None, None]
-    assert window_logits(query, mean_keys, torch.zeros(1, 2), 1.0).tolist() == [[[[257.0, 256.0]]]]
+def test_counts_are_added_in_float32() -> None:
+    query, mean_keys = torch.ones(1, 1, 1, 1, dtype=torch.bfloat16), torch.full((1, 1, 2, 1), 256, dtype=torch.bfloat16)
+    # bfloat16 has 8 bits: both would be 256, and a tie.
+    logits = window_logits(query, mean_keys, torch.tensor([[0.25, 0.5]]), 1.0)
+    assert logits.tolist() == [[[[256.25, 256.5]]]]

@@ -149,6 +149,8 @@ def gaze_layers(adapter: Adapter, model_config: Any, config: GazeConfig) -> tupl
 def root_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside what was given."""
     inner: Any = model
+    for wrapped in ("_orig_mod", "module"):  # torch.compile; DDP
+        inner = inner if isinstance(inner, PreTrainedModel) else getattr(inner, wrapped, inner)
     if hasattr(inner, "get_base_model"):  # PEFT
         inner = inner.get_base_model()
     if not isinstance(inner, PreTrainedModel):

@@ -12,10 +12,11 @@ import transformers
 from tiny import Case, tiny
 from torch import nn
 
+from gazepatch.attention import GazeAttention
 from gazepatch.config import GazeConfig
 from gazepatch.errors import ConfigError, GazeError, PatchError, UnsupportedModelError
 from gazepatch.patch import apply, is_patched, patched, restore, stats
-from gazepatch.verification import fingerprint, generate_logits
+from gazepatch.verification import fingerprint, generate_logits, verify
 
 SMALL = GazeConfig(region=(3, 3, 1), window=None, budget=0.25, min_visual_tokens=0)
 
@@ -323,6 +324,30 @@ def test_training_through_a_patched_model(ran: Case) -> None:
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(dense, whole, strict=True))
     gazing = gradients(prefill="gaze", budget=1)
     assert any(not torch.allclose(a, b, atol=1e-5) for a, b in zip(dense, gazing, strict=True))
+
+
+def test_verify_knows_what_half_precision_costs(case: Case) -> None:
+    case.model.to(torch.bfloat16)
+    inputs = {**case.inputs, "pixel_values": case.inputs["pixel_values"].to(torch.bfloat16)}
+    with patched(case.model, SMALL):
+        report = verify(case.model, inputs)
+        assert is_patched(case.model)
+    assert report.passed, report
+
+
+def test_verify_notices_harm(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = GazeAttention.decode
+    monkeypatch.setattr(GazeAttention, "decode", lambda *arguments: decode(*arguments) * 1.01)
+    failed = {check.name for check in verify(case.model, case.inputs).checks if not check.passed}
+    assert failed == {"dense equivalence", "cached equals uncached"}
+
+
+def test_a_compiled_model_is_the_model(ran: Case) -> None:
+    compiled = torch.compile(ran.model, backend="eager")
+    apply(compiled, SMALL)
+    assert is_patched(ran.model)
+    restore(compiled)
+    assert not is_patched(ran.model)
 
 
 def test_a_patched_model_is_not_copied(ran: Case) -> None:

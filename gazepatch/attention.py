@@ -92,7 +92,9 @@ class GazeAttention:
         assert forward.routed is not None and forward.routed_rows is not None
         columns, rows = forward.routed.to(device), forward.routed_rows.to(device)
         mask = _as_4d(mask)
-        if mask is not None and mask.shape[2] > 1:
+        if mask is not None and mask.shape[2] == 1:  # padding only, as for flash attention
+            mask = mask & (torch.arange(key.shape[2], device=device) <= (columns + state.length)[:, None])
+        elif mask is not None:
             mask = mask.index_select(2, columns)
         gazed = gaze_prefill(
             query.index_select(2, columns),

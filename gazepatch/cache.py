@@ -106,7 +106,7 @@ class GazeState:
         self._other = other if past is None else _cat_rows(past, other)
         self.other_end = self.length + new_tokens
         self.regions = chunk.regions if self.regions is None else self.regions.followed_by(chunk.regions)
-        for name in ("chunk", "regions", "plan"):
+        for name in ("chunk", "regions", "plan", *_GROWING):
             self._forget(name)
 
     # ---- what the layers ask
@@ -173,7 +173,7 @@ class GazeState:
         """
         positions = self.other_positions()
         assert positions is not None
-        padded = bool((positions < 0).any()) if len(positions) > 1 else False
+        padded = bool((positions < 0).any())
         if mask is None and not padded:
             return None
         if mask is None:
@@ -189,6 +189,7 @@ class GazeState:
         """Forget the last `tokens` tokens, none of which may be visual."""
         self.check_crop(tokens)
         self.length -= tokens
+        self.spans = [span for span in self.spans if span.stop <= self.length]
         if self._other is not None and self.length < self.other_end:
             self._other, self.other_end = self._other[:, : self.length - self.other_end], self.length
 

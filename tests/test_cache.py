@@ -16,7 +16,7 @@ from gazepatch.cache import LEAST_ROOM, GazeLayer, GazeState
 from gazepatch.config import GazeConfig
 from gazepatch.errors import CacheError
 from gazepatch.layout import Span
-from gazepatch.patch import apply, patched, restore, stats
+from gazepatch.patch import apply, patch_of, patched, restore, stats
 
 WHOLE = GazeConfig(region=(3, 3, 1), window=(1, 3, 1), budget=1.0, periphery=False, min_visual_tokens=0)
 QUARTER = dataclasses.replace(WHOLE, budget=0.25)
@@ -278,3 +278,48 @@ def test_memory_is_close_to_that_of_the_entries() -> None:
     state.begin([], 1, 1)
     layer.update(torch.randn(1, 2, 1, 8), torch.randn(1, 2, 1, 8))
     assert layer.nbytes() <= 1.25 * 2 * (tokens + 1) * 2 * 8 * 4
+
+
+def test_an_image_behind_cropped_text_of_the_same_length(case: Case) -> None:
+    """The sequence is as long as before, but in another order: nothing may be remembered from before the crop."""
+    second = image_turn(case)
+    generated = second["input_ids"].shape[1]
+
+    def run(cache: DynamicCache) -> Tensor:
+        first = generate(case, steps=generated + 1, past_key_values=cache)
+        cache.crop(-generated)
+        ids = torch.cat([first[:, : cache.get_seq_length()], second["input_ids"]], 1)
+        images = {"pixel_values": second["pixel_values"], "attention_mask": torch.ones_like(ids)}
+        return case.model.generate(input_ids=ids, past_key_values=cache, max_new_tokens=6, **images)
+
+    dense = run(DynamicCache())
+    with patched(case.model, WHOLE):
+        cache = DynamicCache()
+        assert torch.equal(run(cache), dense)
+        assert all(layer.keys is not None for layer in cache.layers)
+
+
+def test_a_cropped_image_does_not_count_any_more(case: Case) -> None:
+    cache, tokens = DynamicCache(), sum(span.tokens for span in case.spans)
+    with torch.no_grad(), patched(case.model, WHOLE, min_visual_tokens=2 * tokens):
+        case.model(**case.inputs, past_key_values=cache)
+        cache.crop(case.spans[0].start - cache.get_seq_length())
+        assert cache.gaze.spans == [] and cache.get_seq_length() == case.spans[0].start
+
+
+def test_a_mask_of_padding_only_is_causal_for_queries_that_gaze(case: Case) -> None:
+    """As flash attention gets it: two dimensions, and the kernel is causal by itself."""
+    pair = batch(case)
+    with patched(pair.model, QUARTER, prefill="gaze"), torch.no_grad():
+        expected = pair.model(**pair.inputs, use_cache=False).logits
+        attention = patch_of(pair.model).attention
+        prefill = attention._prefill
+
+        def with_padding_mask(*arguments: object) -> Tensor:
+            *others, _mask, dense = arguments
+            return prefill(*others, pair.inputs["attention_mask"], dense)
+
+        attention._prefill = with_padding_mask
+        actual = pair.model(**pair.inputs, use_cache=False).logits
+    kept = pair.inputs["attention_mask"].bool()
+    assert torch.allclose(actual[kept], expected[kept], atol=1e-5)

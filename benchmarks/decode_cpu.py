@@ -14,7 +14,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,16 +31,24 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from gazepatch.cache import GazeLayer, GazeState, adopt
 from gazepatch.config import GazeConfig
 from gazepatch.layout import Span
-from gazepatch.ops.decode import gaze_decode
+from gazepatch.ops.decode import DecodePlan, gaze_decode
 from gazepatch.patch import apply, is_patched, patch_of, restore
 
 HEADS, KEY_HEADS, DIM, TEXT, LAYERS = 32, 8, 128, 64, 4
 SETTINGS = {
-    "64": GazeConfig(region=(8, 8, 1), window=None, periphery=False),
-    "36": GazeConfig(region=(6, 6, 1), window=None, periphery=False),
-    "36 in 3x3, periphery": GazeConfig(),
+    "64": GazeConfig(region=(8, 8, 1), window=None, periphery=False, min_visual_tokens=0),
+    "36": GazeConfig(region=(6, 6, 1), window=None, periphery=False, min_visual_tokens=0),
+    "36 in 3x3, periphery": GazeConfig(min_visual_tokens=0),
+    "the defaults": GazeConfig(),
 }
-BUDGETS = (0.05, 0.1, 0.25, 1.0)
+BUDGETS = {
+    "64": (0.05, 0.1, 0.25, 1.0),
+    "36": (0.1, 0.25),
+    "36 in 3x3, periphery": (0.1,),
+    "the defaults": (GazeConfig().budget,),
+}
+
+Stored = list[tuple[Tensor, Tensor]]  # keys and values of each layer
 
 
 class Owner:
@@ -62,84 +70,94 @@ def span(side: int) -> Span:
 
 
 class Layers:
-    """The entries of a few layers, in their own order for dense attention and in the layers of one gaze cache."""
+    """The entries of a few layers in one gaze cache, to be read at several budgets."""
 
-    def __init__(self, stored: list[tuple[Tensor, Tensor]], side: int, config: GazeConfig) -> None:
-        self.stored, self.owner = stored, Owner()
+    def __init__(self, stored: Stored, side: int, config: GazeConfig, budgets: Sequence[float]) -> None:
+        self.owner = Owner()
         self.state = GazeState(self.owner, config)
         self.layers = [GazeLayer(self.state, gazes=True, leads=i == 0) for i in range(len(stored))]
         self.state.begin([span(side)], 1, stored[0][0].shape[2])
         for layer, (key, value) in zip(self.layers, stored, strict=True):
             layer.update(key, value)
         self.state.finish(True)
+        self.plans = {}
+        if self.state.regions is not None:  # else there are fewer tokens than min_visual_tokens
+            for budget in budgets:
+                self.plans[budget] = DecodePlan(self.state.regions, replace(config, budget=budget), 1, HEADS, KEY_HEADS)
 
-    def gaze(self, query: Tensor, new: Tensor) -> None:
+    def gaze(self, query: Tensor, new: Tensor, budget: float) -> None:
         """Append one token to every layer and attend, as a patched model does."""
         self.state.begin([], 1, 1)
         for layer in self.layers:
             key, value = layer.update(new, new)
-            if self.state.decoding:
-                entries = layer.entries()
-                gaze_decode(query, entries, self.state.plan(query, entries), DIM**-0.5)
-            else:  # fewer than min_visual_tokens
+            if self.plans:
+                gaze_decode(query, layer.entries(), self.plans[budget], DIM**-0.5)
+            else:
                 sdpa_attention_forward(ATTENTION, query, key, value, None, scaling=DIM**-0.5)
         self.state.finish(True)
 
-    def default(self, query: Tensor, new: Tensor) -> None:
-        """Append one token to layers of a DynamicCache and attend, as an unpatched model does."""
-        for key, value in self.stored:
-            plain = DynamicLayer()
-            plain.lazy_initialization(key, value)
-            plain.keys, plain.values = key, value
-            sdpa_attention_forward(ATTENTION, query, *plain.update(new, new), None, scaling=DIM**-0.5)
+
+def grouped(stored: Stored, query: Tensor) -> None:
+    """Dense attention with the query heads of a key head in the rows of one product."""
+    for key, value in stored:
+        sdpa(query.view(1, KEY_HEADS, HEADS // KEY_HEADS, DIM), key, value)
+
+
+def enable_gqa(stored: Stored, query: Tensor) -> None:
+    """Dense attention as torch offers it for grouped heads."""
+    for key, value in stored:
+        sdpa(query, key, value, enable_gqa=True)
+
+
+def default(stored: Stored, query: Tensor, new: Tensor) -> None:
+    """Append one token to layers of a DynamicCache and attend, as an unpatched model does."""
+    for key, value in stored:
+        plain = DynamicLayer()
+        plain.lazy_initialization(key, value)
+        plain.keys, plain.values = key, value
+        sdpa_attention_forward(ATTENTION, query, *plain.update(new, new), None, scaling=DIM**-0.5)
 
 
 ATTENTION = Attention()
 
 
 @torch.no_grad()
-def attention_step(stored: list[tuple[Tensor, Tensor]], side: int, config: GazeConfig, rounds: int) -> dict[str, Any]:
+def attention_step(side: int, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
     """Appending one token and attending, over several layers in turn, so that entries come from memory as in a model.
 
     Beside it the best dense sdpa, which is spared the append, and transformers' default path.
     """
-    dtype = stored[0][0].dtype
-    layers = Layers(stored, side, config)
+    shape = (2, 1, KEY_HEADS, side * side + TEXT, DIM)
+    stored: Stored = [(key, value) for key, value in (torch.randn(shape).to(dtype) for _ in range(LAYERS))]
+    layers = {name: Layers(stored, side, config, BUDGETS[name]) for name, config in SETTINGS.items()}
+    new = torch.randn(1, KEY_HEADS, 1, DIM).to(dtype)
     # A new query for every step, so that it reads other regions than the one before.
     queries = itertools.cycle(torch.randn(32, 1, HEADS, 1, DIM).to(dtype))
-    new, group = torch.randn(1, KEY_HEADS, 1, DIM).to(dtype), HEADS // KEY_HEADS
-
-    def grouped() -> None:
-        query = next(queries).view(1, KEY_HEADS, group, DIM)
-        for key, value in stored:
-            sdpa(query, key, value)
-
-    def enable_gqa() -> None:
-        query = next(queries)
-        for key, value in stored:
-            sdpa(query, key, value, enable_gqa=True)
-
-    dense: dict[str, Callable[[], object]] = {"heads grouped": grouped, "enable_gqa": enable_gqa}
-    ways = {
-        "gaze": lambda: layers.gaze(next(queries), new),
-        **dense,
-        "transformers": lambda: layers.default(next(queries), new),
+    ways: dict[Any, Callable[[], object]] = {
+        "heads grouped": lambda: grouped(stored, next(queries)),
+        "enable_gqa": lambda: enable_gqa(stored, next(queries)),
+        "transformers": lambda: default(stored, next(queries), new),
     }
-    taken = side_by_side(ways, rounds)
-    best = min(dense, key=lambda name: statistics.median(taken[name]))
-    per_layer = {name: statistics.median(times) / len(stored) for name, times in taken.items()}
-    return {
-        "visual_tokens": side * side,
-        "dtype": str(dtype).removeprefix("torch."),
-        "budget": config.budget,
-        "path": "dense" if layers.state.regions is None else "gaze",
-        "gaze_ms": per_layer["gaze"],
-        "best_dense_ms": per_layer[best],
-        "best_dense": best,
-        "transformers_ms": per_layer["transformers"],
-        "over_best_dense": ratio(taken[best], taken["gaze"]),
-        "over_transformers": ratio(taken["transformers"], taken["gaze"]),
-    }
+    gazes = [(name, budget) for name in SETTINGS for budget in BUDGETS[name]]
+    ways |= {way: lambda way=way: layers[way[0]].gaze(next(queries), new, way[1]) for way in gazes}
+    taken = side_by_side(ways, rounds, seconds=60)
+    best = min(("heads grouped", "enable_gqa"), key=lambda name: statistics.median(taken[name]))
+    per_layer = {name: statistics.median(times) / LAYERS for name, times in taken.items()}
+    return [
+        {
+            "regions": name,
+            "visual_tokens": side * side,
+            "dtype": str(dtype).removeprefix("torch."),
+            "budget": budget,
+            "gaze_ms": per_layer[name, budget],
+            "best_dense_ms": per_layer[best],
+            "best_dense": best,
+            "transformers_ms": per_layer["transformers"],
+            "over_best_dense": ratio(taken[best], taken[name, budget]),
+            "over_transformers": ratio(taken["transformers"], taken[name, budget]),
+        }
+        for name, budget in gazes
+    ]
 
 
 # ---- a whole decode step
@@ -291,25 +309,20 @@ def _cell(value: Any) -> str:
 
 def run(quick: bool) -> dict[str, Any]:
     """All figures; `quick` leaves out the large ones."""
-    sides, rounds = ((32, 64, 128), 7) if quick else ((32, 64, 128, 256), 15)
+    sides, rounds = ((32, 64, 128), 7) if quick else ((32, 64, 128, 256), 11)
     figures: dict[str, Any] = {"machine": machine(), "attention_step": [], "decode_step": []}
     for dtype in (torch.float32, torch.bfloat16):
         for side in sides:
-            shape = (2, 1, KEY_HEADS, side * side + TEXT, DIM)
-            stored = [(key, value) for key, value in (torch.randn(shape).to(dtype) for _ in range(LAYERS))]
-            for name, config in SETTINGS.items():
-                for budget in BUDGETS if name == "64" else (0.1, 0.25):
-                    row = attention_step(stored, side, replace(config, budget=budget), rounds)
-                    figures["attention_step"].append({"regions": name, **row})
-                    _progress(f"attention {dtype} {side}x{side} {name} {budget}")
+            _progress(f"attention step: {dtype}, {side} x {side}")
+            figures["attention_step"] += attention_step(side, dtype, rounds)
     for dtype in (torch.float32, torch.bfloat16):
         for side in sides[1:]:
-            for name, budget in (("64", 0.05), ("64", 0.1), ("64", 0.25), ("64", 1.0), ("36 in 3x3, periphery", 0.25)):
-                row = decode_step(side, dtype, replace(SETTINGS[name], budget=budget), rounds)
+            for name, budget in (("64", 0.05), ("64", 0.1), ("64", 0.25), ("64", 1.0), ("the defaults", 0.25)):
+                _progress(f"decode step: {dtype}, {side} x {side}, {name}, {budget}")
+                row = decode_step(side, dtype, replace(SETTINGS[name], budget=budget), min(rounds, 7))
                 figures["decode_step"].append({"regions": name, **row})
-                _progress(f"decode {dtype} {side}x{side} {name} {budget}")
     figures["flatness"] = [flatness(100 if quick else 1000)]
-    figures["prefill"] = [prefill(3 if quick else 9)]
+    figures["prefill"] = [prefill(2 if quick else 5)]
     figures["apply"] = [apply_time()]
     return figures
 

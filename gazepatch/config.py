@@ -54,7 +54,7 @@ class GazeConfig:
     head_reduce: str = "mean"
     dense_layers: tuple[int, ...] = ()
     prefill: str = "dense"
-    min_visual_tokens: int = 1024
+    min_visual_tokens: int = 2048
     backend: str = "auto"
 
     def __post_init__(self) -> None:

@@ -179,7 +179,7 @@ def test_defaults() -> None:
         "head_reduce": "mean",
         "dense_layers": [],
         "prefill": "dense",
-        "min_visual_tokens": 1024,
+        "min_visual_tokens": 2048,
         "backend": "auto",
     }
 

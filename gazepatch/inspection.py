@@ -109,13 +109,20 @@ def locate(adapter: Adapter, root: Any, inputs: Mapping[str, Any]) -> list[Span]
     mask = inputs.get("attention_mask")
     if torch.is_tensor(mask) and mask.shape == ids.shape:
         ids = torch.where(mask == 0, -1, ids)
-    captured = {}
-    for modality in MODALITIES:
-        function = getattr(root.base_model, f"get_{modality}_features", None)
-        names = signatures.signature(function).parameters if function is not None else ()
-        if call := {name: inputs[name] for name in names if inputs.get(name) is not None}:
-            captured[modality] = call
-    return adapter.locate(root.config, ids.tolist(), captured)
+    calls = {modality: call for modality in MODALITIES if (call := _call(root, modality, inputs))}
+    return adapter.locate(root.config, ids.tolist(), calls)
+
+
+def _call(root: Any, modality: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that a forward would make the features of `modality` from; empty when it would make none."""
+    pixels = {"image": "pixel_values", "video": "pixel_values_videos"}[modality]
+    function = getattr(root.base_model, f"get_{modality}_features", None)
+    if function is None or inputs.get(pixels) is None:
+        return {}
+    call = {name: value for name, value in inputs.items() if name not in ("input_ids", "pixel_values")}
+    # Some functions for videos call their pixels just that (transformers 5.16).
+    names = signatures.signature(function).parameters
+    return call | {pixels if pixels in names else "pixel_values": inputs[pixels]}
 
 
 def _notes(spans: list[Span], settings: GazeConfig, inputs: Mapping[str, Any] | None) -> list[str]:

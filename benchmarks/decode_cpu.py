@@ -309,7 +309,7 @@ def _cell(value: Any) -> str:
 
 def run(quick: bool) -> dict[str, Any]:
     """All figures; `quick` leaves out the large ones."""
-    sides, rounds = ((32, 64, 128), 7) if quick else ((32, 64, 128, 256), 11)
+    sides, rounds = ((32, 64, 128), 7) if quick else ((32, 64, 128, 256), 7)
     figures: dict[str, Any] = {"machine": machine(), "attention_step": [], "decode_step": []}
     for dtype in (torch.float32, torch.bfloat16):
         for side in sides:
@@ -319,7 +319,7 @@ def run(quick: bool) -> dict[str, Any]:
         for side in sides[1:]:
             for name, budget in (("64", 0.05), ("64", 0.1), ("64", 0.25), ("64", 1.0), ("the defaults", 0.25)):
                 _progress(f"decode step: {dtype}, {side} x {side}, {name}, {budget}")
-                row = decode_step(side, dtype, replace(SETTINGS[name], budget=budget), min(rounds, 7))
+                row = decode_step(side, dtype, replace(SETTINGS[name], budget=budget), min(rounds, 5))
                 figures["decode_step"].append({"regions": name, **row})
     figures["flatness"] = [flatness(100 if quick else 1000)]
     figures["prefill"] = [prefill(2 if quick else 5)]

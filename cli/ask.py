@@ -53,7 +53,11 @@ def command(
 
 
 def _cost(given: Answer, name: str) -> str:
-    share = "all" if given.read_share is None else f"{given.read_share:.1%}"
     rate = f", {given.per_token_s * 1000:.1f} ms a token" if given.per_token_s is not None else ""
-    note = " (too few of them to choose from)" if name == "gaze" and given.read_share is None else ""
-    return f"{share} of the visual entries read{note}, {given.first_token_s:.2f} s to the first token{rate}"
+    return f"{_entries(given, name)}, {given.first_token_s:.2f} s to the first token{rate}"
+
+
+def _entries(given: Answer, name: str) -> str:
+    if given.read_share is not None:
+        return f"{given.read_share:.1%} of the visual entries read"
+    return "all visual entries read" if name == "dense" else "no visual entries, or too few, to choose from"

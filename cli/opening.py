@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, ProcessorMixin
+from typing import Any
 
 
-def open_model(source: str) -> tuple[PreTrainedModel, ProcessorMixin]:
+def open_model(source: str) -> tuple[Any, Any]:
     """A patched model with its processor: an artefact with its own settings, any other model with the defaults."""
     import torch
     import transformers
@@ -22,7 +19,7 @@ def open_model(source: str) -> tuple[PreTrainedModel, ProcessorMixin]:
 
     transformers.utils.logging.set_verbosity_error()  # hints about settings that nobody here has chosen
     if is_artefact(source):
-        model = gazepatch.load(source)
+        model: Any = gazepatch.load(source)
         base, revision = base_of(read(artefact_folder(source)))
     else:
         base_config(source)  # an unknown architecture is refused before its weights are read
@@ -32,7 +29,7 @@ def open_model(source: str) -> tuple[PreTrainedModel, ProcessorMixin]:
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
 
 
-def prompt_inputs(model: PreTrainedModel, processor: ProcessorMixin, images: Sequence[Any], prompt: str) -> Any:
+def prompt_inputs(model: Any, processor: Any, images: Sequence[Any], prompt: str) -> Any:
     """The model's inputs for one question about images (file names or PIL images), by its own chat template."""
     from PIL import Image
 

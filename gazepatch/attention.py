@@ -7,6 +7,7 @@ the model had, with its own mask, wherever nothing gazes: same arithmetic, same 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from gazepatch.cache import GazeLayer
 from gazepatch.errors import UnsupportedModelError
-from gazepatch.forward import Forward, Runtime
+from gazepatch.forward import OF_FORWARD, Forward, Runtime
+from gazepatch.insertion import OwnImage
 from gazepatch.ops.decode import gaze_decode
 from gazepatch.ops.prefill import gaze_prefill
 
 Attended = tuple[Tensor, Tensor | None]
+MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 #: Attention arguments that add to the scores what window descriptors do not know of.
 UNSUPPORTED = ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices")
@@ -41,22 +44,30 @@ class GazeAttention:
 
     def mask(self, *args: Any, **kwargs: Any) -> Any:
         """The mask that the original implementation would get."""
+        forward = self.runtime.running.forward
+        if forward is not None and forward.state.slots.inserted and kwargs.get("local_size") is not None:
+            device = torch.device(kwargs.get("device", "cpu"))
+            kwargs["mask_function"] = _by_position(kwargs["mask_function"], *forward.state.table("every_slot", device))
         return ALL_MASK_ATTENTION_FUNCTIONS[self.original](*args, **kwargs)
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> Attended:
         """Attention of `query` `[B, H, S, D]`, as transformers calls it; returns `[B, S, H, D_v]` and no weights."""
-        forward, layer = self.runtime.running.forward, getattr(module, "layer_idx", None)
-        if forward is None or layer not in self.runtime.gaze_layers:
+        forward: Forward | None = kwargs.pop(OF_FORWARD, None) or self.runtime.running.forward
+        if forward is None:
             return self.dense(module, query, key, value, attention_mask, **kwargs)
-        if forward.state.decoding:
+        layer = getattr(module, "layer_idx", None)
+        gazes = layer in self.runtime.gaze_layers
+        if gazes and forward.state.decoding:
             _refuse_unsupported(kwargs)
             return self.decode(forward, layer, query, _scale(query, kwargs), attention_mask), None
-        if forward.state.spans and query.shape[2] == 1:
+        if gazes and forward.state.spans and query.shape[2] == 1:
             forward.count_whole(layer, query.shape[1], key.shape[1])
         output, weights = self.dense(module, query, key, value, attention_mask, **kwargs)
-        if forward.routed is not None:
+        if (own := forward.own_image(query.device)) is not None:
+            output = self._own_image(own, module, query, key, value, attention_mask, output, **kwargs)
+        if gazes and forward.routed is not None:
             _refuse_unsupported(kwargs)
             output = self._prefill(forward, layer, query, key, value, _scale(query, kwargs), attention_mask, output)
         return output, weights
@@ -74,8 +85,31 @@ class GazeAttention:
         entries, state = store.entries(), forward.state
         plan = state.plan(query, entries)
         decoded = gaze_decode(query, entries, plan, scale, forward.bias(_as_4d(mask)))
-        state.counters.add(layer, plan.visual_entries, decoded.read)
+        forward.count(layer, query.shape[1], entries.key.shape[1], plan.visual_entries, decoded.read)
         return decoded.output.transpose(1, 2)
+
+    def _own_image(
+        self,
+        own: OwnImage,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        dense: Tensor,
+        **kwargs: Any,
+    ) -> Tensor:
+        """`dense` with the queries of context tokens done again, over the keys of their own image alone."""
+        visible, new = own.visible, query.shape[2]
+        if torch.is_tensor(mask) and mask.dim() == 4:  # a sliding window may hide some of the image
+            of_queries = mask[..., -new:].index_select(2, own.columns)
+            visible = (visible & of_queries) if mask.dtype == torch.bool else (visible & (of_queries == 0))
+        if self.original == "eager":
+            visible = torch.where(visible, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+        attended = ALL_ATTENTION_FUNCTIONS["sdpa"] if self.original != "eager" else self.dense
+        queries = query.index_select(2, own.columns)
+        output, _ = attended(module, queries, key[:, :, -new:], value[:, :, -new:], visible, **kwargs)
+        return _replaced(dense, own.columns, own.rows, output)
 
     def _prefill(
         self,
@@ -93,7 +127,7 @@ class GazeAttention:
         columns, rows = forward.routed.to(device), forward.routed_rows.to(device)
         mask = _as_4d(mask)
         if mask is not None and mask.shape[2] == 1:  # padding only, as for flash attention
-            mask = mask & (torch.arange(key.shape[2], device=device) <= (columns + state.length)[:, None])
+            mask = mask & (torch.arange(key.shape[2], device=device) <= (columns + forward.past)[:, None])
         elif mask is not None:
             mask = mask.index_select(2, columns)
         gazed = gaze_prefill(
@@ -103,13 +137,12 @@ class GazeAttention:
             self._means(forward, layer, key, value),
             state.table("regions", device),
             state.table("region_of", device),
-            columns + state.length,
+            columns + forward.past,
             mask,
             self.runtime.config,
             scale,
         ).transpose(1, 2)
-        kept = dense.index_select(1, columns)
-        return dense.index_copy(1, columns, torch.where(rows[..., None, None], gazed, kept))
+        return _replaced(dense, columns, rows, gazed)
 
     def _means(self, forward: Forward, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
         """Means of the windows: as cached, or made here when the forward keeps no cache."""
@@ -128,6 +161,22 @@ def unregister(name: str) -> None:
     """Take a patched model's functions out of transformers' registries, which offer no call for it."""
     AttentionInterface._global_mapping.pop(name, None)
     AttentionMaskInterface._global_mapping.pop(name, None)
+
+
+def _replaced(dense: Tensor, columns: Tensor, rows: Tensor, output: Tensor) -> Tensor:
+    """`dense` `[B, S, H, D_v]` with `output` `[B, Q, H, D_v]` in the columns `[Q]` of the rows `[B, Q]`."""
+    kept = dense.index_select(1, columns)
+    return dense.index_copy(1, columns, torch.where(rows[..., None, None], output, kept))
+
+
+def _by_position(visible: MaskFunction, position: Tensor, context: Tensor) -> MaskFunction:
+    """A mask function of positions as one of slots: a local window is as long as it was without context tokens."""
+
+    def of_slots(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen = visible(batch, head, position[batch, query], position[batch, key])
+        return seen & ((key <= query) | ~context[batch, key])
+
+    return of_slots
 
 
 def _layer(forward: Forward, layer: int) -> GazeLayer:

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from gazepatch.config import GazeConfig
 from gazepatch.errors import CacheError
+from gazepatch.insertion import Insertion, Slots
 from gazepatch.layout import Span
 from gazepatch.ops.decode import DecodePlan, Entries
 from gazepatch.regions import ABSENT, Chunk, Regions, sort_chunk, take
@@ -27,7 +28,7 @@ from gazepatch.stats import Counters
 LEAST_ROOM = 128
 
 #: Tables that change with every token.
-_GROWING = ("region_of", "logical_order")
+_GROWING = ("region_of", "logical_order", "every_slot")
 
 
 class GazeState:
@@ -35,8 +36,9 @@ class GazeState:
 
     Attributes:
         owner: The patch that fills this cache.
-        length: Tokens seen, in the model's own count.
-        spans: Visual tokens so far.
+        length: Slots filled: tokens seen, in the model's own count, and context tokens.
+        slots: What the slots hold.
+        spans: Visual tokens so far, by slot.
         regions: Tables of all regions so far. None while every row has fewer visual tokens than `min_visual_tokens`:
             they are then kept like text, and read by the model's own attention.
         chunk: The running forward's tokens, when some of them become visual entries. It reaches back to the first
@@ -54,6 +56,7 @@ class GazeState:
     def clear(self) -> None:
         """Forget the sequence."""
         self.length = self.new_tokens = self.other_end = 0
+        self.slots = Slots()
         self.spans: list[Span] = []
         self.regions: Regions | None = None
         self.chunk: Chunk | None = None
@@ -64,13 +67,25 @@ class GazeState:
 
     # ---- one forward
 
-    def begin(self, spans: Sequence[Span], rows: int, new_tokens: int) -> None:
-        """A forward of `new_tokens` tokens in each of `rows` rows starts; `spans` are its visual tokens."""
+    def seen(self, slots: int) -> int:
+        """What a layer with so many slots says it has seen: context tokens count inside the text decoder only."""
+        return slots if self.running else slots - self.slots.inserted
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen before the running forward, without context tokens."""
+        return self.length - self.slots.inserted
+
+    def begin(self, spans: Sequence[Span], rows: int, new_tokens: int, insertion: Insertion | None = None) -> None:
+        """A forward of `new_tokens` slots in each of `rows` rows starts; `spans` are its visual tokens, by slot."""
         if self.broken:
             raise CacheError(
                 "the last forward on this cache failed half-way and left it incomplete: start with a new one"
             )
         self.running = self.broken = True
+        if insertion is not None:
+            self.slots.add(insertion, self.length)
+            self._forget("source")
         self.spans += spans
         self.chunk = self._sort(spans, rows, new_tokens) if spans else None
         self.decoding = new_tokens == 1 and self.regions is not None
@@ -146,14 +161,22 @@ class GazeState:
             number[row, held] = torch.arange(len(length)).repeat_interleave(length)
         return number[:, :-1]
 
+    def source(self) -> Tensor | None:
+        """`Slots.source` as recorded."""
+        return self.slots.source
+
+    def every_slot(self) -> tuple[Tensor, Tensor]:
+        """Position of every slot, and whether it holds a context token, `[b, L]`."""
+        return self.slots.upto(self.length + self.new_tokens)
+
     def table(self, name: str, device: torch.device) -> Any:
-        """`chunk`, `regions`, `region_of` or `logical_order`, on a layer's device; made once for all layers."""
+        """One of the tables above, on a layer's device; made once for all layers."""
         key = (f"{name} {self.length + self.new_tokens}" if name in _GROWING else name, device)
         if key not in self._devices:
             self._forget(name, device)
             source: Any = getattr(self, name)
             source = source() if callable(source) else source
-            self._devices[key] = source if source is None else source.to(device)
+            self._devices[key] = _on(source, device)
         return self._devices[key]
 
     def plan(self, query: Tensor, entries: Entries) -> DecodePlan:
@@ -189,6 +212,8 @@ class GazeState:
         """Forget the last `tokens` tokens, none of which may be visual."""
         self.check_crop(tokens)
         self.length -= tokens
+        self.slots.crop(self.length)
+        self._forget("source")
         self.spans = [span for span in self.spans if span.stop <= self.length]
         if self._other is not None and self.length < self.other_end:
             self._other, self.other_end = self._other[:, : self.length - self.other_end], self.length
@@ -196,14 +221,16 @@ class GazeState:
     def check_crop(self, tokens: int) -> None:
         """Raise CacheError unless the last `tokens` tokens can be forgotten."""
         last_visual = -1 if self._visual is None or not self._visual.numel() else int(self._visual.max())
-        if tokens > self.length or self.length - tokens <= last_visual:
+        last = max(last_visual, self.slots.last_context())
+        if tokens > self.length or self.length - tokens <= last:
             raise CacheError(
-                f"cannot crop {tokens} of {self.length} tokens: only text behind the last image can be forgotten, "
-                f"{self.length - 1 - last_visual} tokens here. Keep a copy of the cache from before the image instead"
+                f"cannot crop {tokens} of {self.tokens} tokens: only text behind the last image can be forgotten, "
+                f"{self.length - 1 - last} tokens here. Keep a copy of the cache from before the image instead"
             )
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep the rows of the batch with these numbers, in this order."""
+        self.slots.select_rows(rows)
         if self._visual is not None and len(self._visual) > 1:
             self._visual = self._visual[rows.cpu()]
         if self._other is not None and len(self._other) > 1:
@@ -214,6 +241,12 @@ class GazeState:
             picked = enumerate(rows.tolist())
             self.spans = [replace(span, row=i) for i, row in picked for span in self.spans if span.row == row]
         self._devices.clear()
+
+
+def _on(table: Any, device: torch.device) -> Any:
+    if isinstance(table, tuple):
+        return tuple(part.to(device) for part in table)
+    return None if table is None else table.to(device)
 
 
 def _same_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,7 +273,7 @@ class GazeLayer(DynamicLayer):
 
     def _clear(self) -> None:
         self.is_initialized = False
-        self._tokens = self._used = 0  # tokens seen; other entries held
+        self._slots = self._used = 0  # slots filled; other entries held
         self._other: tuple[Tensor, Tensor] | None = None  # with room for more behind `_used`
         self._visual: tuple[Tensor, Tensor] | None = None
         self._means: tuple[Tensor, Tensor | None] | None = None
@@ -265,8 +298,8 @@ class GazeLayer(DynamicLayer):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        first = self._tokens == 0
-        self._tokens += key_states.shape[-2]
+        first = self._slots == 0
+        self._slots += key_states.shape[-2]
         if self.state.chunk is None or not self.gazes:
             self._append(key_states, value_states)
         else:
@@ -352,12 +385,12 @@ class GazeLayer(DynamicLayer):
     # ---- what transformers asks of a layer
 
     def get_seq_length(self) -> int:
-        """Tokens seen."""
-        return self._tokens
+        """Tokens seen; inside the text decoder, context tokens count."""
+        return self.state.seen(self._slots)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys that a mask for `query_length` new tokens covers."""
-        return self._tokens + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
         """No maximum."""
@@ -371,12 +404,12 @@ class GazeLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens; a positive number is the length to keep (transformers 5.16)."""
-        tokens = -tokens_to_remove if tokens_to_remove <= 0 else max(self._tokens - tokens_to_remove, 0)
+        tokens = -tokens_to_remove if tokens_to_remove <= 0 else max(self.get_seq_length() - tokens_to_remove, 0)
         if tokens == 0:
             return
         if self.leads:
             self.state.crop(tokens)
-        self._tokens -= tokens
+        self._slots -= tokens
         self._used -= tokens
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -408,6 +441,36 @@ class GazeLayer(DynamicLayer):
         raise CacheError("a gaze cache cannot be offloaded: generate without cache_implementation='offloaded'")
 
     prefetch = offload
+
+
+class WindowLayer(DynamicSlidingWindowLayer):
+    """A sliding window among context tokens: it counts positions, so it holds as many slots more as were inserted."""
+
+    def __init__(self, state: GazeState, window: int) -> None:
+        self.state, self.positions = state, window
+        super().__init__(window)
+
+    @property
+    def sliding_window(self) -> int:
+        """Slots among which the whole window is, whatever they hold. The mask hides those outside."""
+        return self.positions + self.state.slots.inserted
+
+    @sliding_window.setter
+    def sliding_window(self, window: int) -> None:
+        self.positions = window
+
+    def get_seq_length(self) -> int:
+        """Tokens seen; inside the text decoder, context tokens count."""
+        return self.state.seen(self.cumulative_length)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that a mask for `query_length` new tokens covers."""
+        seen = self.get_seq_length()
+        if self.state.running:  # slots were dropped when fewer were inserted than now
+            kept = min(self.keys.shape[-2], self.sliding_window - 1) if self.is_initialized else 0
+        else:
+            kept = min(seen, self.positions - 1)
+        return kept + query_length, seen - kept
 
 
 def _grown(
@@ -473,4 +536,7 @@ def _replace_layers(cache: Cache, state: GazeState, layers: int, gaze_layers: Se
     leader = next(iter(gaze_layers), plain[0] if plain else None)
     for i in plain:
         made[i] = GazeLayer(state, gazes=i in gaze_layers, leads=i == leader)
+    if state.config.context_tokens:
+        for i in (i for i, kind in enumerate(kinds) if kind is DynamicSlidingWindowLayer):
+            made[i] = WindowLayer(state, cache.layers[i].sliding_window)
     cache.layers[:] = made

@@ -21,8 +21,8 @@ tags:
 
 # Gaze attention for {title}
 
-Settings that let a `{model_type}` model read only the regions of its images that each new token needs. There are no
-weights here: they stay with the base model, {base}{revision}.
+Settings that let a `{model_type}` model read only the regions of its images that each new token needs. {tokens} The
+model's own weights stay with the base model, {base}{revision}.
 
 ```python
 import gazepatch
@@ -57,6 +57,7 @@ def model_card(manifest: Manifest) -> str:
         base=f"`{base}`",
         title=base.replace("\\", "/").rstrip("/").rpartition("/")[2],
         revision=f" at revision `{revision}`" if revision else "",
+        tokens=_tokens(manifest.gaze.context_tokens),
         placeholder='"path/of/this/folder"',
         model_type=manifest.model_type,
         settings="\n".join(f"| `{name}` | `{json.dumps(value)}` |" for name, value in manifest.gaze.to_dict().items()),
@@ -64,6 +65,12 @@ def model_card(manifest: Manifest) -> str:
         gazepatch_version=manifest.gazepatch_version,
         transformers_version=manifest.transformers_version,
     )
+
+
+def _tokens(count: int) -> str:
+    if not count:
+        return "There are no weights here."
+    return f"`context_tokens.safetensors` holds the embeddings of {count} context tokens, which follow each image or frame."
 
 
 def _measured(manifest: Manifest) -> str:

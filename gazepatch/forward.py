@@ -11,7 +11,7 @@ import inspect
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,11 +21,19 @@ from transformers.cache_utils import Cache, DynamicCache
 from gazepatch.adapters.base import Adapter
 from gazepatch.cache import GazeState, adopt
 from gazepatch.config import GazeConfig
-from gazepatch.errors import PatchError
+from gazepatch.errors import PatchError, UnsupportedModelError
+from gazepatch.insertion import Insertion, OwnImage, insert
 from gazepatch.layout import Span
+from gazepatch.splice import lengthen, shorten
 from gazepatch.stats import Counters
 
 logger = logging.getLogger("gazepatch")
+
+#: The decoder's parameter that holds the embeddings of the context tokens.
+CONTEXT_TOKENS = "gaze_context_tokens"
+
+#: The argument by which layers that are run again for their gradients know the forward that they belong to.
+OF_FORWARD = "gaze_forward"
 
 MODALITIES = ("image", "video")
 
@@ -37,14 +45,19 @@ class Forward:
     Attributes:
         state: What its cache's layers share; of a temporary cache when the forward keeps none.
         cache: The cache, or None.
+        past: Slots filled before it.
+        insertion: Where its context tokens are; None without any.
         routed: Columns of the new tokens whose queries gaze, `[Q]`; None when no query of a prompt does.
         routed_rows: `[B, Q]` which rows those are text in.
     """
 
     state: GazeState
     cache: Cache | None
+    past: int
+    insertion: Insertion | None = None
     routed: Tensor | None = None
     routed_rows: Tensor | None = None
+    _own_images: dict[torch.device, OwnImage] = field(default_factory=dict)
     _bias: tuple[Tensor | None, Tensor | None] | None = None
 
     def bias(self, mask: Tensor | None) -> Tensor | None:
@@ -53,11 +66,22 @@ class Forward:
             self._bias = (mask, self.state.bias(mask))
         return self._bias[1]
 
+    def own_image(self, device: torch.device) -> OwnImage | None:
+        """`Insertion.own_image`, made once a device."""
+        if self.insertion is not None and device not in self._own_images:
+            self._own_images[device] = OwnImage(*(table.to(device) for table in self.insertion.own_image()))
+        return self._own_images.get(device)
+
+    def count(self, layer: int, heads: int, key_heads: int, visual: int, read: int | Tensor) -> None:
+        """Count what a layer read in a decode step: context tokens always, once for every selection."""
+        selections = heads if self.state.config.head_reduce == "none" else key_heads
+        self.state.counters.add(layer, visual, read, selections * self.state.slots.context_tokens)
+
     def count_whole(self, layer: int, heads: int, key_heads: int) -> None:
         """Count a decode step of a sequence with few visual tokens, all of which the model's own attention reads."""
         selections = heads if self.state.config.head_reduce == "none" else key_heads
         entries = selections * sum(span.tokens for span in self.state.spans)
-        self.state.counters.add(layer, entries, entries)
+        self.count(layer, heads, key_heads, entries, entries)
 
 
 class _Running(threading.local):
@@ -141,6 +165,7 @@ class Runtime:
         if not torch.is_tensor(hidden):
             return None  # the decoder itself says what it needs
         rows, tokens = hidden.shape[:2]
+        kwargs = dict(kwargs)
         cache = kwargs.get("past_key_values")
         if cache is None and self._will_cache(module, kwargs):
             cache = kwargs["past_key_values"] = DynamicCache(config=self.text_config)
@@ -149,14 +174,32 @@ class Runtime:
             if cache is None
             else adopt(cache, self, self.config, self.text_config.num_hidden_layers, self.gaze_layers)
         )
-        self.running.forward = self._start(state, cache, rows, tokens)
+        forward = self.running.forward = self._start(state, cache, rows, tokens)
+        if state.slots.inserted:
+            embeddings = getattr(module, CONTEXT_TOKENS)
+            kwargs = lengthen(kwargs, state, forward.insertion, embeddings, cache)
+        if self._runs_again(module) and (forward.insertion is not None or forward.routed is not None):
+            kwargs[OF_FORWARD] = forward
         return (), kwargs
 
-    def after_decoder(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def after_decoder(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """The forward is over, or failed (`output` is None)."""
         forward, self.running.forward = self.running.forward, None
-        if forward is not None:
-            forward.state.finish(completed=output is not None)
+        if forward is None:
+            return None
+        forward.state.finish(completed=output is not None)
+        return output if output is None or forward.insertion is None else shorten(output, forward.insertion)
+
+    def _runs_again(self, decoder: nn.Module) -> bool:
+        """Whether gradient checkpointing will run layers again, outside of this forward."""
+        if not (getattr(decoder, "gradient_checkpointing", False) and decoder.training and torch.is_grad_enabled()):
+            return False
+        if all(p.kind is not p.VAR_KEYWORD for p in self.decoder_signature.parameters.values()):
+            raise UnsupportedModelError(
+                "this text decoder passes nothing on to its layers, so gradient checkpointing cannot tell them where "
+                "they gaze: call model.gradient_checkpointing_disable()"
+            )
+        return True
 
     def _will_cache(self, decoder: nn.Module, kwargs: Mapping[str, Any]) -> bool:
         """Whether the decoder is about to make a cache of its own, which has to be ours."""
@@ -169,14 +212,19 @@ class Runtime:
         past = state.length
         prompt = tokens > 1 or past == 0
         ids = self._ids(rows, tokens) if prompt else None
-        spans = self._spans(ids, past)
-        state.begin(spans, rows, tokens)
-        forward = Forward(state, cache)
+        spans = self._spans(ids)
+        text = self._text(ids, spans) if ids is not None and self.config.prefill == "gaze" else None
+        insertion = insert(spans, rows, tokens, self.config.context_tokens)
+        if insertion is not None:
+            spans, tokens = insertion.moved(spans), insertion.source.shape[1]
+        spans = [replace(span, start=span.start + past, stop=span.stop + past) for span in spans]
+        state.begin(spans, rows, tokens, insertion)
+        forward = Forward(state, cache, past, insertion)
         if prompt:
             self.counters = state.counters
             state.counters.clear()
-            if self.config.prefill == "gaze" and ids is not None and state.regions is not None:
-                forward.routed, forward.routed_rows = self._routed(ids, spans, past, state)
+            if text is not None and state.regions is not None:
+                forward.routed, forward.routed_rows = _routed(text, insertion, past, state)
         elif state.spans:
             state.counters.steps += 1
         return forward
@@ -194,26 +242,31 @@ class Runtime:
         listed: list[list[int]] = ids.tolist()
         return listed
 
-    def _spans(self, ids: list[list[int]] | None, past: int) -> list[Span]:
+    def _spans(self, ids: list[list[int]] | None) -> list[Span]:
+        """Spans of a forward, by its own positions."""
         captured, self.running.captured = self.running.captured, {}
-        if ids is None:
-            return []
-        spans = self.adapter.locate(self.model_config, ids, captured)
-        return [replace(span, start=span.start + past, stop=span.stop + past) for span in spans]
+        return [] if ids is None else self.adapter.locate(self.model_config, ids, captured)
 
-    def _routed(
-        self, ids: list[list[int]], spans: Sequence[Span], past: int, state: GazeState
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Text queries behind a whole span; those inside an image (break tokens, newlines) stay dense."""
+    def _text(self, ids: list[list[int]], spans: Sequence[Span]) -> Tensor:
+        """`[B, S]` which tokens are text: not those inside an image (break tokens, newlines)."""
         media = {i for modality in MODALITIES for i in self.adapter.token_ids(self.model_config, modality)}
         text = torch.tensor([[i not in media and i >= 0 for i in row] for row in ids])
         for span in spans:
-            text[span.row, span.start - past : span.stop - past] = False
-        assert state.regions is not None
-        stop = state.regions.stop.masked_fill(state.regions.length == 0, torch.iinfo(torch.long).max)
-        text &= torch.arange(past, past + text.shape[1]) >= stop.amin(-1, keepdim=True)
-        columns = text.any(0).nonzero()[:, 0]
-        return (columns, text[:, columns]) if len(columns) else (None, None)
+            text[span.row, span.start : span.stop] = False
+        return text
+
+
+def _routed(
+    text: Tensor, insertion: Insertion | None, past: int, state: GazeState
+) -> tuple[Tensor | None, Tensor | None]:
+    """Columns and rows of text queries behind a whole span."""
+    if insertion is not None:
+        text = torch.zeros_like(insertion.source, dtype=torch.bool).scatter(1, insertion.slots, text)
+    assert state.regions is not None
+    stop = state.regions.stop.masked_fill(state.regions.length == 0, torch.iinfo(torch.long).max)
+    text = text & (torch.arange(past, past + text.shape[1]) >= stop.amin(-1, keepdim=True))
+    columns = text.any(0).nonzero()[:, 0]
+    return (columns, text[:, columns]) if len(columns) else (None, None)
 
 
 def _arguments(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

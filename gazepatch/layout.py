@@ -65,6 +65,7 @@ class Span:
         media: Number of the image or video within its row.
         tile, frame: Number of the tile or frame within its image or video, where it has several.
         row_gap: Positions between two grid rows that are not part of the span.
+        frame_gap: Further ones between two frames: context tokens, in a sequence that has them.
     """
 
     row: int
@@ -75,6 +76,7 @@ class Span:
     tile: int | None = None
     frame: int | None = None
     row_gap: int = 0
+    frame_gap: int = 0
 
     @property
     def tokens(self) -> int:
@@ -86,10 +88,10 @@ class Span:
 
     def positions(self) -> list[int]:
         """Positions of the visual tokens in the row, in raster order."""
-        if self.grid is None or not self.row_gap:
+        if self.grid is None or not (self.row_gap or self.frame_gap):
             return list(range(self.start, self.stop))
         t, h, w = self.grid
-        starts = (self.start + line * (w + self.row_gap) for line in range(t * h))
+        starts = (self.start + i * (w + self.row_gap) + i // h * self.frame_gap for i in range(t * h))
         return [first + j for first in starts for j in range(w)]
 
 

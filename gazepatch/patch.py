@@ -6,16 +6,18 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gazepatch.adapters.base import Adapter
 from gazepatch.attention import GazeAttention, unregister
 from gazepatch.config import GazeConfig
-from gazepatch.errors import ConfigError, GazeError, PatchError, UnsupportedModelError
-from gazepatch.forward import MODALITIES, Runtime
+from gazepatch.context import parameter, with_context_tokens
+from gazepatch.errors import ConfigError, PatchError, UnsupportedModelError
+from gazepatch.forward import CONTEXT_TOKENS, MODALITIES, Runtime
 from gazepatch.registry import adapter_for
 from gazepatch.stats import Stats
 
@@ -38,12 +40,21 @@ class Patch:
     undo: list[Callable[[], None]]
 
 
-def apply(model: Model, config: GazeConfig | None = None, **settings: Any) -> Model:
+def apply(
+    model: Model,
+    config: GazeConfig | None = None,
+    *,
+    context_tokens: Tensor | str | Path | None = None,
+    **settings: Any,
+) -> Model:
     """Make `model` gaze, in place.
 
     Args:
         model: A vision-language model of transformers, or a PEFT model around one.
         config: Settings; the defaults are for checkpoints that were not trained with gaze.
+        context_tokens: Embeddings `[M, hidden]`, or the `context_tokens.safetensors` that holds them, or its folder.
+            They become one parameter of the text decoder, which `restore` removes; a `torch.nn.Parameter` is taken as
+            it is, anything else copied. `config.context_tokens` may be M, or 0, and is then taken from here.
         **settings: Fields of `GazeConfig` to change in `config`.
 
     Returns:
@@ -52,7 +63,8 @@ def apply(model: Model, config: GazeConfig | None = None, **settings: Any) -> Mo
     Raises:
         PatchError: The model is patched already.
         UnsupportedModelError: The architecture has no adapter, or none of its layers can gaze.
-        ConfigError: A setting is wrong, or does not fit the model.
+        ConfigError: A setting is wrong, or does not fit the model or the context tokens.
+        ArtefactError: The file of the context tokens is damaged, or made for another model.
     """
     root = root_model(model)
     config = _settings(config, settings)
@@ -70,9 +82,18 @@ def apply(model: Model, config: GazeConfig | None = None, **settings: Any) -> Mo
             f"expected a text decoder with attn_implementation in {', '.join(ORIGINALS)}, got {original!r}: "
             "load the model with attn_implementation='sdpa'"
         )
+    hidden_size = adapter.text_config(root.config).hidden_size
+    config, tokens = with_context_tokens(config, context_tokens, root.config.model_type, hidden_size)
+    if tokens is not None and original.startswith("flash") and _has_local_layers(adapter, root.config):
+        raise UnsupportedModelError(
+            "context tokens in a model with local attention layers need a mask, which flash attention does not take: "
+            "load the model with attn_implementation='sdpa'"
+        )
     runtime = Runtime(adapter, root.config, decoder, config, layers)
     patch = Patch(config, runtime, GazeAttention(runtime, original), [])
     try:
+        if tokens is not None:
+            _add_parameter(root, decoder, parameter(tokens, decoder), patch.undo)
         _change(root, decoder, runtime, patch.attention, patch.undo)
         _set(root, ATTRIBUTE, patch, patch.undo)
     except BaseException:
@@ -93,9 +114,15 @@ def restore(model: Model) -> Model:
 
 
 @contextmanager
-def patched(model: Model, config: GazeConfig | None = None, **settings: Any) -> Iterator[Model]:
+def patched(
+    model: Model,
+    config: GazeConfig | None = None,
+    *,
+    context_tokens: Tensor | str | Path | None = None,
+    **settings: Any,
+) -> Iterator[Model]:
     """`apply` for the length of a `with` block, and `restore` behind it, also after an exception."""
-    apply(model, config, **settings)
+    apply(model, config, context_tokens=context_tokens, **settings)
     try:
         yield model
     finally:
@@ -114,6 +141,16 @@ def stats(model: nn.Module) -> Stats:
         PatchError: The model is not patched.
     """
     return patch_of(model).runtime.counters.stats()
+
+
+def context_tokens_of(model: nn.Module) -> Tensor | None:
+    """The parameter `[M, hidden]` that holds the context tokens of a patched model; None when it has none.
+
+    Raises:
+        PatchError: The model is not patched.
+    """
+    decoder = patch_of(model).runtime.adapter.decoder(root_model(model))
+    return getattr(decoder, CONTEXT_TOKENS, None)
 
 
 def patch_of(model: nn.Module) -> Patch:
@@ -164,13 +201,22 @@ def _settings(config: GazeConfig | None, settings: dict[str, Any]) -> GazeConfig
     if config is not None and not isinstance(config, GazeConfig):
         raise ConfigError(f"config must be a GazeConfig, got {type(config).__name__}")
     base = config or GazeConfig()
-    config = GazeConfig.from_dict(base.to_dict() | settings)
-    if config.context_tokens:
-        raise GazeError(
-            f"context_tokens={config.context_tokens} needs trained weights, and this version cannot inject any: "
-            "set context_tokens=0"
-        )
-    return config
+    return GazeConfig.from_dict(base.to_dict() | settings)
+
+
+def _has_local_layers(adapter: Adapter, model_config: Any) -> bool:
+    return any("layer" in reason for reason in adapter.dense_reasons(model_config).values())
+
+
+def _add_parameter(
+    root: PreTrainedModel, decoder: nn.Module, made: nn.Parameter, undo: list[Callable[[], None]]
+) -> None:
+    undo.append(lambda: delattr(decoder, CONTEXT_TOKENS))
+    decoder.register_parameter(CONTEXT_TOKENS, made)
+    # The model's own files stay as they were: context tokens have one of their own.
+    ignored = list(root._keys_to_ignore_on_save or [])
+    names = [name for name, held in root.named_parameters() if held is made]
+    _set(root, "_keys_to_ignore_on_save", ignored + names, undo)
 
 
 def _change(

@@ -207,8 +207,8 @@ def sort_chunk(spans: Iterable[Span], rows: int, offset: int, tokens: int, confi
     by_row: list[list[Span]] = [[] for _ in range(rows)]
     for span in spans:
         by_row[span.row].append(span)
-    first = [(s.start, s.stop, s.grid, s.row_gap) for s in by_row[0]]
-    if all([(s.start, s.stop, s.grid, s.row_gap) for s in row] == first for row in by_row):
+    first = [replace(span, row=0) for span in by_row[0]]
+    if all([replace(span, row=0) for span in row] == first for row in by_row):
         by_row = by_row[:1]  # one table serves all rows
     tables = [_row_tables(row, offset, tokens, config) for row in by_row]
     counts = tuple(len(table.length) for table in tables)

@@ -13,6 +13,7 @@ class LayerStats:
 
     visual_entries: int
     read_entries: int
+    context_entries: int = 0
 
     @property
     def read_share(self) -> float:
@@ -52,25 +53,28 @@ class Counters:
     steps: int = 0
     visual: dict[int, int] = field(default_factory=dict)
     read: dict[int, int | Tensor] = field(default_factory=dict)
+    context: dict[int, int] = field(default_factory=dict)
 
     def clear(self) -> None:
         """A new prompt starts."""
         self.steps = 0
         self.visual.clear()
         self.read.clear()
+        self.context.clear()
 
-    def add(self, layer: int, visual: int, read: int | Tensor) -> None:
+    def add(self, layer: int, visual: int, read: int | Tensor, context: int) -> None:
         """One layer's reads in one decode step."""
+        self.context[layer] = self.context.get(layer, 0) + context
         self.visual[layer] = self.visual.get(layer, 0) + visual
         self.read[layer] = self.read.get(layer, 0) + read
 
     def stats(self) -> Stats:
         """The counts so far."""
-        layers = {i: LayerStats(self.visual[i], int(self.read[i])) for i in sorted(self.visual)}
+        layers = {i: LayerStats(self.visual[i], int(self.read[i]), self.context[i]) for i in sorted(self.visual)}
         return Stats(
             steps=self.steps,
             visual_entries=sum(layer.visual_entries for layer in layers.values()),
             read_entries=sum(layer.read_entries for layer in layers.values()),
-            context_entries=0,
+            context_entries=sum(layer.context_entries for layer in layers.values()),
             layers=layers,
         )

@@ -15,7 +15,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from gazepatch.attention import GazeAttention
 from gazepatch.config import GazeConfig
-from gazepatch.patch import apply, is_patched, patch_of, patched, restore, root_model
+from gazepatch.patch import apply, context_tokens_of, is_patched, patch_of, patched, restore, root_model
 
 #: Largest difference of logits that is put down to the order of additions, relative to the largest logit.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}
@@ -51,9 +51,10 @@ class Verification:
 def verify(model: nn.Module, inputs: Mapping[str, Any], *, steps: int = 4) -> Verification:
     """Check a model on one input; it is left as it was, patched or not.
 
-    Three promises. Reading every region gives the dense logits, over a prompt and `steps` greedy tokens. What gazes
-    reads the same whether its keys come from a cache or from one forward without any. `restore` leaves the logits bit
-    for bit, and the model's hooks, attributes and registries as they were.
+    Three promises. Reading every region gives the dense logits, over a prompt and `steps` greedy tokens; that is checked
+    without context tokens, which are there to change them. What gazes reads the same whether its keys come from a cache
+    or from one forward without any. `restore` leaves the logits bit for bit, and the model's hooks, attributes and
+    registries as they were.
 
     Args:
         model: A model, patched or not: its settings are checked, else the defaults.
@@ -61,23 +62,26 @@ def verify(model: nn.Module, inputs: Mapping[str, Any], *, steps: int = 4) -> Ve
         steps: Decode steps.
     """
     settings = patch_of(model).config if is_patched(model) else None
+    tokens = context_tokens_of(model) if settings is not None else None
     if settings is not None:
         restore(model)
     try:
-        return _verify(model, inputs, steps, settings or GazeConfig())
+        return _verify(model, inputs, steps, settings or GazeConfig(), tokens)
     finally:
         if settings is not None:
-            apply(model, settings)
+            apply(model, settings, context_tokens=tokens)
 
 
 @torch.no_grad()
-def _verify(model: nn.Module, inputs: Mapping[str, Any], steps: int, settings: GazeConfig) -> Verification:
+def _verify(
+    model: nn.Module, inputs: Mapping[str, Any], steps: int, settings: GazeConfig, context_tokens: Tensor | None
+) -> Verification:
     always = dataclasses.replace(settings, min_visual_tokens=0)
     dense, tokens = generate_logits(model, inputs, steps)
     before = fingerprint(model)  # behind the first run, at which transformers sets up hooks of its own
-    with patched(model, dataclasses.replace(always, budget=1.0)):
+    with patched(model, dataclasses.replace(always, budget=1.0, context_tokens=0)):
         whole, _ = generate_logits(model, inputs, steps, tokens)
-    with patched(model, dataclasses.replace(always, prefill="gaze")):
+    with patched(model, dataclasses.replace(always, prefill="gaze"), context_tokens=context_tokens):
         cached, _ = generate_logits(model, inputs, steps, tokens)
         uncached = _uncached(model, inputs, tokens)
     after = fingerprint(model)

@@ -57,7 +57,7 @@ class GazeAttention:
         forward: Forward | None = kwargs.pop(OF_FORWARD, None) or self.runtime.running.forward
         if forward is None:
             return self.dense(module, query, key, value, attention_mask, **kwargs)
-        layer = getattr(module, "layer_idx", None)
+        layer = getattr(module, "layer_idx", -1)
         gazes = layer in self.runtime.gaze_layers
         if gazes and forward.state.decoding:
             _refuse_unsupported(kwargs)

@@ -467,7 +467,7 @@ class WindowLayer(DynamicSlidingWindowLayer):
         """Length and offset of the keys that a mask for `query_length` new tokens covers."""
         seen = self.get_seq_length()
         if self.state.running:  # slots were dropped when fewer were inserted than now
-            kept = min(self.keys.shape[-2], self.sliding_window - 1) if self.is_initialized else 0
+            kept = 0 if self.keys is None else min(self.keys.shape[-2], self.sliding_window - 1)
         else:
             kept = min(seen, self.positions - 1)
         return kept + query_length, seen - kept
@@ -537,6 +537,7 @@ def _replace_layers(cache: Cache, state: GazeState, layers: int, gaze_layers: Se
     for i in plain:
         made[i] = GazeLayer(state, gazes=i in gaze_layers, leads=i == leader)
     if state.config.context_tokens:
-        for i in (i for i, kind in enumerate(kinds) if kind is DynamicSlidingWindowLayer):
-            made[i] = WindowLayer(state, cache.layers[i].sliding_window)
+        for i, layer in enumerate(made):
+            if type(layer) is DynamicSlidingWindowLayer:
+                made[i] = WindowLayer(state, layer.sliding_window)
     cache.layers[:] = made

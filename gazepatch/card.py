@@ -70,7 +70,7 @@ def model_card(manifest: Manifest) -> str:
 def _tokens(count: int) -> str:
     if not count:
         return "There are no weights here."
-    return f"`context_tokens.safetensors` holds the embeddings of {count} context tokens, which follow each image or frame."
+    return f"`context_tokens.safetensors` holds the embeddings of {count} tokens that follow each image or frame."
 
 
 def _measured(manifest: Manifest) -> str:

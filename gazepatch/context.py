@@ -1,4 +1,4 @@
-"""The embeddings of context tokens: made, checked, read from and written to safetensors. They are weights, not state."""
+"""The embeddings of context tokens: weights, which are made, checked, read from safetensors and written to them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def initial_context_tokens(model: Any, count: int, *, seed: int = 0) -> Tensor:
         raise ConfigError(f"count must be an integer of at least 1, got {count!r}")
     table = model.get_input_embeddings().weight.detach().float()
     noise = torch.randn(count, table.shape[1], generator=torch.Generator().manual_seed(seed)).to(table.device)
-    return table.mean(0) + noise * table.std(0)
+    tokens: Tensor = table.mean(0) + noise * table.std(0)
+    return tokens
 
 
 def checked(tokens: Any, hidden_size: int, name: str = "context_tokens") -> Tensor:
@@ -124,10 +125,10 @@ def write_context_tokens(path: str | Path, tokens: Tensor, model_type: str) -> N
 
 
 def parameter(tokens: Tensor, decoder: nn.Module) -> nn.Parameter:
-    """Context tokens as a parameter: a copy of the decoder's dtype, on its device, or `tokens` if they are one already."""
+    """A copy of the tokens as a parameter of the decoder's dtype and device, or `tokens` if they are one already."""
     if isinstance(tokens, nn.Parameter):
         return tokens
-    table = decoder.get_input_embeddings().weight  # type: ignore[operator,union-attr]
+    table = decoder.get_input_embeddings().weight  # type: ignore[operator]
     dtype = table.dtype if table.is_floating_point() else tokens.dtype
     return nn.Parameter(tokens.detach().clone().to(table.device, dtype))
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from gazepatch.cache import GazeState
+from gazepatch.cache import GazeState, WindowLayer
 from gazepatch.errors import UnsupportedModelError
 from gazepatch.insertion import Insertion
 
@@ -161,7 +161,6 @@ def _key_slots(cache: Cache | None, state: GazeState, sliding: bool) -> int:
     if cache is None:
         return state.new_tokens
     if sliding:
-        for layer in cache.layers:
-            if getattr(layer, "is_sliding", False):
-                return layer.get_mask_sizes(state.new_tokens)[0]
+        windows = [layer for layer in cache.layers if isinstance(layer, WindowLayer)]
+        return windows[0].get_mask_sizes(state.new_tokens)[0]
     return state.length + state.new_tokens

@@ -51,10 +51,10 @@ class Verification:
 def verify(model: nn.Module, inputs: Mapping[str, Any], *, steps: int = 4) -> Verification:
     """Check a model on one input; it is left as it was, patched or not.
 
-    Three promises. Reading every region gives the dense logits, over a prompt and `steps` greedy tokens; that is checked
-    without context tokens, which are there to change them. What gazes reads the same whether its keys come from a cache
-    or from one forward without any. `restore` leaves the logits bit for bit, and the model's hooks, attributes and
-    registries as they were.
+    Three promises. Reading every region gives the dense logits, over a prompt and `steps` greedy tokens; that is
+    checked without context tokens, which are there to change them. What gazes reads the same whether its keys come from
+    a cache or from one forward without any. `restore` leaves the logits bit for bit, and the model's hooks, attributes
+    and registries as they were.
 
     Args:
         model: A model, patched or not: its settings are checked, else the defaults.

@@ -47,7 +47,7 @@ class GazeAttention:
         forward = self.runtime.running.forward
         if forward is not None and forward.state.slots.inserted and kwargs.get("local_size") is not None:
             device = torch.device(kwargs.get("device", "cpu"))
-            kwargs["mask_function"] = _by_position(kwargs["mask_function"], *forward.state.table("every_slot", device))
+            kwargs["mask_function"] = _by_position(kwargs["mask_function"], *forward.state.every_slot(device))
         return ALL_MASK_ATTENTION_FUNCTIONS[self.original](*args, **kwargs)
 
     def attend(

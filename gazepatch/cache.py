@@ -28,7 +28,7 @@ from gazepatch.stats import Counters
 LEAST_ROOM = 128
 
 #: Tables that change with every token.
-_GROWING = ("region_of", "logical_order", "every_slot")
+_GROWING = ("region_of", "logical_order")
 
 
 class GazeState:
@@ -85,7 +85,7 @@ class GazeState:
         self.running = self.broken = True
         if insertion is not None:
             self.slots.add(insertion, self.length)
-            self._forget("source")
+            self._forget("recorded")
         self.spans += spans
         self.chunk = self._sort(spans, rows, new_tokens) if spans else None
         self.decoding = new_tokens == 1 and self.regions is not None
@@ -161,13 +161,18 @@ class GazeState:
             number[row, held] = torch.arange(len(length)).repeat_interleave(length)
         return number[:, :-1]
 
-    def source(self) -> Tensor | None:
-        """`Slots.source` as recorded."""
-        return self.slots.source
+    def recorded(self) -> tuple[Tensor, Tensor]:
+        """`Slots.source` and `Slots.context`."""
+        assert self.slots.source is not None and self.slots.context is not None
+        return self.slots.source, self.slots.context
 
-    def every_slot(self) -> tuple[Tensor, Tensor]:
-        """Position of every slot, and whether it holds a context token, `[b, L]`."""
-        return self.slots.upto(self.length + self.new_tokens)
+    def every_slot(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Position of every slot, the running forward's included, and whether it holds a context token, `[B, L]`."""
+        source, context = self.table("recorded", device)
+        end = self.length + self.new_tokens
+        tail = torch.arange(self.slots.recorded, end, device=device).expand(len(source), -1) - self.slots.inserted
+        held = torch.cat([source, tail], 1), torch.cat([context, torch.zeros_like(tail, dtype=torch.bool)], 1)
+        return held[0][:, :end], held[1][:, :end]
 
     def table(self, name: str, device: torch.device) -> Any:
         """One of the tables above, on a layer's device; made once for all layers."""
@@ -213,7 +218,7 @@ class GazeState:
         self.check_crop(tokens)
         self.length -= tokens
         self.slots.crop(self.length)
-        self._forget("source")
+        self._forget("recorded")
         self.spans = [span for span in self.spans if span.stop <= self.length]
         if self._other is not None and self.length < self.other_end:
             self._other, self.other_end = self._other[:, : self.length - self.other_end], self.length

@@ -120,9 +120,7 @@ def _padding(given: Tensor | None, state: GazeState, cache: Cache | None, hidden
     if given is None:
         length = state.length + state.new_tokens - inserted
         given = torch.ones(rows, length, dtype=torch.long, device=hidden.device)
-    source = state.table("source", given.device)
-    if source is None:
-        return given
+    source, _ = state.table("recorded", given.device)
     recorded = given.gather(1, source.clamp(min=0)).masked_fill(source < 0, 0)
     return torch.cat([recorded, given[:, source.shape[1] - inserted :]], 1)
 
@@ -140,7 +138,7 @@ def _mask(
             return None  # plain causal, of slots as of positions
         given, sliding = _causal(total - state.slots.inserted, hidden.shape[1], hidden.device), False
     held, queries = _key_slots(cache, state, sliding), state.new_tokens
-    position, context = (table[:, total - held :] for table in state.table("every_slot", given.device))
+    position, context = (table[:, total - held :] for table in state.every_slot(given.device))
     column = position - (total - state.slots.inserted - given.shape[3])
     slot = torch.arange(total - held, total, device=given.device)
     hidden_from = (column < 0)[:, None] | (context[:, None] & (slot > slot[-queries:, None]))

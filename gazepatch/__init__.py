@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gazepatch.errors import ConfigError as ConfigError
     from gazepatch.errors import GazeError as GazeError
     from gazepatch.errors import PatchError as PatchError
+    from gazepatch.errors import TrainingError as TrainingError
     from gazepatch.errors import UnsupportedModelError as UnsupportedModelError
     from gazepatch.inspection import inspect as inspect
     from gazepatch.patch import apply as apply
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from gazepatch.patch import patched as patched
     from gazepatch.patch import restore as restore
     from gazepatch.patch import stats as stats
+    from gazepatch.training.run import train as train
+    from gazepatch.training.settings import TrainConfig as TrainConfig
     from gazepatch.verification import verify as verify
 
     __version__: str
@@ -40,6 +43,8 @@ _MODULE_OF = {
     "GazeConfig": "config",
     "GazeError": "errors",
     "PatchError": "errors",
+    "TrainConfig": "training.settings",
+    "TrainingError": "errors",
     "UnsupportedModelError": "errors",
     "apply": "patch",
     "context_tokens_of": "patch",
@@ -52,6 +57,7 @@ _MODULE_OF = {
     "restore": "patch",
     "save": "artefact",
     "stats": "patch",
+    "train": "training.run",
     "verify": "verification",
 }
 

@@ -202,7 +202,7 @@ def _write(
     gaze_layers(adapter_for(config.model_type), config, gaze)  # refuses settings under which no layer gazes
     local = Path(source).resolve() if os.path.isdir(source) else None
     out = out.absolute()
-    _refuse_output(out, local, force)
+    check_output(out, local, force)
     manifest = replace(Manifest.of(config, gaze, str(local or source)), provenance=provenance)
     with _complete_folder(out) as folder:
         (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
@@ -230,7 +230,7 @@ def _tokens_of(folder: Path, manifest: Manifest) -> Tensor | None:
     return tokens
 
 
-def _refuse_output(out: Path, source: Path | None, force: bool) -> None:
+def check_output(out: Path, source: Path | None, force: bool) -> None:
     """Refuse to write over anything but an artefact, and into or over the base model at all."""
     if source is not None and (source == (real := out.resolve()) or source in real.parents or real in source.parents):
         raise ArtefactError(f"out must lie outside the base model, which is never touched; got {out} and {source}")

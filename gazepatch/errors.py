@@ -23,3 +23,7 @@ class CacheError(GazeError, RuntimeError):
 
 class ArtefactError(GazeError):
     """A folder or file is not a gazepatch artefact that fits the model."""
+
+
+class TrainingError(GazeError):
+    """A training cannot start or go on: its data are broken, a package is missing, or it does not fit its folder."""

@@ -92,6 +92,7 @@ class _Running(threading.local):
         self.mask: Tensor | None = None
         self.captured: dict[str, dict[str, Any]] = {}
         self.capturing = False
+        self.dense = False
         self.forward: Forward | None = None
 
 
@@ -143,7 +144,8 @@ class Runtime:
         @functools.wraps(function)  # generate() reads the signature
         def captured(*args: Any, **kwargs: Any) -> Any:
             running = self.running
-            if running.capturing:  # video features are often made by way of image features
+            # Video features are often made by way of image features; a dense forward needs none of this.
+            if running.capturing or running.dense:
                 return function(*args, **kwargs)
             running.captured[modality] = _arguments(signature, args, kwargs)
             running.capturing = True
@@ -158,6 +160,8 @@ class Runtime:
 
     def before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Prepare the cache and decide which queries gaze."""
+        if self.running.dense:
+            return None
         if args:
             kwargs = {**kwargs, **self.decoder_signature.bind_partial(*args).arguments}
         hidden = kwargs.get("inputs_embeds")

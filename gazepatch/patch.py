@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -127,6 +127,35 @@ def patched(
         yield model
     finally:
         restore(model)
+
+
+@contextmanager
+def dense(model: nn.Module) -> Iterator[None]:
+    """Let a patched model read densely for the length of a `with` block: its logits are those of the unpatched model.
+
+    Nothing is taken off the model, so that optimisers and wrappers around it notice nothing. It holds for the calling
+    thread. A cache belongs to one side of the block: one that was filled on the other is refused.
+
+    Raises:
+        PatchError: The model is not patched.
+    """
+    running = patch_of(model).runtime.running
+    before, running.dense = running.dense, True
+    try:
+        yield
+    finally:
+        running.dense = before
+
+
+def set_budget(model: nn.Module, budget: float | int) -> None:
+    """Change the budget of a patched model, in place; caches that are filled already keep the one they had.
+
+    Raises:
+        PatchError: The model is not patched.
+        ConfigError: `budget` is not one.
+    """
+    patch = patch_of(model)
+    patch.config = patch.runtime.config = replace(patch.config, budget=budget)
 
 
 def is_patched(model: nn.Module) -> bool:

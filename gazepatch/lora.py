@@ -1,0 +1,78 @@
+"""LoRA adapters of a model's text decoder, by way of PEFT: put on, saved beside an artefact, loaded with it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gazepatch.errors import ArtefactError, TrainingError
+
+#: Folder inside an artefact.
+FOLDER = "lora"
+CONFIG_NAME = "adapter_config.json"
+
+
+def add_lora(model: Any, decoder: nn.Module, rank: int) -> None:
+    """Put adapters on the linear layers of `decoder`, a part of `model`; they alone can be trained then.
+
+    Raises:
+        TrainingError: PEFT is not installed.
+    """
+    if find_spec("peft") is None:
+        raise TrainingError("LoRA needs the package peft: pip install peft, or train the context tokens alone")
+    from peft import LoraConfig
+
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    leaves = {name.rpartition(".")[2] for name, part in decoder.named_modules() if isinstance(part, nn.Linear)}
+    targets = rf"{re.escape(prefix)}\.layers\..*\.({'|'.join(sorted(leaves))})"
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
+
+
+def has_lora(model: Any) -> bool:
+    """Whether a model of transformers carries adapters of PEFT."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def save_lora(model: Any, folder: Path) -> None:
+    """Write the adapters into an artefact's folder."""
+    model.save_pretrained(folder / FOLDER)
+
+
+def load_lora(model: Any, folder: Path) -> None:
+    """Load the adapters of an artefact's folder into its base model, if it has any.
+
+    Raises:
+        ArtefactError: PEFT is not installed, or the adapters are damaged.
+    """
+    path = folder / FOLDER
+    if not path.exists():
+        return
+    if find_spec("peft") is None:
+        raise ArtefactError(f"{path} holds LoRA adapters, which need the package peft: pip install peft")
+    try:
+        model.load_adapter(str(path))
+    except Exception as error:  # of PEFT, safetensors and transformers
+        raise ArtefactError(
+            f"{path} must hold adapters of PEFT for this model: {' '.join(str(error).split())}; get it again"
+        ) from error
+
+
+@contextmanager
+def without_lora(model: Any) -> Iterator[None]:
+    """The model without its adapters for the length of a `with` block."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)

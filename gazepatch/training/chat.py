@@ -1,0 +1,161 @@
+"""Records as a model reads them: rendered by the processor's chat template, with the assistant's tokens as labels.
+
+Which tokens are the assistant's is found by rendering what comes before each of its messages: that works with every
+template that only ever appends, whether it marks the assistant's part or not.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from gazepatch.errors import TrainingError
+from gazepatch.training.images import open_image
+from gazepatch.training.records import Record
+
+#: What a loss leaves out, as everywhere in transformers.
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A record as text: `answers` are the half-open ranges of characters that the assistant wrote."""
+
+    record: Record
+    text: str
+    answers: list[tuple[int, int]]
+
+
+class Collator:
+    """Makes batches of records, for one processor.
+
+    Args:
+        processor: The model's.
+
+    Raises:
+        TrainingError: The processor has no chat template.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        tokenizer = getattr(processor, "tokenizer", None)
+        if tokenizer is None or getattr(processor, "image_processor", None) is None:
+            raise TrainingError(
+                f"expected a processor for images and text, got {type(processor).__name__}: the model's folder must "
+                "hold its processor's files"
+            )
+        if not getattr(processor, "chat_template", None):
+            raise TrainingError(
+                "the model's processor has no chat template, so nothing says how a conversation reads: "
+                "put a chat_template.jinja into the model's folder"
+            )
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self.processor, self.tokenizer = processor, tokenizer
+
+    def __call__(self, records: Sequence[Record]) -> dict[str, Any]:
+        """The model's inputs for some records, padded on the left, and `labels` `[B, S]`."""
+        rendered = [self.rendered(record) for record in records]
+        images = [[open_image(one, r.folder, r.where) for one in r.images] for r in records]
+        batch = dict(self._processed([one.text for one in rendered], images))
+        labels = torch.full_like(batch["input_ids"], IGNORED)
+        for row, (one, pictures) in enumerate(zip(rendered, images, strict=True)):
+            real = batch["attention_mask"][row].nonzero()[:, 0]
+            ids = batch["input_ids"][row, real]
+            for start, stop in self._token_ranges(one, ids.tolist(), pictures):
+                labels[row, real[start:stop]] = ids[start:stop]
+        return {**batch, "labels": labels}
+
+    def rendered(self, record: Record) -> Rendered:
+        """A record as text.
+
+        Raises:
+            TrainingError: The template fails, or changes earlier messages, so that answers cannot be found.
+        """
+        text = self._template(record, len(record.messages))
+        answers = []
+        for number, message in enumerate(record.messages):
+            if message["role"] != "assistant":
+                continue
+            asked = self._template(record, number)
+            # A template may end the generation prompt with more than it writes before an answer that is there.
+            start = len(os.path.commonprefix([self._template(record, number, prompt=True), text]))
+            stop = len(os.path.commonprefix([self._template(record, number + 1), text]).rstrip())
+            said = "".join(part["text"] for part in message["content"] if part["type"] == "text").strip()
+            if start < len(asked) or not text.startswith(asked) or said not in text[start:stop]:
+                raise TrainingError(
+                    f"{record.where}: the chat template does not keep message {number} as it stands, so the "
+                    "assistant's tokens cannot be found: train with a template that only appends"
+                )
+            answers.append((start, stop))
+        return Rendered(record, text, answers)
+
+    def _template(self, record: Record, messages: int, prompt: bool = False) -> str:
+        """The text of the first messages, and with `prompt` what an answer follows."""
+        if not messages and not prompt:
+            return ""
+        try:
+            text = self.processor.apply_chat_template(
+                record.messages[:messages], tokenize=False, add_generation_prompt=prompt
+            )
+        except Exception as error:  # templates raise what they like
+            raise TrainingError(
+                f"{record.where}: the chat template refuses this conversation: {' '.join(str(error).split())}"
+            ) from error
+        return str(text)
+
+    def _processed(self, texts: list[str], images: list[list[Image]]) -> Any:
+        bos = self.tokenizer.bos_token
+        special = {"add_special_tokens": False} if bos is not None and texts[0].startswith(bos) else {}
+        return self.processor(
+            text=texts,
+            images=images if any(images) else None,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+            **special,
+        )
+
+    def _token_ranges(self, one: Rendered, ids: list[int], pictures: list[Image]) -> list[tuple[int, int]]:
+        """Half-open ranges of tokens for the answers of a record with these token ids."""
+        return [tuple(self._tokens_before(one, end, ids, pictures) for end in answer) for answer in one.answers]  # type: ignore[misc]
+
+    def _tokens_before(self, one: Rendered, end: int, ids: list[int], pictures: list[Image]) -> int:
+        """How many of a record's tokens come before a character of its text."""
+        # The text behind it, without images, has the tokens that the whole ends with, unless they merge over the cut.
+        tail = self.tokenizer(one.text[end:], add_special_tokens=False)["input_ids"]
+        if not tail or ids[-len(tail) :] == tail:
+            return len(ids) - len(tail)
+        seen = self._images_before(one, end)
+        before = self._processed([one.text[:end]], [pictures[:seen]])["input_ids"][0].tolist()
+        return len(os.path.commonprefix([before, ids]))
+
+    def _images_before(self, one: Rendered, end: int) -> int:
+        """Images in the messages up to a character: no answer ends inside a message with images behind it."""
+        messages = one.record.messages
+        answered = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        ends = [number for number, answer in zip(answered, one.answers, strict=True) if end in answer]
+        last = ends[0] + 1 if ends else len(messages)
+        return sum(part["type"] == "image" for message in messages[:last] for part in message["content"])
+
+
+def supervised(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where a model's logits are needed.
+
+    Args:
+        labels: `[B, S]`, `IGNORED` but for the assistant's tokens.
+
+    Returns:
+        Columns `[C]` of the logits that are needed in any row; `[B, C]` which rows need them; the right tokens `[N]`,
+        row by row.
+    """
+    following = labels[:, 1:]
+    wanted = following != IGNORED
+    columns = wanted.any(0).nonzero()[:, 0]
+    kept = wanted[:, columns]
+    return columns, kept, following[:, columns][kept]

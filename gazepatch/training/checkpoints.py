@@ -1,0 +1,85 @@
+"""The folder beside an artefact where its training keeps its checkpoints until it is done.
+
+A checkpoint counts when its last file is there: whenever the training is killed, the newest one that is whole stays.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from gazepatch.errors import TrainingError
+
+RUN_NAME = "run.json"
+MARK_NAME = "complete"
+
+
+class Work:
+    """The working folder of a training.
+
+    Args:
+        out: The artefact to be.
+        run: What tells this training from others, in what JSON can hold.
+    """
+
+    def __init__(self, out: Path, run: dict[str, Any]) -> None:
+        self.folder, self.run = out.with_name(f"{out.name}.work"), json.loads(json.dumps(run))
+
+    def open(self) -> Path | None:
+        """Make the folder, or enter it again; the newest whole checkpoint, if there is one.
+
+        Raises:
+            TrainingError: It belongs to another training.
+        """
+        path = self.folder / RUN_NAME
+        if self.folder.exists() and not path.is_file():
+            if not self.folder.is_dir() or any(self.folder.iterdir()):
+                raise TrainingError(f"{self.folder} is in the way: checkpoints go there; move it")
+        if path.is_file():
+            self._compare(path)
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            new = path.with_name(f".{RUN_NAME}.{os.getpid()}")
+            new.write_text(json.dumps(self.run, indent=2), encoding="utf-8")
+            os.replace(new, path)
+        whole = [folder for folder in self._checkpoints() if (folder / MARK_NAME).is_file()]
+        return whole[-1] if whole else None
+
+    def complete(self, step: int) -> None:
+        """The checkpoint of a step is whole: mark it, and remove the others."""
+        newest = self.folder / f"checkpoint-{step}"
+        (newest / MARK_NAME).touch()
+        for folder in self._checkpoints():
+            if folder != newest:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def discard_broken(self) -> None:
+        """Remove checkpoints that a killed training left half-written."""
+        for folder in self._checkpoints():
+            if not (folder / MARK_NAME).is_file():
+                shutil.rmtree(folder)
+
+    def remove(self) -> None:
+        """The training is done."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _checkpoints(self) -> list[Path]:
+        """By step."""
+        found = [path for path in self.folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+        return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+    def _compare(self, path: Path) -> None:
+        try:
+            there = json.loads(path.read_text(encoding="utf-8"))
+            assert isinstance(there, dict)
+        except (ValueError, AssertionError):
+            raise TrainingError(f"{path} is damaged: remove {self.folder} to begin anew") from None
+        for key in sorted(self.run.keys() | there.keys()):
+            if (old := there.get(key)) != (new := self.run.get(key)):
+                raise TrainingError(
+                    f"{self.folder} holds a training that was interrupted, with {key} {old!r}, and this one has {new!r}: "
+                    "give the same settings to go on, or remove that folder to begin anew"
+                )

@@ -1,0 +1,203 @@
+"""`train`: from a model and conversations about images to an artefact."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback, TrainingArguments, set_seed
+
+from gazepatch.artefact import base_config, check_output, save
+from gazepatch.config import GazeConfig
+from gazepatch.context import initial_context_tokens
+from gazepatch.errors import ConfigError, TrainingError
+from gazepatch.patch import apply, gaze_layers, set_budget
+from gazepatch.registry import adapter_for
+from gazepatch.training.bar import Bar
+from gazepatch.training.chat import Collator
+from gazepatch.training.checkpoints import Work
+from gazepatch.training.records import Records, read_records
+from gazepatch.training.schedule import Schedule
+from gazepatch.training.settings import TrainConfig
+from gazepatch.training.trained import Trained
+from gazepatch.training.trainer import GazeTrainer
+
+WARM_UP = 0.03  # share of the steps over which the learning rate rises
+
+
+def train(
+    source: str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
+    config: GazeConfig | None = None,
+    training: TrainConfig | None = None,
+    trainer_arguments: Mapping[str, Any] | None = None,
+    force: bool = False,
+    progress: bool = True,
+    **settings: Any,
+) -> Path:
+    """Train a model to read few regions, and write the artefact of it.
+
+    Interrupted, the same call goes on from the last checkpoint in the folder `out` + `.work`. Under `torchrun` or
+    `accelerate launch` every process makes the same call.
+
+    Args:
+        source: Local folder or Hub id of a vision-language model. It is never written to.
+        data: File of records, folder with one, or name of a set of `datasets`: see `gazepatch.training.records`.
+        out: Folder to write; it must not exist yet.
+        config: Settings of the gaze, by default `GazeConfig.paper()`; the final budget among them.
+        training: Settings of the training, by default `TrainConfig()`.
+        trainer_arguments: Further arguments of transformers' `TrainingArguments`: `report_to`, `bf16`, ...
+        force: Replace `out` if it is an artefact already, once the new one is complete.
+        progress: Whether to show a progress bar.
+        **settings: Fields of `TrainConfig` to change in `training`.
+
+    Returns:
+        The folder, as an absolute path.
+
+    Raises:
+        ConfigError: A setting is wrong, or does not fit the others.
+        TrainingError: The data are broken, a package is missing, or `out` + `.work` holds another training.
+        UnsupportedModelError: The architecture has no adapter, or no layer of it can gaze.
+        ArtefactError: `source` is not a model, or `out` cannot be written.
+    """
+    training = TrainConfig.from_dict((training or TrainConfig()).to_dict() | settings)
+    config = config or GazeConfig.paper()
+    _check(config, training)
+    model_config = base_config(source)
+    gaze_layers(adapter_for(model_config.model_type), model_config, config)
+    folder = Path(out).absolute()
+    check_output(folder, Path(source).resolve() if Path(source).is_dir() else None, force)
+    records = read_records(data)
+    collator = Collator(AutoProcessor.from_pretrained(source))
+    collator.rendered(records[0])  # a template that does not fit is found before the weights are read
+    work = Work(folder, _identity(source, records, config, training))
+    arguments = _arguments(work, training, len(records), trainer_arguments or {})
+    checkpoint = work.open()
+    if arguments.process_index == 0:
+        work.discard_broken()
+    model, trained = _prepare(source, config, training, arguments)
+    schedule = Schedule.falling(config.budget, arguments.max_steps, training.schedule)
+    trainer = GazeTrainer(
+        objective=training.objective,
+        trained=trained,
+        schedule=schedule,
+        work=work,
+        model=model,
+        args=arguments,
+        train_dataset=records,
+        data_collator=collator,
+        callbacks=[Bar()] if progress else None,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    set_budget(model, config.budget)
+    if trainer.is_world_process_zero():
+        save(model, folder, provenance=_provenance(trainer, records, training, schedule), force=force)
+        work.remove()
+    trainer.accelerator.wait_for_everyone()
+    return folder
+
+
+def _check(config: GazeConfig, training: TrainConfig) -> None:
+    if config.prefill != "gaze":
+        raise ConfigError(
+            "prefill must be 'gaze' in a training, where answers are read in one pass with their prompts, "
+            f"got {config.prefill!r}"
+        )
+    if training.trainable == "context" and not config.context_tokens:
+        raise ConfigError("context_tokens must be at least 1 when they are what is trained, got 0")
+    if find_spec("accelerate") is None:
+        raise TrainingError("training needs the package accelerate: pip install accelerate")
+    if training.trainable == "lora" and find_spec("peft") is None:
+        raise TrainingError("LoRA needs the package peft: pip install peft, or train the context tokens alone")
+
+
+def _identity(source: str | Path, records: Records, config: GazeConfig, training: TrainConfig) -> dict[str, Any]:
+    """What an interrupted training must agree on with the one that goes on."""
+    how = {name: value for name, value in training.to_dict().items() if name not in ("save_every", "log_every")}
+    return {"model": str(source), "data": records.name, "data_digest": records.digest, **config.to_dict(), **how}
+
+
+def _arguments(work: Work, training: TrainConfig, records: int, further: Mapping[str, Any]) -> TrainingArguments:
+    steps = training.steps_for(records)
+    ours: dict[str, Any] = {
+        "output_dir": str(work.folder),
+        "max_steps": steps,
+        "gradient_accumulation_steps": training.accumulate,
+        "learning_rate": training.peak_rate,
+        "seed": training.seed,
+        "data_seed": training.seed,
+        "save_strategy": "steps",
+        "save_steps": training.save_every,
+        "save_total_limit": None,  # `Work` removes old ones, but not before the new one is whole
+        "logging_strategy": "steps",
+        "logging_steps": min(training.log_every, steps),
+        "logging_nan_inf_filter": False,
+        "remove_unused_columns": False,
+        "disable_tqdm": True,  # for a bar of our own
+    }
+    free = {
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": math.ceil(WARM_UP * steps),
+        "weight_decay": 0.0,
+        "report_to": "none",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    if taken := sorted(ours.keys() & further.keys()):
+        raise ConfigError(f"{', '.join(taken)} cannot be among the trainer's arguments: training settings decide them")
+    try:
+        arguments = TrainingArguments(**{**ours, **free, **further})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"transformers refuses the trainer's arguments: {' '.join(str(error).split())}") from error
+    arguments.per_device_train_batch_size = training.per_device(arguments.world_size)
+    if arguments.n_gpu > 1:  # one process would copy the patched model to every GPU, which its patch cannot follow
+        arguments._n_gpu = 1
+    return arguments
+
+
+def _prepare(
+    source: str | Path, config: GazeConfig, training: TrainConfig, arguments: TrainingArguments
+) -> tuple[Any, Trained]:
+    """The patched model, and what of it learns."""
+    set_seed(training.seed)
+    model = AutoModelForImageTextToText.from_pretrained(source)
+    teacher = None
+    if training.trainable == "full":
+        teacher = AutoModelForImageTextToText.from_pretrained(source).requires_grad_(False).eval().to(arguments.device)
+    tokens = None
+    if config.context_tokens:
+        # Single precision, whatever the model's: small updates would vanish in fewer bits.
+        tokens = nn.Parameter(initial_context_tokens(model, config.context_tokens, seed=training.seed))
+    apply(model, config, context_tokens=tokens)
+    return model, Trained(model, training.trainable, lora_rank=training.lora_rank, teacher=teacher)
+
+
+def _provenance(trainer: GazeTrainer, records: Records, training: TrainConfig, schedule: Schedule) -> dict[str, Any]:
+    """How the artefact came about, for its `gaze_config.json`."""
+    last = next((entry for entry in reversed(trainer.state.log_history) if "agreement" in entry), {})
+    return {
+        **training.to_dict(),
+        "learning_rate": training.peak_rate,
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.global_step * training.batch_size / len(records),
+        "budgets": [list(stage) for stage in schedule.stages],
+        "data": records.name if not Path(records.name).is_absolute() else Path(records.name).name,
+        "data_digest": records.digest,
+        "records": len(records),
+        "processes": trainer.accelerator.num_processes,
+        "final_loss": last.get("loss"),
+        "final_agreement_in_training": last.get("agreement"),
+        "versions": {
+            "gazepatch": version("gazepatch"),
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+        },
+    }

@@ -1,0 +1,124 @@
+"""`TrainConfig`: every setting of a training but those of the gaze, checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gazepatch.errors import ConfigError
+
+OBJECTIVES = ("distill", "next-token")
+TRAINABLE = ("context", "lora", "full")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a training.
+
+    Args:
+        objective: `distill`: answer like the same model read densely, which needs no right answers; `next-token`:
+            predict the answers of the data.
+        trainable: What learns: the `context` tokens alone, `lora` adapters of the text decoder and the context tokens,
+            or the `full` model and the context tokens.
+        epochs: Passes over the data, unless `steps` is given.
+        steps: Updates; None: as many as `epochs` makes.
+        batch_size: Records of one update, over all processes.
+        accumulate: Parts that a process computes its records of one update in, to save memory.
+        learning_rate: Peak of the learning rate; None: 0.003 for context, 0.0002 for lora, 0.00001 for full.
+        schedule: Share of the steps over which the budget falls, from dense by way of 8, 4 and 2 times the final one.
+        lora_rank: Rank of the LoRA adapters.
+        seed: Of the first context tokens and of the order of the records.
+        save_every: Steps between checkpoints, from which an interrupted training goes on.
+        log_every: Steps between two figures of loss and agreement.
+
+    Raises:
+        ConfigError: A setting has the wrong type or value.
+    """
+
+    objective: str = "distill"
+    trainable: str = "context"
+    epochs: float = 1.0
+    steps: int | None = None
+    batch_size: int = 8
+    accumulate: int = 1
+    learning_rate: float | None = None
+    schedule: float = 0.5
+    lora_rank: int = 16
+    seed: int = 0
+    save_every: int = 100
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        _check_choice("objective", self.objective, OBJECTIVES)
+        _check_choice("trainable", self.trainable, TRAINABLE)
+        for name in ("batch_size", "accumulate", "lora_rank", "save_every", "log_every"):
+            _check_int(name, getattr(self, name), least=1)
+        _check_int("seed", self.seed, least=0)
+        if self.steps is not None:
+            _check_int("steps", self.steps, least=1)
+        _check_number("epochs", self.epochs, "above 0", self._positive(self.epochs))
+        if self.learning_rate is not None:
+            _check_number("learning_rate", self.learning_rate, "above 0", self._positive(self.learning_rate))
+        _check_number("schedule", self.schedule, "from 0 to 1", lambda: 0 <= self.schedule <= 1)
+        if self.batch_size % self.accumulate:
+            raise ConfigError(
+                f"batch_size must be a multiple of accumulate, got {self.batch_size} and {self.accumulate}"
+            )
+
+    @staticmethod
+    def _positive(value: float) -> Any:
+        return lambda: value > 0
+
+    @property
+    def peak_rate(self) -> float:
+        """The learning rate in use."""
+        rates = {"context": 3e-3, "lora": 2e-4, "full": 1e-5}
+        return rates[self.trainable] if self.learning_rate is None else self.learning_rate
+
+    def steps_for(self, records: int) -> int:
+        """Updates of a training on so many records."""
+        return self.steps or max(1, math.ceil(self.epochs * math.ceil(records / self.batch_size)))
+
+    def per_device(self, processes: int) -> int:
+        """Records that one process computes at a time.
+
+        Raises:
+            ConfigError: The batch cannot be shared out evenly.
+        """
+        parts = processes * self.accumulate
+        if self.batch_size % parts:
+            raise ConfigError(
+                f"batch_size must be a multiple of processes x accumulate = {processes} x {self.accumulate}, "
+                f"got {self.batch_size}"
+            )
+        return self.batch_size // parts
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> TrainConfig:
+        """The inverse of `to_dict`. Missing keys take their defaults, unknown keys are an error."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(map(str, settings.keys() - set(known))):
+            raise ConfigError(f"unknown training setting {', '.join(unknown)}; known: {', '.join(known)}")
+        return cls(**settings)
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_int(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def _check_number(name: str, value: object, wanted: str, within: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not within():
+        raise ConfigError(f"{name} must be a number {wanted}, got {value!r}")

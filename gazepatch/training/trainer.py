@@ -1,0 +1,125 @@
+"""transformers' `Trainer` with the objectives of gaze: its loop, processes, optimisers and logs are used as they are."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from gazepatch.errors import TrainingError
+from gazepatch.patch import patch_of, root_model, set_budget
+from gazepatch.training.chat import supervised
+from gazepatch.training.checkpoints import Work
+from gazepatch.training.objectives import agreed, distill, next_token
+from gazepatch.training.schedule import Schedule
+from gazepatch.training.trained import Trained
+
+
+class GazeTrainer(Trainer):
+    """Trains a patched model.
+
+    Args:
+        objective: `distill` or `next-token`.
+        trained: The parameters that learn.
+        schedule: Budgets by step.
+        work: Where checkpoints go.
+        **trainer: As for `Trainer`; its model is the patched one.
+    """
+
+    def __init__(self, *, objective: str, trained: Trained, schedule: Schedule, work: Work, **trainer: Any) -> None:
+        super().__init__(**trainer)
+        self.objective, self.trained, self.work = objective, trained, work
+        # The loss is a mean over the tokens of the whole update, of all processes and parts: see compute_loss.
+        self.model_accepts_loss_kwargs = True
+        self.counts = torch.zeros(2, device=self.args.device)  # tokens on which gaze and dense agree, of how many
+        self.add_callback(Lowering(schedule, trainer["model"]))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The objective's mean over the assistant's tokens of the update; the first processes' share of it."""
+        inputs = _in_dtype(inputs, root_model(model).dtype)
+        columns, kept, tokens = supervised(inputs.pop("labels"))
+        teacher = None
+        if self.objective == "distill" or self._logs_next():
+            with torch.no_grad(), self.trained.untrained(model) as untrained:
+                teacher = _logits(untrained, inputs, columns, kept)
+        student = _logits(model, inputs, columns, kept)
+        if teacher is not None:
+            self.counts += torch.stack([agreed(student, teacher), torch.tensor(len(tokens)).to(student.device)])
+        total = distill(student, teacher) if self.objective == "distill" else next_token(student, tokens)  # type: ignore[arg-type]
+        if not total.requires_grad:  # a batch without images has nothing to do with context tokens
+            total = total + sum(p.sum() for p in self.trained.model.parameters() if p.requires_grad) * 0.0
+        loss = total / (max(1, len(tokens)) if num_items_in_batch is None else num_items_in_batch)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # whose gradients are averaged
+        return (loss, {"logits": student}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add budget and agreement to what the Trainer logs.
+
+        Raises:
+            TrainingError: The loss is not finite any more.
+        """
+        if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise TrainingError(
+                    f"the loss is {logs['loss']} at step {self.state.global_step}: lower the learning rate"
+                )
+            right, of = self.accelerator.reduce(self.counts, "sum").tolist()
+            self.counts = torch.zeros_like(self.counts)
+            logs["budget"] = patch_of(self.trained.model).config.budget
+            logs["agreement"] = right / max(1.0, of)
+        super().log(logs, start_time)
+
+    def _logs_next(self) -> bool:
+        return (self.state.global_step + 1) % int(self.args.logging_steps) == 0
+
+    # ---- checkpoints: what is trained, and what the Trainer needs to go on
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        if self.args.should_save:
+            os.makedirs(folder, exist_ok=True)
+            self.trained.write(folder, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.trained.read(Path(resume_from_checkpoint))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.work.complete(self.state.global_step)
+
+
+class Lowering(TrainerCallback):
+    """Gives every step the budget of the schedule."""
+
+    def __init__(self, schedule: Schedule, model: nn.Module) -> None:
+        self.schedule, self.model = schedule, model
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        set_budget(self.model, self.schedule.budget(state.global_step))
+
+
+def _logits(model: nn.Module, inputs: dict[str, Any], columns: Tensor, kept: Tensor) -> Tensor:
+    """`[N, V]` at the wanted positions alone: all of them would be the largest tensor of the training by far."""
+    logits: Tensor = model(**inputs, use_cache=False, logits_to_keep=columns).logits
+    return logits[kept]
+
+
+def _in_dtype(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """A copy with pixels of the model's precision."""
+    return {name: value.to(dtype) if name.startswith("pixel_values") else value for name, value in inputs.items()}

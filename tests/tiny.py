@@ -149,11 +149,11 @@ def repeated(case: Case, times: int) -> Case:
 
 
 def tiny(name: str, video: bool = False, seed: int = 0) -> Case:
-    """A tiny model of one of `FAMILIES`, with a prompt of one row."""
+    """A tiny model of one of `FAMILIES` or `SHORT`, with a prompt of one row."""
     torch.manual_seed(seed)
     if video and name not in VIDEO:
         raise ValueError(f"expected one of {', '.join(VIDEO)} for videos, got {name}")
-    case = FAMILIES[name](video)
+    case = (FAMILIES | SHORT)[name](video)
     model = case.model.eval()
     redraw(model, torch.Generator().manual_seed(seed + 1))
     settings = model.generation_config
@@ -231,7 +231,7 @@ def vipllava(video: bool) -> Case:
     return Case(transformers.VipLlavaForConditionalGeneration(config), [images])
 
 
-def gemma3(video: bool) -> Case:
+def gemma3(video: bool, window: int = 48) -> Case:
     kinds = ["sliding_attention", "full_attention"] * 2
     config = transformers.Gemma3Config(
         vision_config=tower(transformers.SiglipVisionConfig, 64, vision_use_head=False),
@@ -239,7 +239,7 @@ def gemma3(video: bool) -> Case:
             transformers.Gemma3TextConfig,
             num_hidden_layers=4,
             layer_types=kinds,
-            sliding_window=48,
+            sliding_window=window,
             query_pre_attn_scalar=16,
         ),
         image_token_index=IMAGE,
@@ -271,10 +271,10 @@ def smolvlm(video: bool) -> Case:
     return idefics3(video, "SmolVLM")
 
 
-def internvl(video: bool) -> Case:
+def internvl(video: bool, **settings: Any) -> Case:
     config = transformers.InternVLConfig(
         vision_config=tower(transformers.InternVLVisionConfig, [64, 64], [4, 4]),
-        text_config=text(transformers.Qwen2Config),
+        text_config=text(transformers.Qwen2Config, **settings),
         image_token_id=IMAGE,
         image_seq_length=64,
         downsample_ratio=0.5,
@@ -282,6 +282,15 @@ def internvl(video: bool) -> Case:
     tiled = Media([START, *(square(8, 8, tile=tile) for tile in range(3)), END], {"pixel_values": pixels(3, 3, 64, 64)})
     single = Media([START, square(8, 8), END], {"pixel_values": pixels(1, 3, 64, 64)})
     return Case(transformers.InternVLForConditionalGeneration(config), [[tiled, single]])
+
+
+def gemma3_short(video: bool) -> Case:
+    return gemma3(video, window=24)
+
+
+def internvl_short(video: bool) -> Case:
+    kinds = ["full_attention", "sliding_attention"]
+    return internvl(video, use_sliding_window=True, sliding_window=24, layer_types=kinds)
 
 
 # ---- rows: mistral3 (and llava with a Pixtral tower)
@@ -447,4 +456,6 @@ FAMILIES: dict[str, Callable[[bool], Case]] = {
     "smolvlm": smolvlm,
     "vipllava": vipllava,
 }
+#: Sliding windows that are shorter than an image.
+SHORT: dict[str, Callable[[bool], Case]] = {"gemma3_short": gemma3_short, "internvl_short": internvl_short}
 VIDEO = ("llava_onevision", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")

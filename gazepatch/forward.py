@@ -171,6 +171,8 @@ class Runtime:
         rows, tokens = hidden.shape[:2]
         kwargs = dict(kwargs)
         cache = kwargs.get("past_key_values")
+        if _checkpoints(module) and cache is not None and cache.get_seq_length() == 0:
+            cache = kwargs["past_key_values"] = None  # the layers would not fill it either
         if cache is None and self._will_cache(module, kwargs):
             cache = kwargs["past_key_values"] = DynamicCache(config=self.text_config)
         state = (
@@ -196,7 +198,7 @@ class Runtime:
 
     def _runs_again(self, decoder: nn.Module) -> bool:
         """Whether gradient checkpointing will run layers again, outside of this forward."""
-        if not (getattr(decoder, "gradient_checkpointing", False) and decoder.training and torch.is_grad_enabled()):
+        if not (_checkpoints(decoder) and torch.is_grad_enabled()):
             return False
         if all(p.kind is not p.VAR_KEYWORD for p in self.decoder_signature.parameters.values()):
             raise UnsupportedModelError(
@@ -207,7 +209,7 @@ class Runtime:
 
     def _will_cache(self, decoder: nn.Module, kwargs: Mapping[str, Any]) -> bool:
         """Whether the decoder is about to make a cache of its own, which has to be ours."""
-        if getattr(decoder, "gradient_checkpointing", False) and decoder.training:
+        if _checkpoints(decoder):
             return False
         wanted = kwargs.get("use_cache")
         return bool(getattr(self.text_config, "use_cache", False) if wanted is None else wanted)
@@ -258,6 +260,11 @@ class Runtime:
         for span in spans:
             text[span.row, span.start : span.stop] = False
         return text
+
+
+def _checkpoints(decoder: nn.Module) -> bool:
+    """Whether the layers keep nothing for their gradients, and use no cache."""
+    return bool(getattr(decoder, "gradient_checkpointing", False)) and decoder.training
 
 
 def _routed(

@@ -7,14 +7,15 @@ from typing import Any
 import click
 
 from gazepatch.cli.output import json_option, print_json
-from gazepatch.cli.settings import config_from, gaze_options
+from gazepatch.cli.settings import config_from, options_of
+from gazepatch.config import GazeConfig
 
 
 @click.command("convert")
 @click.argument("model")
 @click.option("-o", "--out", required=True, metavar="DIR", help="Folder to write; it must not exist yet.")
 @click.option("--force", is_flag=True, help="Replace DIR if it is an artefact already.")
-@gaze_options
+@options_of(GazeConfig())
 @json_option
 def command(model: str, out: str, force: bool, as_json: bool, **settings: Any) -> None:
     """Make a gaze artefact for MODEL, a local folder or Hub id.
@@ -22,7 +23,7 @@ def command(model: str, out: str, force: bool, as_json: bool, **settings: Any) -
     Reads the model's config.json alone, never its weights, and writes a folder of a few kilobytes that
     gazepatch.load and `gazepatch ask` take in place of the model.
     """
-    config = config_from(settings)
+    config = config_from(settings, GazeConfig())
 
     import gazepatch
 

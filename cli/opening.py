@@ -20,7 +20,8 @@ def open_model(source: str) -> tuple[Any, Any]:
     transformers.utils.logging.set_verbosity_error()  # hints about settings that nobody here has chosen
     if is_artefact(source):
         model: Any = gazepatch.load(source)
-        base, revision = base_of(read(artefact_folder(source)))
+        folder = artefact_folder(source)
+        base, revision = base_of(read(folder), folder=folder)
     else:
         base_config(source)  # an unknown architecture is refused before its weights are read
         model = gazepatch.apply(AutoModelForImageTextToText.from_pretrained(source))

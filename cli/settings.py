@@ -1,4 +1,4 @@
-"""One option for every field of `GazeConfig`, made from the dataclass itself so that the two cannot drift apart."""
+"""One option for every field of a dataclass of settings, made from it so that the two cannot drift apart."""
 
 from __future__ import annotations
 
@@ -10,35 +10,45 @@ from typing import Any
 
 import click
 
-from gazepatch.config import Block, GazeConfig
+from gazepatch.config import Block
 from gazepatch.errors import ConfigError
 
 Command = Callable[..., Any]
+Settings = typing.TypeVar("Settings", bound=Any)
 
 
-def gaze_options(command: Command) -> Command:
-    """Add the options; the command takes them all as `**settings`, for `config_from`."""
-    hints = typing.get_type_hints(GazeConfig)
-    helps = _field_helps()
-    for field in reversed(dataclasses.fields(GazeConfig)):
-        flag = "--" + field.name.replace("_", "-")
-        shown = f"{helps[field.name]}  [default: {_text(field.default)}]"
-        if hints[field.name] is bool:
-            option = click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=shown)
-        else:
-            metavar, parse = _PARSERS[hints[field.name]]
-            option = click.option(flag, field.name, metavar=metavar, callback=_parsed_by(parse, metavar), help=shown)
-        command = option(command)
-    return command
+def options_of(defaults: Any) -> Callable[[Command], Command]:
+    """Options for all fields of some settings, with the values of `defaults` shown in their help.
+
+    The command takes them as `**settings`, for `config_from`.
+    """
+    hints = typing.get_type_hints(type(defaults))
+    helps = _field_helps(type(defaults))
+
+    def add(command: Command) -> Command:
+        for field in reversed(dataclasses.fields(defaults)):
+            flag = "--" + field.name.replace("_", "-")
+            shown = f"{helps[field.name]}  [default: {_text(getattr(defaults, field.name))}]"
+            if hints[field.name] is bool:
+                option = click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=shown)
+            else:
+                metavar, parse = _PARSERS[hints[field.name]]
+                option = click.option(
+                    flag, field.name, metavar=metavar, callback=_parsed_by(parse, metavar), help=shown
+                )
+            command = option(command)
+        return command
+
+    return add
 
 
-def config_from(settings: dict[str, Any]) -> GazeConfig:
-    """The settings that were given, the defaults for the others. A bad one is bad usage."""
+def config_from(settings: dict[str, Any], defaults: Settings) -> Settings:
+    """The settings that were given, `defaults` for the others. A bad one is bad usage."""
     given = {name: value for name, value in settings.items() if value is not None}
     # `--window none` cannot be None before this point: None is an option that was not given.
     given = {name: None if value is _NONE else value for name, value in given.items()}
     try:
-        return GazeConfig(**given)
+        return dataclasses.replace(defaults, **given)
     except ConfigError as error:
         raise click.UsageError(str(error), click.get_current_context()) from error
 
@@ -76,14 +86,17 @@ _PARSERS: dict[Any, tuple[str, Callable[[str], object]]] = {
     float | int: ("SHARE|NUMBER", _share_or_number),
     tuple[int, ...]: ("N,N,...", _integers),
     int: ("N", int),
+    int | None: ("N", int),
+    float: ("NUMBER", float),
+    float | None: ("NUMBER", float),
     str: ("NAME", str),
 }
 
 
-def _field_helps() -> dict[str, str]:
-    """The texts of `Args:` in the docstring of `GazeConfig`, by field."""
-    names = [field.name for field in dataclasses.fields(GazeConfig)]
-    section = (GazeConfig.__doc__ or "").partition("Args:")[2].partition("Raises:")[0]
+def _field_helps(kind: type) -> dict[str, str]:
+    """The texts of `Args:` in the docstring of a dataclass, by field."""
+    names = [field.name for field in dataclasses.fields(kind)]
+    section = (kind.__doc__ or "").partition("Args:")[2].partition("Raises:")[0]
     parts = re.split(rf"\n\s+({'|'.join(names)}): ", section)
     found = {name: " ".join(text.split()) for name, text in zip(parts[1::2], parts[2::2], strict=True)}
     return {name: found.get(name, "").replace("`", "") for name in names}

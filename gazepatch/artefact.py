@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
 CARD_NAME = "README.md"
 TOKENS_NAME = "context_tokens.safetensors"
+
+#: Folder of the LoRA adapters, if any.
+LORA_NAME = "lora"
+
+#: The base model of an artefact that brings its own, as its manifest names it: a folder inside the artefact's.
+OWN_MODEL = "./model"
 
 # Arguments of from_pretrained that say how the Hub is reached: they hold for the artefact and for its base model.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
@@ -63,13 +69,21 @@ def convert(
 
 
 def save(
-    model: PreTrainedModel, out: str | Path, *, provenance: Mapping[str, Any] | None = None, force: bool = False
+    model: PreTrainedModel,
+    out: str | Path,
+    *,
+    full: bool = False,
+    processor: Any = None,
+    provenance: Mapping[str, Any] | None = None,
+    force: bool = False,
 ) -> Path:
-    """Write the artefact of a patched model: its settings, its context tokens, and the name of its base model.
+    """Write the artefact of a patched model: settings, context tokens, LoRA adapters, its base model's name.
 
     Args:
         model: The patched model.
         out: Folder to write; it must not exist yet.
+        full: Write the model's own weights as well, into `out/model`, which the artefact then names as its base model.
+        processor: With `full`, what belongs into that folder besides.
         provenance: How it was trained, for `gaze_config.json`: anything that JSON can hold.
         force: Replace `out` if it is an artefact already, once the new one is complete.
 
@@ -77,15 +91,27 @@ def save(
         PatchError: The model is not patched.
         ArtefactError: It was not loaded from anywhere, or `out` cannot be written.
     """
+    from gazepatch.lora import has_lora, save_lora
     from gazepatch.patch import context_tokens_of, patch_of, root_model
 
-    settings, config = patch_of(model).config, root_model(model).config
-    if not (source := getattr(config, "_name_or_path", "")):
+    root = root_model(model)
+    settings, config = patch_of(model).config, root.config
+    if full and has_lora(root):
+        raise ArtefactError("a full artefact has no LoRA adapters beside it: merge them into the model first")
+
+    def further(folder: Path) -> None:
+        if has_lora(root):
+            save_lora(root, folder)
+        for part in (root, processor) if full else ():
+            if part is not None:
+                part.save_pretrained(folder / OWN_MODEL)
+
+    if not (source := getattr(config, "_name_or_path", "") or OWN_MODEL * full):
         raise ArtefactError(
             "an artefact names its base model, and this one was not loaded from anywhere: "
             "restore it, call model.save_pretrained(folder), and load it from there"
         )
-    return _write(config, source, settings, context_tokens_of(model), Path(out), force, provenance)
+    return _write(config, source, settings, context_tokens_of(model), Path(out), force, provenance, full, further)
 
 
 def load(
@@ -108,17 +134,21 @@ def load(
     """
     from transformers import AutoModelForImageTextToText
 
+    from gazepatch.lora import load_lora
     from gazepatch.patch import apply
 
     hub = {name: from_pretrained_kwargs[name] for name in HUB_ARGUMENTS if name in from_pretrained_kwargs}
     folder = artefact_folder(path_or_repo, revision, **hub)
     manifest = read(folder)
     tokens = _tokens_of(folder, manifest)
-    source, at = base_of(manifest, base)
+    source, at = base_of(manifest, base, folder)
     # Before the weights, so that a wrong model costs no download.
     manifest.check(base_config(source, revision=at, **hub))
     model = AutoModelForImageTextToText.from_pretrained(source, revision=at, **from_pretrained_kwargs)
     manifest.check(model.config)
+    if (manifest.provenance or {}).get("trainable") == "lora" and not (folder / LORA_NAME).is_dir():
+        raise ArtefactError(f"{folder} must hold the folder {LORA_NAME} that was trained with it: get it again")
+    load_lora(model, folder)
     return apply(model, manifest.gaze, context_tokens=tokens)
 
 
@@ -140,7 +170,7 @@ def artefact_folder(path_or_repo: str | Path, revision: str | None = None, **hub
         return Path(path_or_repo)
     from huggingface_hub import snapshot_download
 
-    wanted = [FILE_NAME, CARD_NAME, TOKENS_NAME]
+    wanted = [FILE_NAME, CARD_NAME, TOKENS_NAME, f"{LORA_NAME}/*", f"{Path(OWN_MODEL).name}/*"]
     try:
         return Path(snapshot_download(str(path_or_repo), revision=revision, allow_patterns=wanted, **hub))
     except Exception as error:
@@ -150,8 +180,8 @@ def artefact_folder(path_or_repo: str | Path, revision: str | None = None, **hub
         ) from error
 
 
-def base_of(manifest: Manifest, base: str | Path | None = None) -> tuple[str, str | None]:
-    """Where to load the base model of an artefact from: folder or Hub id, and revision."""
+def base_of(manifest: Manifest, base: str | Path | None = None, folder: Path | None = None) -> tuple[str, str | None]:
+    """Where to load the base model of an artefact in `folder` from: folder or Hub id, and revision."""
     if base is not None and str(base) != manifest.base_model:
         return str(base), None
     if os.path.isabs(manifest.base_model) and not os.path.isdir(manifest.base_model):
@@ -159,6 +189,8 @@ def base_of(manifest: Manifest, base: str | Path | None = None) -> tuple[str, st
             f"base model folder {manifest.base_model} not found: it was moved, or the artefact was made on another "
             "machine; say where the model is with gazepatch.load(..., base=...)"
         )
+    if manifest.base_model == OWN_MODEL and folder is not None:
+        return str(folder / OWN_MODEL), None
     return manifest.base_model, manifest.base_revision
 
 
@@ -194,6 +226,8 @@ def _write(
     out: Path,
     force: bool,
     provenance: Mapping[str, Any] | None = None,
+    full: bool = False,
+    further: Callable[[Path], None] | None = None,
 ) -> Path:
     from gazepatch.context import write_context_tokens
     from gazepatch.patch import gaze_layers
@@ -204,11 +238,15 @@ def _write(
     out = out.absolute()
     check_output(out, local, force)
     manifest = replace(Manifest.of(config, gaze, str(local or source)), provenance=provenance)
+    if full:
+        manifest = replace(manifest, base_model=OWN_MODEL, base_revision=None)
     with _complete_folder(out) as folder:
         (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
         (folder / CARD_NAME).write_text(model_card(manifest), encoding="utf-8")
         if tokens is not None:
             write_context_tokens(folder / TOKENS_NAME, tokens, config.model_type)
+        if further is not None:
+            further(folder)
         _tokens_of(folder, read(folder))  # what cannot be read back is not handed out
     return out
 

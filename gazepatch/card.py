@@ -74,12 +74,18 @@ def _tokens(count: int) -> str:
 
 
 def _measured(manifest: Manifest) -> str:
-    trained = "nobody trained this model with gaze" if manifest.provenance is None else _listing(manifest.provenance)
+    if manifest.fidelity is None and manifest.provenance is not None:
+        return (
+            f"How this was trained, and what the training saw at its end, on its own data:\n\n"
+            f"{_listing(manifest.provenance)}\n\nOn data that were not trained on, nothing was measured yet."
+        )
     if manifest.fidelity is None:
         return (
-            f"Nothing yet: {trained}, and how closely its answers follow those of the base model was not measured. "
+            "Nothing yet: nobody trained this model with gaze, and how closely "
+            "its answers follow those of the base model was not measured. "
             "`gazepatch verify` checks that the patch itself is sound; the quality of answers is for you to test."
         )
+    trained = "none" if manifest.provenance is None else f"\n\n{_listing(manifest.provenance)}"
     return f"Training: {trained}\n\nFidelity:\n\n{_listing(manifest.fidelity)}"
 
 

@@ -11,11 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from gazepatch.artefact import LORA_NAME
 from gazepatch.errors import ArtefactError, TrainingError
-
-#: Folder inside an artefact.
-FOLDER = "lora"
-CONFIG_NAME = "adapter_config.json"
 
 
 def add_lora(model: Any, decoder: nn.Module, rank: int) -> None:
@@ -41,7 +38,7 @@ def has_lora(model: Any) -> bool:
 
 def save_lora(model: Any, folder: Path) -> None:
     """Write the adapters into an artefact's folder."""
-    model.save_pretrained(folder / FOLDER)
+    model.save_pretrained(folder / LORA_NAME)
 
 
 def load_lora(model: Any, folder: Path) -> None:
@@ -50,7 +47,7 @@ def load_lora(model: Any, folder: Path) -> None:
     Raises:
         ArtefactError: PEFT is not installed, or the adapters are damaged.
     """
-    path = folder / FOLDER
+    path = folder / LORA_NAME
     if not path.exists():
         return
     if find_spec("peft") is None:

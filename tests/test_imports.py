@@ -69,9 +69,10 @@ def test_python_m() -> None:
 # ---- arrows: what a module may import of our own, and which modules must not import torch when they are imported
 
 ADAPTERS_MAY = ("gazepatch.adapters", "gazepatch.errors", "gazepatch.layout")
-CLI_MAY_AT_TOP = ("gazepatch.cli", "gazepatch.config", "gazepatch.errors")
+CLI_MAY_AT_TOP = ("gazepatch.cli", "gazepatch.config", "gazepatch.errors", "gazepatch.training.settings")
 LIGHT = ("gazepatch/__init__.py", "gazepatch/artefact.py", "gazepatch/card.py", "gazepatch/config.py")
 LIGHT += ("gazepatch/errors.py", "gazepatch/layout.py", "gazepatch/manifest.py", "gazepatch/registry.py")
+LIGHT += ("gazepatch/training/__init__.py", "gazepatch/training/records.py", "gazepatch/training/settings.py")
 
 
 def imported(path: Path, everywhere: bool = True) -> set[str]:

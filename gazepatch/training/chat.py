@@ -6,7 +6,6 @@ template that only ever appends, whether it marks the assistant's part or not.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,10 +82,12 @@ class Collator:
             if message["role"] != "assistant":
                 continue
             asked = self._template(record, number)
-            # A template may end the generation prompt with more than it writes before an answer that is there.
-            start = len(os.path.commonprefix([self._template(record, number, prompt=True), text]))
-            stop = len(os.path.commonprefix([self._template(record, number + 1), text]).rstrip())
+            prompt = self._template(record, number, prompt=True)
+            start = _common(prompt, text)
+            stop = len(text[: _common(self._template(record, number + 1), text)].rstrip())
             said = "".join(part["text"] for part in message["content"] if part["type"] == "text").strip()
+            if not text.startswith(prompt):  # templates may end it with more than they write before a given answer
+                start = min(start, text.rfind(said, len(asked), stop))
             if start < len(asked) or not text.startswith(asked) or said not in text[start:stop]:
                 raise TrainingError(
                     f"{record.where}: the chat template does not keep message {number} as it stands, so the "
@@ -133,7 +134,7 @@ class Collator:
             return len(ids) - len(tail)
         seen = self._images_before(one, end)
         before = self._processed([one.text[:end]], [pictures[:seen]])["input_ids"][0].tolist()
-        return len(os.path.commonprefix([before, ids]))
+        return _common(before, ids)
 
     def _images_before(self, one: Rendered, end: int) -> int:
         """Images in the messages up to a character: no answer ends inside a message with images behind it."""
@@ -159,3 +160,9 @@ def supervised(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     columns = wanted.any(0).nonzero()[:, 0]
     kept = wanted[:, columns]
     return columns, kept, following[:, columns][kept]
+
+
+def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Length of what both begin with."""
+    length = min(len(one), len(other))
+    return next((i for i in range(length) if one[i] != other[i]), length)

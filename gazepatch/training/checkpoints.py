@@ -35,9 +35,8 @@ class Work:
             TrainingError: It belongs to another training.
         """
         path = self.folder / RUN_NAME
-        if self.folder.exists() and not path.is_file():
-            if not self.folder.is_dir() or any(self.folder.iterdir()):
-                raise TrainingError(f"{self.folder} is in the way: checkpoints go there; move it")
+        if self.folder.is_file() or (self.folder.is_dir() and not path.is_file() and any(self.folder.glob("[!.]*"))):
+            raise TrainingError(f"{self.folder} is in the way: checkpoints go there; move it")
         if path.is_file():
             self._compare(path)
         else:
@@ -80,6 +79,6 @@ class Work:
         for key in sorted(self.run.keys() | there.keys()):
             if (old := there.get(key)) != (new := self.run.get(key)):
                 raise TrainingError(
-                    f"{self.folder} holds a training that was interrupted, with {key} {old!r}, and this one has {new!r}: "
-                    "give the same settings to go on, or remove that folder to begin anew"
+                    f"{self.folder} holds a training that was interrupted, with {key} {old!r}, and this one has "
+                    f"{new!r}: give the same settings to go on, or remove that folder to begin anew"
                 )

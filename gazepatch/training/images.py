@@ -55,7 +55,8 @@ def open_image(given: Any, folder: Path, where: str) -> Image:
     try:
         held = _bytes(source)
         with Image.open(folder / source if held is None else io.BytesIO(held)) as image:
-            return image.convert("RGB")
+            decoded: Image.Image = image.convert("RGB")
+            return decoded
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise TrainingError(f"{where}: an image cannot be read: {error}") from None
 

@@ -1,4 +1,4 @@
-"""What a training minimises, on the logits `[N, V]` that choose the assistant's N tokens. Sums over tokens, not means."""
+"""What a training minimises, on the logits `[N, V]` that choose the assistant's N tokens: sums over them, not means."""
 
 from __future__ import annotations
 

@@ -100,7 +100,9 @@ def train(
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     set_budget(model, config.budget)
     if trainer.is_world_process_zero():
-        save(model, folder, provenance=_provenance(trainer, records, training, schedule), force=force)
+        provenance = _provenance(trainer, records, training, schedule)
+        full = training.trainable == "full"
+        save(model, folder, full=full, processor=collator.processor, provenance=provenance, force=force)
         work.remove()
     trainer.accelerator.wait_for_everyone()
     return folder
@@ -149,7 +151,8 @@ def _arguments(work: Work, training: TrainConfig, records: int, further: Mapping
         "warmup_steps": math.ceil(WARM_UP * steps),
         "weight_decay": 0.0,
         "report_to": "none",
-        "dataloader_pin_memory": torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),  # or several processes would not find each other
     }
     if taken := sorted(ours.keys() & further.keys()):
         raise ConfigError(f"{', '.join(taken)} cannot be among the trainer's arguments: training settings decide them")

@@ -1,4 +1,4 @@
-"""transformers' `Trainer` with the objectives of gaze: its loop, processes, optimisers and logs are used as they are."""
+"""transformers' `Trainer` with the objectives of gaze: its loop, processes, optimisers and logs stay as they are."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ class GazeTrainer(Trainer):
 
     def __init__(self, *, objective: str, trained: Trained, schedule: Schedule, work: Work, **trainer: Any) -> None:
         super().__init__(**trainer)
-        self.objective, self.trained, self.work = objective, trained, work
+        self.objective: str = objective
+        self.trained, self.work = trained, work
         # The loss is a mean over the tokens of the whole update, of all processes and parts: see compute_loss.
         self.model_accepts_loss_kwargs = True
         self.counts = torch.zeros(2, device=self.args.device)  # tokens on which gaze and dense agree, of how many

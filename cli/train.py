@@ -1,0 +1,76 @@
+"""`gazepatch train`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+import click
+
+from gazepatch.cli.output import json_option, print_json
+from gazepatch.cli.settings import config_from, options_of
+from gazepatch.config import GazeConfig
+from gazepatch.training.settings import TrainConfig
+
+
+@click.command("train")
+@click.argument("model")
+@click.argument("data")
+@click.option("-o", "--out", required=True, metavar="DIR", help="Folder to write; it must not exist yet.")
+@click.option("--force", is_flag=True, help="Replace DIR if it is an artefact already.")
+@options_of(TrainConfig())
+@options_of(GazeConfig.paper())
+@click.option(
+    "--trainer",
+    "trainer",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Further argument of transformers' TrainingArguments, such as report_to=wandb or bf16=true. Repeatable.",
+)
+@json_option
+def command(
+    model: str, data: str, out: str, force: bool, trainer: tuple[str, ...], as_json: bool, **settings: Any
+) -> None:
+    """Train MODEL, a local folder or Hub id, to read few regions of its images, on the conversations in DATA.
+
+    DATA is a file of JSON lines, {"messages": [...], "images": [...]} or LLaVA's form, a folder with one, or the name
+    of a set of `datasets`. Interrupted, the same command goes on from the last checkpoint, kept in DIR.work. On several
+    processes: torchrun --nproc-per-node N -m gazepatch.cli train ...
+    """
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
+    training = config_from({name: settings.pop(name) for name in names}, TrainConfig())
+    config = config_from(settings, GazeConfig.paper())
+    arguments = dict(_argument(text) for text in trainer)
+
+    import transformers
+
+    import gazepatch
+    from gazepatch.manifest import read
+
+    transformers.utils.logging.set_verbosity_error()  # hints about settings that nobody here has chosen
+    folder = gazepatch.train(
+        model, data, out, config=config, training=training, trainer_arguments=arguments, force=force
+    )
+    if int(os.environ.get("RANK", 0)):
+        return  # the first process speaks for all
+    provenance = dict(read(folder).provenance or {})
+    if as_json:
+        print_json({"path": str(folder), "model": model, "gaze": config.to_dict(), "training": provenance})
+    else:
+        click.echo(
+            f"{folder}\nLast loss {provenance['final_loss']:.4g}, agreement with dense "
+            f"{provenance['final_agreement_in_training']:.1%}, on its own data. Try: gazepatch ask {out} IMAGE PROMPT"
+        )
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    """`name=value`; a value that is no JSON is text."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise click.UsageError(f"--trainer takes NAME=VALUE, got {text!r}", click.get_current_context())
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value

@@ -154,7 +154,7 @@ class Slots:
 
     def upto(self, length: int) -> tuple[Tensor, Tensor]:
         """`source` and `context` of the first `length` slots."""
-        tail = torch.arange(self.recorded, length)[None] - self.inserted
+        tail = torch.arange(self.recorded, max(length, self.recorded))[None] - self.inserted
         if self.source is None or self.context is None:
             return tail, torch.zeros_like(tail, dtype=torch.bool)
         tail = tail.expand(len(self.source), -1)

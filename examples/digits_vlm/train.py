@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from data import IGNORED, NAMES, Batch, Scene, digits, draw, evaluation_set, make_batch, normalise, right_tokens, score
-from model import PRESETS, Preset, build, save
+from model import PRESETS, Preset, build, make_processor, save
 from muon import Muon
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
@@ -26,7 +26,7 @@ from transformers import LlavaForConditionalGeneration
 import gazepatch
 
 BATCH = {"cpu": 32, "full": 64}
-STEPS = {"cpu": (1200, 3500), "full": (4000, 20000)}
+STEPS = {"cpu": (1200, 1700), "full": (4000, 20000)}
 SEVERAL = 0.3  # share of the steps with several frames
 #: Questions of a sequence: to learn to find a cell, then everything.
 FIRST = {"digit": 6, "colour": 6}
@@ -212,7 +212,7 @@ class Gaze:
         self.model, self.board = model, preset.board
         self.budget: float | None = None
         start = 0.5 * torch.randn(context_tokens, preset.width, device=model.device)
-        self.context = nn.ParameterDict({"context_tokens": nn.Parameter(start)} if context_tokens else {})
+        self.context = nn.Parameter(start) if context_tokens else None
 
     def at(self, progress: float) -> None:
         """Patch for a share of the steps done."""
@@ -222,11 +222,8 @@ class Gaze:
             return
         self.restore()
         cell = self.board.cell_tokens
-        extra = {"context_tokens": self.context["context_tokens"]} if self.context else {}
-        config = gazepatch.GazeConfig.paper(
-            region=(cell, cell, 1), budget=budget, context_tokens=len(extra.get("context_tokens", ()))
-        )
-        gazepatch.apply(self.model, config, **extra)
+        config = gazepatch.GazeConfig.paper(region=(cell, cell, 1), budget=budget, context_tokens=0)
+        gazepatch.apply(self.model, config, context_tokens=self.context)
         self.budget = budget
 
     def restore(self) -> None:
@@ -301,12 +298,11 @@ def train_decoder(run: Run, model: LlavaForConditionalGeneration, preset: Preset
     # Muon overwrites the projector within a few steps, before the decoder has learned to use what it says.
     model.model.multi_modal_projector.requires_grad_(False)
     gaze = Gaze(model, preset, args.context_tokens) if args.mode == "gaze" else None
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    parts: dict[str, Any] = {"model": model}
     if gaze:
-        named += gaze.context.named_parameters()
-        parts["context"] = gaze.context
-    optimisers = parts["optimisers"] = Optimisers(named, steps, args.rate)
+        gaze.at(0.0)  # from now on the context tokens are among the model's parameters
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    optimisers = Optimisers(named, steps, args.rate)
+    parts: dict[str, Any] = {"model": model, "optimisers": optimisers}
     source = digits()[0].to(args.device)
     tests = evaluation_set(board, 64, device=args.device)
 
@@ -335,11 +331,21 @@ def train_decoder(run: Run, model: LlavaForConditionalGeneration, preset: Preset
 
 
 def finish(run: Run, model: LlavaForConditionalGeneration, preset: Preset, gaze: Gaze | None) -> None:
-    """Write the model, and for gaze the settings and context tokens beside it."""
-    if gaze:
-        gazepatch.save(model, run.folder / "gaze")
-        gaze.restore()
-    save(model, preset, run.folder / "model")
+    """Write the model in bfloat16, or with gaze the artefact that holds it, its settings and context tokens."""
+    if gaze is None:
+        save(model, preset, run.folder / "dense")
+        return
+    gaze.at(1.0)
+    provenance = {
+        "objective": "next-token",
+        "trained": "full",
+        "seed": run.args.seed,
+        "budgets": [*BUDGETS, FINAL_BUDGET],
+    }
+    model.to(torch.bfloat16)
+    processor = make_processor(preset)
+    gazepatch.save(model, run.folder / "gaze", full=True, processor=processor, provenance=provenance, force=True)
+    gaze.restore()
 
 
 def main() -> None:
@@ -355,7 +361,7 @@ def main() -> None:
     parser.add_argument("--context-tokens", type=int, default=0, help="for --mode gaze")
     parser.add_argument("--tower-steps", type=int, help="steps of stage 1")
     parser.add_argument("--steps", type=int, help="steps of stage 2")
-    parser.add_argument("--first-steps", type=int, default=250, help="steps of stage 2 that ask for single cells only")
+    parser.add_argument("--first-steps", type=int, default=275, help="steps of stage 2 that ask for single cells only")
     parser.add_argument("--striped-steps", type=int, default=100, help="those of them that show striped boards")
     parser.add_argument("--rate", type=float, default=0.01, help="of Muon in stage 2")
     parser.add_argument("--log-every", type=int, default=100)
@@ -367,7 +373,7 @@ def main() -> None:
         trained = torch.load(args.tower, map_location=args.device, weights_only=True)
         model.model.vision_tower.load_state_dict(trained["tower"])
     if (args.tower or train_tower(run, model, preset)) and train_decoder(run, model, preset):
-        print(f"written to {run.folder / 'model'}")
+        print(f"written to {run.folder / args.mode}")
 
 
 if __name__ == "__main__":

@@ -496,7 +496,7 @@ def test_next_token_lowers_the_loss_and_logs(
     logs = [entry for entry in logs if "agreement" in entry]
     assert len(logs) == 10
     assert logs[-1]["loss"] < logs[0]["loss"] - 0.1
-    assert [entry["budget"] for entry in logs] == [1.0, 0.5, 0.5, 0.25, *[0.125] * 6]
+    assert [entry["budget"] for entry in logs] == [1.0, 0.5, 0.5, 0.25, 0.25, *[0.125] * 5]
     assert logs[0]["agreement"] > 0
 
 

@@ -105,42 +105,51 @@ def test_loss_is_the_cross_entropy_of_the_logits(name: str) -> None:
     torch.testing.assert_close(output.loss, expected)
 
 
+def beams(case: Case) -> tuple[Tensor, Tensor]:
+    """Scores of the answers that beam search finds, as it says and from forwards without a cache."""
+    prompt, steps = case.inputs["input_ids"].shape[1], 4
+    found = case.model.generate(
+        **case.inputs,
+        max_new_tokens=steps,
+        num_beams=3,
+        num_return_sequences=2,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    new = found.sequences[:, prompt:]
+    assert new.shape == (2 * len(case.inputs["input_ids"]), steps)
+    scores = _uncached(case.model, copies(case, 2), new).log_softmax(-1).gather(2, new[..., None])[..., 0]
+    return found.sequences_scores, scores.sum(1) / steps
+
+
+def samples(case: Case) -> tuple[Tensor, Tensor]:
+    """Logits of several answers to each prompt, and those from forwards without a cache."""
+    torch.manual_seed(1)
+    found = case.model.generate(
+        **case.inputs,
+        max_new_tokens=3,
+        do_sample=True,
+        num_return_sequences=3,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    new = found.sequences[:, case.inputs["input_ids"].shape[1] :]
+    return torch.stack(found.logits, 1), _uncached(case.model, copies(case, 3), new)
+
+
+@pytest.mark.parametrize("rows", ["one image and none", "one image and two"])
+@pytest.mark.parametrize("answers", [beams, samples])
 @pytest.mark.parametrize("name", ["llava", "internvl_short", "qwen2_vl", "qwen3_vl", "gemma3_short", "mistral3"])
 @torch.no_grad()
-def test_beams_are_scored_as_uncached(name: str) -> None:
-    case = batch(tiny(name))
-    prompt, steps = case.inputs["input_ids"].shape[1], 4
+def test_several_answers(name: str, answers: Any, rows: str) -> None:
+    case = tiny(name)
+    case = batch(case) if rows == "one image and two" else filled(replace(case, rows=[case.rows[0][-1:], []]))
+    found, expected = answers(case)
+    if (found - expected).abs().max() > 1e-2:
+        assert rows == "one image and two"
+        pytest.skip("this version of transformers mixes up the images of rows that it repeats, unpatched as well")
     with patched(case.model, GAZE, context_tokens=context()):
-        found = case.model.generate(
-            **case.inputs,
-            max_new_tokens=steps,
-            num_beams=3,
-            num_return_sequences=2,
-            output_scores=True,
-            return_dict_in_generate=True,
-        )
-        new = found.sequences[:, prompt:]
-        scores = _uncached(case.model, copies(case, 2), new).log_softmax(-1).gather(2, new[..., None])[..., 0]
-    assert new.shape == (4, steps)
-    assert_close(found.sequences_scores, scores.sum(1) / steps)
-
-
-@torch.no_grad()
-def test_several_answers(case: Case) -> None:
-    pair = batch(case)
-    with patched(case.model, GAZE, context_tokens=context()):
-        torch.manual_seed(1)
-        found = case.model.generate(
-            **pair.inputs,
-            max_new_tokens=3,
-            do_sample=True,
-            num_return_sequences=3,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        new = found.sequences[:, pair.inputs["input_ids"].shape[1] :]
-        expected = _uncached(case.model, copies(pair, 3), new)
-    assert_close(torch.stack(found.logits, 1), expected)
+        assert_close(*answers(case))
 
 
 @torch.no_grad()

@@ -128,11 +128,12 @@ class Collator:
 
     def _tokens_before(self, one: Rendered, end: int, ids: list[int], pictures: list[Image]) -> int:
         """How many of a record's tokens come before a character of its text."""
-        # The text behind it, without images, has the tokens that the whole ends with, unless they merge over the cut.
-        tail = self.tokenizer(one.text[end:], add_special_tokens=False)["input_ids"]
-        if not tail or ids[-len(tail) :] == tail:
-            return len(ids) - len(tail)
         seen = self._images_before(one, end)
+        if seen == len(pictures):
+            # The text behind it has the tokens that the whole ends with, unless they merge over the cut.
+            tail = self.tokenizer(one.text[end:], add_special_tokens=False)["input_ids"]
+            if not tail or ids[-len(tail) :] == tail:
+                return len(ids) - len(tail)
         before = self._processed([one.text[:end]], [pictures[:seen]])["input_ids"][0].tolist()
         return _common(before, ids)
 

@@ -57,7 +57,7 @@ class GazeTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The objective's mean over the assistant's tokens of the update; the first processes' share of it."""
+        """The objective's mean over the assistant's tokens of the update; this process's share of it."""
         inputs = _in_dtype(inputs, root_model(model).dtype)
         columns, kept, tokens = supervised(inputs.pop("labels"))
         teacher = None

@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     from gazepatch.inspection import inspect as inspect
     from gazepatch.patch import apply as apply
     from gazepatch.patch import context_tokens_of as context_tokens_of
+    from gazepatch.patch import dense as dense
     from gazepatch.patch import is_patched as is_patched
     from gazepatch.patch import patched as patched
     from gazepatch.patch import restore as restore
+    from gazepatch.patch import set_budget as set_budget
     from gazepatch.patch import stats as stats
     from gazepatch.training.run import train as train
     from gazepatch.training.settings import TrainConfig as TrainConfig
@@ -49,6 +51,7 @@ _MODULE_OF = {
     "apply": "patch",
     "context_tokens_of": "patch",
     "convert": "artefact",
+    "dense": "patch",
     "initial_context_tokens": "context",
     "inspect": "inspection",
     "is_patched": "patch",
@@ -56,6 +59,7 @@ _MODULE_OF = {
     "patched": "patch",
     "restore": "patch",
     "save": "artefact",
+    "set_budget": "patch",
     "stats": "patch",
     "train": "training.run",
     "verify": "verification",

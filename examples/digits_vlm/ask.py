@@ -5,11 +5,15 @@ python examples/digits_vlm/ask.py
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
-from boards import Asked
-from transformers import DynamicCache
+import torch
+from boards import Asked, load
+from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
+
+import gazepatch
 
 MODELS = Path(__file__).parent / "models"
 
@@ -38,3 +42,37 @@ def answers(model: Any, processor: Any, asked: Asked) -> list[str]:
         cache.crop(inputs["input_ids"].shape[1] - cache.get_seq_length())  # the right answer follows, whatever was said
         text = f"{text} {answer}"
     return said
+
+
+def main() -> None:
+    """Ask both models everything that is shipped, and print what they say."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", type=Path, default=MODELS)
+    args = parser.parse_args()
+    dense: Any = AutoModelForImageTextToText.from_pretrained(args.models / "dense", dtype=torch.float32)
+    gaze: Any = gazepatch.load(args.models / "gaze", dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(args.models / "dense")
+    tally = {"dense": 0, "gaze": 0}
+    shares = []
+    questions = 0
+    for asked in load():
+        print(", ".join(asked.images))
+        whole, gazed = answers(dense, processor, asked), answers(gaze, processor, asked)
+        shares.append(gazepatch.stats(gaze).read_share)
+        for (_, question, answer), by_dense, by_gaze in zip(asked.turns, whole, gazed, strict=True):
+            tally["dense"] += by_dense == answer
+            tally["gaze"] += by_gaze == answer
+            questions += 1
+            wrong = "".join(
+                f"   {name} says: {text}" for name, text in (("dense", by_dense), ("gaze", by_gaze)) if text != answer
+            )
+            print(f"   {question:26s} {answer}{wrong}")
+    read = 100 * sum(shares) / len(shares)
+    print(f"\n{questions} questions. Trained and read densely: {tally['dense']} right.")
+    print(
+        f"Trained with gaze, reading {read:.1f} % of the boards and 4 context tokens for each: {tally['gaze']} right."
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -199,38 +199,18 @@ def train_tower(run: Run, model: LlavaForConditionalGeneration, preset: Preset) 
 # ---- stage 2
 
 
-class Gaze:
-    """Keeps a model patched with the budget that a step is due.
+def due_budget(progress: float) -> float:
+    """Share of the regions to read after a share of the steps."""
+    part = int(progress / 0.6 * len(BUDGETS))
+    return BUDGETS[part] if part < len(BUDGETS) else FINAL_BUDGET
 
-    Args:
-        model: The model.
-        preset: Its sizes; a region is a cell.
-        context_tokens: Learned embeddings for each frame.
-    """
 
-    def __init__(self, model: LlavaForConditionalGeneration, preset: Preset, context_tokens: int) -> None:
-        self.model, self.board = model, preset.board
-        self.budget: float | None = None
-        start = 0.5 * torch.randn(context_tokens, preset.width, device=model.device)
-        self.context = nn.Parameter(start) if context_tokens else None
-
-    def at(self, progress: float) -> None:
-        """Patch for a share of the steps done."""
-        part = int(progress / 0.6 * len(BUDGETS))
-        budget = BUDGETS[part] if part < len(BUDGETS) else FINAL_BUDGET
-        if budget == self.budget:
-            return
-        self.restore()
-        cell = self.board.cell_tokens
-        config = gazepatch.GazeConfig.paper(region=(cell, cell, 1), budget=budget, context_tokens=0)
-        gazepatch.apply(self.model, config, context_tokens=self.context)
-        self.budget = budget
-
-    def restore(self) -> None:
-        """Undo the patch, if any."""
-        if self.budget is not None:
-            gazepatch.restore(self.model)
-            self.budget = None
+def let_gaze(model: LlavaForConditionalGeneration, preset: Preset, context_tokens: int) -> None:
+    """Patch a model with fresh context tokens for each board, which are among its parameters from now on."""
+    cell = preset.board.cell_tokens  # a region is a cell
+    start = nn.Parameter(0.5 * torch.randn(context_tokens, preset.width, device=model.device))
+    config = gazepatch.GazeConfig.paper(region=(cell, cell, 1), context_tokens=0)
+    gazepatch.apply(model, config, context_tokens=start if context_tokens else None)
 
 
 def answer_logits(model: LlavaForConditionalGeneration, batch: Batch, blind: bool = False) -> Tensor:
@@ -297,9 +277,8 @@ def train_decoder(run: Run, model: LlavaForConditionalGeneration, preset: Preset
         align(model, preset, args)
     # Muon overwrites the projector within a few steps, before the decoder has learned to use what it says.
     model.model.multi_modal_projector.requires_grad_(False)
-    gaze = Gaze(model, preset, args.context_tokens) if args.mode == "gaze" else None
-    if gaze:
-        gaze.at(0.0)  # from now on the context tokens are among the model's parameters
+    if gazes := args.mode == "gaze":
+        let_gaze(model, preset, args.context_tokens)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimisers = Optimisers(named, steps, args.rate)
     parts: dict[str, Any] = {"model": model, "optimisers": optimisers}
@@ -312,40 +291,35 @@ def train_decoder(run: Run, model: LlavaForConditionalGeneration, preset: Preset
         counts = FRAMES if several else FIRST if step < args.first_steps else MIX
         size = BATCH[args.scale] // (board.frames - 1 if several else 1)
         batch = make_batch(board, source, size, counts, generator, rng, striped=step < args.striped_steps)
-        if gaze:
-            gaze.at(step / steps)
+        if gazes:
+            gazepatch.set_budget(model, due_budget(step / steps))
         logits = answer_logits(model, batch)[:, :-1]
         loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED)
         optimisers.step(loss, step)
         return loss.item()
 
     def test() -> dict[str, Any]:
-        return {**measure(model, tests), "budget": gaze.budget if gaze else None}
+        return measure(model, tests)
 
     finished = run.loop(args.mode, steps, parts, train, test)
     if finished:
         blind = measure(model, tests, blind=True)
         run.log(stage=args.mode, blind=True, **blind)
-        finish(run, model, preset, gaze)
+        finish(run, model, preset)
     return finished
 
 
-def finish(run: Run, model: LlavaForConditionalGeneration, preset: Preset, gaze: Gaze | None) -> None:
+def finish(run: Run, model: LlavaForConditionalGeneration, preset: Preset) -> None:
     """Write the model in bfloat16, or with gaze the artefact that holds it, its settings and context tokens."""
-    if gaze is None:
+    if not gazepatch.is_patched(model):
         save(model, preset, run.folder / "dense")
         return
-    gaze.at(1.0)
-    provenance = {
-        "objective": "next-token",
-        "trained": "full",
-        "seed": run.args.seed,
-        "budgets": [*BUDGETS, FINAL_BUDGET],
-    }
+    gazepatch.set_budget(model, FINAL_BUDGET)
+    budgets = [*BUDGETS, FINAL_BUDGET]
+    provenance = {"objective": "next-token", "trainable": "full", "seed": run.args.seed, "budgets": budgets}
     model.to(torch.bfloat16)
     processor = make_processor(preset)
     gazepatch.save(model, run.folder / "gaze", full=True, processor=processor, provenance=provenance, force=True)
-    gaze.restore()
 
 
 def main() -> None:

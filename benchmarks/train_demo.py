@@ -3,8 +3,8 @@
     python benchmarks/train_demo.py DIR
 
 Builds the demo's checkpoint, prints bulletins with invented names and numbers, trains on questions about them, and
-measures how often the most likely next token is that of dense attention along the right answers about other bulletins. Interrupted, the same command goes on with the training; `training_cpu_s` then
-counts the last part alone.
+measures how often the most likely next token is that of dense attention along the right answers about other bulletins.
+Interrupted, the same command goes on with the training; `training_cpu_s` then counts the last part alone.
 """
 
 from __future__ import annotations

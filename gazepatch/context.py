@@ -19,6 +19,9 @@ FILE_NAME = "context_tokens.safetensors"
 TENSOR = "context_tokens"
 FORMAT = "1"
 
+#: Words that untrained context tokens are made to resemble.
+SAMPLE = 4096
+
 #: A file is refused above this size before it is opened: 4,096 tokens of 16,384 float32 numbers.
 MAX_BYTES = 1 << 28
 
@@ -36,9 +39,13 @@ def initial_context_tokens(model: Any, count: int, *, seed: int = 0) -> Tensor:
     """
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ConfigError(f"count must be an integer of at least 1, got {count!r}")
-    table = model.get_input_embeddings().weight.detach().float()
-    noise = torch.randn(count, table.shape[1], generator=torch.Generator().manual_seed(seed)).to(table.device)
-    tokens: Tensor = table.mean(0) + noise * table.std(0)
+    words = model.get_input_embeddings()
+    generator = torch.Generator().manual_seed(seed)
+    sample = torch.randint(words.num_embeddings, (SAMPLE,), generator=generator)
+    with torch.no_grad():  # as the decoder sees them: some families scale their embeddings
+        vectors = words(sample.to(words.weight.device)).float()
+    noise = torch.randn(count, vectors.shape[1], generator=generator).to(vectors.device)
+    tokens: Tensor = vectors.mean(0) + noise * vectors.std(0)
     return tokens
 
 

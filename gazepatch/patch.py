@@ -175,6 +175,8 @@ def stats(model: nn.Module) -> Stats:
 def context_tokens_of(model: nn.Module) -> Tensor | None:
     """The parameter `[M, hidden]` that holds the context tokens of a patched model; None when it has none.
 
+    PEFT freezes every parameter it finds: to train these too, wrap the model before `apply`, or unfreeze them again.
+
     Raises:
         PatchError: The model is not patched.
     """

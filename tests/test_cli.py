@@ -6,7 +6,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,15 +66,6 @@ def test_every_command_has_help(name: str) -> None:
     result = gaze(name, "--help")
     assert result.exit_code == 0
     assert result.stdout.startswith(f"Usage: main {name} ")
-
-
-def test_help_is_quick() -> None:
-    def seconds() -> float:
-        began = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "gazepatch.cli", "--help"], check=True, capture_output=True)
-        return time.perf_counter() - began
-
-    assert min(seconds() for _ in range(3)) < 0.3
 
 
 def test_version() -> None:

@@ -10,6 +10,7 @@ CODE := gazepatch adapters cli tests benchmarks examples
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
+	$(RUN) examples/digits_vlm/ask.py
 	$(RUN) -m gazepatch.cli demo
 
 test: check unit

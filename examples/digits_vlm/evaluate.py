@@ -21,6 +21,7 @@ import torch
 from data import Batch, Board, evaluation_set, right_tokens, score
 from model import PRESETS
 from policies import POLICIES, reading_by
+from report import COLUMNS, write
 from torch import Tensor
 from train import answer_logits
 from transformers import AutoModelForImageTextToText
@@ -29,7 +30,6 @@ import gazepatch
 
 HERE = Path(__file__).parent
 SHARES = (1.0, 0.5, 0.25, 0.125, 0.06)
-COLUMNS = ("T1", "T2", "T2 cells", "T3", "T4", "T5")
 Wrapper = Callable[[Batch], AbstractContextManager[Any]]
 
 
@@ -105,8 +105,6 @@ def main() -> None:
         name = "gaze trained" + folder.name.removeprefix("gaze").replace("-", " ")
         gaze_rows(folder, board, batches, show, name)
     if not args.json:
-        from report import write
-
         write(HERE, rows, args.sequences)
         print(f"written to {HERE / 'results.md'}", file=sys.stderr)
 

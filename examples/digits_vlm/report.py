@@ -17,8 +17,8 @@ import transformers
 
 import gazepatch
 
-COLUMNS = ("T1", "T2", "T2 cells", "T3", "T4", "T5")
-PLOTTED = ("T1", "T2", "T3", "T4")
+COLUMNS = ("T1", "T2", "T2 cells", "T3", "most", "T4", "T5")
+PLOTTED = ("T1", "T2", "most", "T4")
 START, STOP = "<!-- table -->", "<!-- end of table -->"
 Row = dict[str, Any]
 

@@ -64,6 +64,9 @@ class GazeAttention:
             return self.decode(forward, layer, query, _scale(query, kwargs), attention_mask), None
         if gazes and forward.state.spans and query.shape[2] == 1:
             forward.count_whole(layer, query.shape[1], key.shape[1])
+        if forward.insertion is not None:
+            # Context tokens repeat positions, which flash attention would take for the borders of packed sequences.
+            kwargs["position_ids"] = None
         output, weights = self.dense(module, query, key, value, attention_mask, **kwargs)
         if (own := forward.own_image(query.device)) is not None:
             output = self._own_image(own, module, query, key, value, attention_mask, output, **kwargs)

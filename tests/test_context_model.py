@@ -18,7 +18,7 @@ from transformers import DynamicCache
 import gazepatch
 from gazepatch.config import GazeConfig
 from gazepatch.errors import CacheError, ConfigError
-from gazepatch.patch import apply, context_tokens_of, patched, restore, stats
+from gazepatch.patch import apply, context_tokens_of, patch_of, patched, restore, stats
 from gazepatch.verification import _uncached, fingerprint, generate_logits, verify
 
 GAZE = GazeConfig(region=(3, 3, 2), window=(3, 1, 1), budget=0.3, prefill="gaze", min_visual_tokens=0)
@@ -299,6 +299,30 @@ def test_initial_context_tokens(case: Case) -> None:
     for count in (0, -1, 2.0, True):
         with pytest.raises(ConfigError, match="count must be an integer"):
             gazepatch.initial_context_tokens(case.model, count)
+
+
+def test_initial_context_tokens_are_scaled_as_words_are() -> None:
+    model = tiny("gemma3").model  # multiplies its embeddings by the root of their size
+    words = model.get_input_embeddings()
+    tokens = gazepatch.initial_context_tokens(model, 400)
+    assert (tokens.std() / (words.weight.std() * model.config.text_config.hidden_size**0.5) - 1).abs() < 0.2
+
+
+def test_flash_attention_does_not_take_repeated_positions_for_packed_sequences(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    with patched(case.model, GAZE, context_tokens=context()):
+        attention = patch_of(case.model).attention
+        dense = attention.dense
+
+        def spied(*args: Any, **kwargs: Any) -> Any:
+            seen.append(kwargs.get("position_ids"))
+            return dense(*args, **kwargs)
+
+        monkeypatch.setattr(attention, "dense", spied)
+        case.model(**case.inputs)
+    assert seen and all(positions is None for positions in seen)
 
 
 # ---- PEFT

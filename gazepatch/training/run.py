@@ -80,9 +80,10 @@ def train(
     collator.rendered(records[0])  # a template that does not fit is found before the weights are read
     work = Work(folder, _identity(source, records, config, training))
     arguments = _arguments(work, training, len(records), trainer_arguments or {})
-    checkpoint = work.open()
-    if arguments.process_index == 0:
-        work.discard_broken()
+    with arguments.main_process_first(local=False, desc="working folder"):
+        checkpoint = work.open()
+        if arguments.process_index == 0:
+            work.discard_broken()
     model, trained = _prepare(source, config, training, arguments)
     schedule = Schedule.falling(config.budget, arguments.max_steps, training.schedule)
     trainer = GazeTrainer(

@@ -28,11 +28,12 @@ from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlavaConfi
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from gazepatch.cache import GazeLayer, GazeState, adopt
+from gazepatch.cache import GazeLayer, adopt
 from gazepatch.config import GazeConfig
 from gazepatch.layout import Span
 from gazepatch.ops.decode import DecodePlan, gaze_decode
 from gazepatch.patch import apply, is_patched, patch_of, restore
+from gazepatch.state import GazeState
 
 HEADS, KEY_HEADS, DIM, TEXT, LAYERS = 32, 8, 128, 64, 4
 SETTINGS = {

@@ -71,13 +71,13 @@ class GazeConfig:
                     f"in region {self.region}"
                 )
         _check_budget(self.budget)
-        _check_int("context_tokens", self.context_tokens, least=0)
-        _check_int("min_visual_tokens", self.min_visual_tokens, least=0)
+        check_int("context_tokens", self.context_tokens, least=0)
+        check_int("min_visual_tokens", self.min_visual_tokens, least=0)
         if not isinstance(self.periphery, bool):
             raise ConfigError(f"periphery must be True or False, got {self.periphery!r}")
-        _check_choice("head_reduce", self.head_reduce, HEAD_REDUCTIONS)
-        _check_choice("prefill", self.prefill, PREFILLS)
-        _check_choice("backend", self.backend, BACKENDS)
+        check_choice("head_reduce", self.head_reduce, HEAD_REDUCTIONS)
+        check_choice("prefill", self.prefill, PREFILLS)
+        check_choice("backend", self.backend, BACKENDS)
         _check_layers(self.dense_layers)
 
     @classmethod
@@ -137,12 +137,14 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_int(name: str, value: object, least: int) -> None:
+def check_int(name: str, value: object, least: int) -> None:
+    """Raise ConfigError unless a setting is an integer of at least `least`."""
     if not _is_int(value) or value < least:  # type: ignore[operator]
         raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise ConfigError unless a setting is one of `choices`."""
     if value not in choices:
         raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 

@@ -12,10 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from gazepatch.artefact import TOKENS_NAME as FILE_NAME
 from gazepatch.config import GazeConfig
 from gazepatch.errors import ArtefactError, ConfigError
 
-FILE_NAME = "context_tokens.safetensors"
 TENSOR = "context_tokens"
 FORMAT = "1"
 

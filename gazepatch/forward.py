@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from gazepatch.adapters.base import Adapter
-from gazepatch.cache import GazeState, adopt
+from gazepatch.cache import adopt
 from gazepatch.config import GazeConfig
 from gazepatch.errors import PatchError, UnsupportedModelError
 from gazepatch.insertion import Insertion, OwnImage, insert
 from gazepatch.layout import Span
 from gazepatch.splice import lengthen, shorten
+from gazepatch.state import GazeState
 from gazepatch.stats import Counters
 
 logger = logging.getLogger("gazepatch")

@@ -152,14 +152,16 @@ class Slots:
         self.inserted += insertion.inserted
         self.padded = self.padded or bool((insertion.source < 0).any())
 
-    def upto(self, length: int) -> tuple[Tensor, Tensor]:
-        """`source` and `context` of the first `length` slots."""
-        tail = torch.arange(self.recorded, max(length, self.recorded))[None] - self.inserted
-        if self.source is None or self.context is None:
+    def upto(self, length: int, tables: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """`source` and `context` of the first `length` slots; `tables` are these two on another device."""
+        source, context = tables or (self.source, self.context)
+        device = None if source is None else source.device
+        tail = torch.arange(self.recorded, max(length, self.recorded), device=device)[None] - self.inserted
+        if source is None or context is None:
             return tail, torch.zeros_like(tail, dtype=torch.bool)
-        tail = tail.expand(len(self.source), -1)
-        context = torch.cat([self.context, torch.zeros_like(tail, dtype=torch.bool)], 1)
-        return torch.cat([self.source, tail], 1)[:, :length], context[:, :length]
+        tail = tail.expand(len(source), -1)
+        context = torch.cat([context, torch.zeros_like(tail, dtype=torch.bool)], 1)
+        return torch.cat([source, tail], 1)[:, :length], context[:, :length]
 
     def last_context(self) -> int:
         """The last slot of a context token, -1 without any."""

@@ -15,14 +15,19 @@ from gazepatch.artefact import LORA_NAME
 from gazepatch.errors import ArtefactError, TrainingError
 
 
+def require_peft() -> None:
+    """Raise TrainingError unless PEFT is installed."""
+    if find_spec("peft") is None:
+        raise TrainingError("LoRA needs the package peft: pip install peft, or train the context tokens alone")
+
+
 def add_lora(model: Any, decoder: nn.Module, rank: int) -> None:
     """Put adapters on the linear layers of `decoder`, a part of `model`; they alone can be trained then.
 
     Raises:
         TrainingError: PEFT is not installed.
     """
-    if find_spec("peft") is None:
-        raise TrainingError("LoRA needs the package peft: pip install peft, or train the context tokens alone")
+    require_peft()
     from peft import LoraConfig
 
     prefix = next(name for name, module in model.named_modules() if module is decoder)

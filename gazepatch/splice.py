@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from gazepatch.cache import GazeState, WindowLayer
+from gazepatch.cache import WindowLayer
 from gazepatch.errors import UnsupportedModelError
 from gazepatch.insertion import Insertion
+from gazepatch.state import GazeState
 
 #: Arguments that are spread in a way of their own.
 OWN_WAY = ("inputs_embeds", "input_ids", "attention_mask", "position_ids", "cache_position", "past_key_values")

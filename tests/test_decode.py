@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 import gazepatch.cache
-from gazepatch.cache import GazeLayer, GazeState
+from gazepatch.cache import GazeLayer
 from gazepatch.config import GazeConfig
 from gazepatch.ops import decode
 from gazepatch.ops.decode import Decoded, DecodePlan, gaze_decode
+from gazepatch.state import GazeState
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from gazepatch.cache import GazeLayer, GazeState
+from gazepatch.cache import GazeLayer
 from gazepatch.config import GazeConfig
 from gazepatch.ops import prefill
 from gazepatch.ops.prefill import gaze_prefill
+from gazepatch.state import GazeState
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

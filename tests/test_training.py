@@ -546,7 +546,7 @@ def test_lora(base: Path, data: Path, tmp_path: Path, processor: Any, monkeypatc
 
 
 def test_lora_needs_peft(base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gazepatch.training.run.find_spec", lambda name: None if name == "peft" else object())
+    monkeypatch.setattr("gazepatch.lora.find_spec", lambda name: None if name == "peft" else object())
     with pytest.raises(TrainingError, match="pip install peft"):
         trained(base, data, tmp_path / "out", trainable="lora")
 

@@ -12,41 +12,22 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from data import Batch, Board, evaluation_set, right_tokens, score
+from data import Batch, Board, evaluation_set
 from model import PRESETS
 from policies import POLICIES, reading_by
 from report import COLUMNS, write
-from torch import Tensor
-from train import answer_logits
+from train import by_cells, measure
 from transformers import AutoModelForImageTextToText
 
 import gazepatch
 
 HERE = Path(__file__).parent
 SHARES = (1.0, 0.5, 0.25, 0.125, 0.06)
-Wrapper = Callable[[Batch], AbstractContextManager[Any]]
-
-
-@torch.no_grad()
-def measure(model: Any, batches: list[Batch], around: Wrapper | None = None, blind: bool = False) -> dict[str, float]:
-    """Exact match by task; `around` gives a context for each batch."""
-    right: list[Tensor] = []
-    for batch in batches:
-        with around(batch) if around else nullcontext():
-            right.append(right_tokens(batch, answer_logits(model, batch, blind)))
-    return score(batches, right)
-
-
-def settings(board: Board, share: float, **others: Any) -> gazepatch.GazeConfig:
-    """Gaze by cells."""
-    cell = board.cell_tokens
-    return gazepatch.GazeConfig.paper(**({"region": (cell, cell, 1), "budget": share, "context_tokens": 0} | others))
 
 
 def dense_rows(model: Any, board: Board, batches: list[Batch], show: Callable[..., None]) -> None:
@@ -55,7 +36,7 @@ def dense_rows(model: Any, board: Board, batches: list[Batch], show: Callable[..
     show("dense, blind", 1.0, measure(model, batches, blind=True))
     for share in SHARES[1:]:
         for name, periphery in (("gaze untrained", False), ("gaze untrained, periphery", True)):
-            with gazepatch.patched(model, settings(board, share, periphery=periphery)):
+            with gazepatch.patched(model, by_cells(board, budget=share, periphery=periphery)):
                 show(name, share, measure(model, batches))
         for name, policy in POLICIES.items():
             show(name, share, measure(model, batches, partial(reading_by, model, policy, board, share)))
@@ -68,12 +49,12 @@ def gaze_rows(folder: Path, board: Board, batches: list[Batch], show: Callable[.
     count = 0 if tokens is None else len(tokens)
     gazepatch.restore(model)
     for share in SHARES:
-        with gazepatch.patched(model, settings(board, share, context_tokens=count), context_tokens=tokens):
+        with gazepatch.patched(model, by_cells(board, budget=share, context_tokens=count), context_tokens=tokens):
             show(name, share, measure(model, batches))
             if share == 0.125:
                 show(f"{name}, blind", share, measure(model, batches, blind=True))
         if count and share < 1:
-            with gazepatch.patched(model, settings(board, share)):
+            with gazepatch.patched(model, by_cells(board, budget=share)):
                 show(f"{name}, context tokens taken away", share, measure(model, batches))
 
 

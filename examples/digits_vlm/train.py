@@ -12,18 +12,34 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from data import IGNORED, NAMES, Batch, Scene, digits, draw, evaluation_set, make_batch, normalise, right_tokens, score
+from data import (
+    IGNORED,
+    NAMES,
+    Batch,
+    Board,
+    Scene,
+    digits,
+    draw,
+    evaluation_set,
+    make_batch,
+    normalise,
+    right_tokens,
+    score,
+)
 from model import PRESETS, Preset, build, make_processor, save
 from muon import Muon
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 import gazepatch
+
+Wrapper = Callable[[Batch], AbstractContextManager[Any]]
 
 BATCH = {"cpu": 32, "full": 64}
 STEPS = {"cpu": (1200, 1700), "full": (4000, 20000)}
@@ -205,12 +221,16 @@ def due_budget(progress: float) -> float:
     return BUDGETS[part] if part < len(BUDGETS) else FINAL_BUDGET
 
 
+def by_cells(board: Board, **settings: Any) -> gazepatch.GazeConfig:
+    """The paper's gaze with a cell as region."""
+    cell = board.cell_tokens
+    return gazepatch.GazeConfig.paper(**({"region": (cell, cell, 1), "context_tokens": 0} | settings))
+
+
 def let_gaze(model: LlavaForConditionalGeneration, preset: Preset, context_tokens: int) -> None:
     """Patch a model with fresh context tokens for each board, which are among its parameters from now on."""
-    cell = preset.board.cell_tokens  # a region is a cell
     start = nn.Parameter(0.5 * torch.randn(context_tokens, preset.width, device=model.device))
-    config = gazepatch.GazeConfig.paper(region=(cell, cell, 1), context_tokens=0)
-    gazepatch.apply(model, config, context_tokens=start if context_tokens else None)
+    gazepatch.apply(model, by_cells(preset.board), context_tokens=start if context_tokens else None)
 
 
 def answer_logits(model: LlavaForConditionalGeneration, batch: Batch, blind: bool = False) -> Tensor:
@@ -225,9 +245,15 @@ def answer_logits(model: LlavaForConditionalGeneration, batch: Batch, blind: boo
 
 
 @torch.no_grad()
-def measure(model: LlavaForConditionalGeneration, batches: list[Batch], blind: bool = False) -> dict[str, float]:
-    """Exact match of each task on held-out digits."""
-    return score(batches, [right_tokens(batch, answer_logits(model, batch, blind)) for batch in batches])
+def measure(
+    model: LlavaForConditionalGeneration, batches: list[Batch], around: Wrapper | None = None, blind: bool = False
+) -> dict[str, float]:
+    """Exact match of each task on held-out digits; `around` gives a context for each batch."""
+    right: list[Tensor] = []
+    for batch in batches:
+        with around(batch) if around else nullcontext():
+            right.append(right_tokens(batch, answer_logits(model, batch, blind)))
+    return score(batches, right)
 
 
 def align(model: LlavaForConditionalGeneration, preset: Preset, args: argparse.Namespace, steps: int = 200) -> None:

@@ -17,6 +17,7 @@ from gazepatch.artefact import base_config, check_output, save
 from gazepatch.config import GazeConfig
 from gazepatch.context import initial_context_tokens
 from gazepatch.errors import ConfigError, TrainingError
+from gazepatch.lora import require_peft
 from gazepatch.patch import apply, gaze_layers, set_budget
 from gazepatch.registry import adapter_for
 from gazepatch.training.bar import Bar
@@ -119,8 +120,8 @@ def _check(config: GazeConfig, training: TrainConfig) -> None:
         raise ConfigError("context_tokens must be at least 1 when they are what is trained, got 0")
     if find_spec("accelerate") is None:
         raise TrainingError("training needs the package accelerate: pip install accelerate")
-    if training.trainable == "lora" and find_spec("peft") is None:
-        raise TrainingError("LoRA needs the package peft: pip install peft, or train the context tokens alone")
+    if training.trainable == "lora":
+        require_peft()
 
 
 def _identity(source: str | Path, records: Records, config: GazeConfig, training: TrainConfig) -> dict[str, Any]:

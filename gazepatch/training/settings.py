@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gazepatch.config import check_choice, check_int
 from gazepatch.errors import ConfigError
 
 OBJECTIVES = ("distill", "next-token")
@@ -52,25 +53,21 @@ class TrainConfig:
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        _check_choice("objective", self.objective, OBJECTIVES)
-        _check_choice("trainable", self.trainable, TRAINABLE)
+        check_choice("objective", self.objective, OBJECTIVES)
+        check_choice("trainable", self.trainable, TRAINABLE)
         for name in ("batch_size", "accumulate", "lora_rank", "save_every", "log_every"):
-            _check_int(name, getattr(self, name), least=1)
-        _check_int("seed", self.seed, least=0)
+            check_int(name, getattr(self, name), least=1)
+        check_int("seed", self.seed, least=0)
         if self.steps is not None:
-            _check_int("steps", self.steps, least=1)
-        _check_number("epochs", self.epochs, "above 0", self._positive(self.epochs))
+            check_int("steps", self.steps, least=1)
+        _check_number("epochs", self.epochs, "above 0", _positive)
         if self.learning_rate is not None:
-            _check_number("learning_rate", self.learning_rate, "above 0", self._positive(self.learning_rate))
-        _check_number("schedule", self.schedule, "from 0 to 1", lambda: 0 <= self.schedule <= 1)
+            _check_number("learning_rate", self.learning_rate, "above 0", _positive)
+        _check_number("schedule", self.schedule, "from 0 to 1", lambda share: 0 <= share <= 1)
         if self.batch_size % self.accumulate:
             raise ConfigError(
                 f"batch_size must be a multiple of accumulate, got {self.batch_size} and {self.accumulate}"
             )
-
-    @staticmethod
-    def _positive(value: float) -> Any:
-        return lambda: value > 0
 
     @property
     def peak_rate(self) -> float:
@@ -109,16 +106,10 @@ class TrainConfig:
         return cls(**settings)
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+def _positive(value: float) -> bool:
+    return value > 0
 
 
-def _check_int(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
-
-
-def _check_number(name: str, value: object, wanted: str, within: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not within():
+def _check_number(name: str, value: object, wanted: str, within: Callable[[float], bool]) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not within(value):
         raise ConfigError(f"{name} must be a number {wanted}, got {value!r}")

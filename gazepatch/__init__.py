@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gazepatch.artefact import convert as convert
-    from gazepatch.artefact import load as load
     from gazepatch.artefact import save as save
     from gazepatch.config import GazeConfig as GazeConfig
     from gazepatch.context import initial_context_tokens as initial_context_tokens
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from gazepatch.errors import TrainingError as TrainingError
     from gazepatch.errors import UnsupportedModelError as UnsupportedModelError
     from gazepatch.inspection import inspect as inspect
+    from gazepatch.loading import load as load
     from gazepatch.patch import apply as apply
     from gazepatch.patch import context_tokens_of as context_tokens_of
     from gazepatch.patch import dense as dense
@@ -55,7 +55,7 @@ _MODULE_OF = {
     "initial_context_tokens": "context",
     "inspect": "inspection",
     "is_patched": "patch",
-    "load": "artefact",
+    "load": "loading",
     "patched": "patch",
     "restore": "patch",
     "save": "artefact",

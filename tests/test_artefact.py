@@ -83,12 +83,15 @@ def test_what_is_in_the_folder(base: Path, artefact: Path) -> None:
         "format_version": 1,
         "gazepatch_version": gazepatch.__version__,
         "transformers_version": transformers.__version__,
+        "full": False,
         "base_model": str(base),
         "base_revision": None,
         "model_type": "llava",
         "hidden_size": tiny("llava").model.config.text_config.hidden_size,
         "num_hidden_layers": tiny("llava").model.config.text_config.num_hidden_layers,
         "image_geometry": values["image_geometry"],
+        "processor_geometry": {},
+        "key_layout": values["key_layout"],
         "gaze": SETTINGS.to_dict(),
         "provenance": None,
         "fidelity": None,
@@ -100,7 +103,6 @@ def test_what_is_in_the_folder(base: Path, artefact: Path) -> None:
 def test_model_card(base: Path, artefact: Path) -> None:
     _, front, body = (artefact / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     assert yaml.safe_load(front) == {
-        "base_model": str(base),
         "library_name": "gazepatch",
         "pipeline_tag": "image-text-to-text",
         "tags": ["gazepatch", "gaze-attention", "llava"],
@@ -356,10 +358,10 @@ def test_interrupted_writing_leaves_nothing(
     if force:
         gazepatch.convert(base, out, config=SETTINGS)
 
-    def interrupted(manifest: object) -> str:
+    def interrupted(*_: object) -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(artefacts, "model_card", interrupted)
+    monkeypatch.setattr(artefacts, "card_of", interrupted)
     with pytest.raises(KeyboardInterrupt):
         gazepatch.convert(base, out, force=force)
     assert [path.name for path in tmp_path.iterdir()] == (["gaze"] if force else [])
@@ -489,7 +491,7 @@ def test_hub_ids(base: Path, artefact: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert asked == {
         "repo": "somebody/gaze",
         "revision": "v1",
-        "allow_patterns": ["gaze_config.json", "README.md", "context_tokens.safetensors", "lora/*", "model/*"],
+        "allow_patterns": ["gaze_config.json", "README.md", "context_tokens.safetensors", "lora/*"],
         "token": "secret",
     }
 

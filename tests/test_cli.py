@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 from tiny_reader import write_reader
@@ -16,6 +17,7 @@ import gazepatch
 from gazepatch.cli import main
 from gazepatch.cli.group import COMMANDS
 from gazepatch.config import GazeConfig
+from gazepatch.context import write_context_tokens
 from gazepatch.manifest import read
 from gazepatch.registry import MODULES
 
@@ -114,14 +116,49 @@ def test_convert_json(base: Path, tmp_path: Path) -> None:
         "path": str(tmp_path / "gaze"),
         "model": str(base),
         "gaze": GazeConfig(budget=0.125).to_dict(),
+        "fidelity": None,
     }
+
+
+def test_convert_full(base: Path, tmp_path: Path) -> None:
+    result = gaze("convert", base, "-o", tmp_path / "full", "--full", "--link")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "full" / "model.safetensors").samefile(base / "model.safetensors")
+    fails(2, "--link goes with --full", "convert", base, "-o", tmp_path / "gaze", "--link")
+
+
+def test_convert_with_context_tokens(base: Path, tmp_path: Path) -> None:
+    write_context_tokens(tmp_path / "trained.safetensors", torch.ones(2, 32), "llava")
+    given = ("--context-tokens", tmp_path / "trained.safetensors")
+    assert gaze("convert", base, "-o", tmp_path / "gaze", *given).exit_code == 0
+    assert read(tmp_path / "gaze").gaze.context_tokens == 2
+    fails(2, "does not exist", "convert", base, "-o", tmp_path / "other", "--context-tokens", "4")
+
+
+def test_convert_and_verify(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ("--verify", "--budget", "0.5", "--min-visual-tokens", "0")
+    result = gaze("convert", base, "-o", tmp_path / "gaze", *settings)
+    assert result.exit_code == 0, result.output
+    assert "Checked on one image: agrees with dense on " in result.stdout
+    fidelity = read(tmp_path / "gaze").fidelity
+    assert fidelity is not None
+    assert 0 <= fidelity["agreement"] <= 1 and fidelity["divergence"] >= 0 and 0.4 < fidelity["read_share"] < 0.6
+    assert all(check["measured"] <= check["limit"] for check in fidelity["checks"].values())
+    assert '"dense equivalence"' in (tmp_path / "gaze" / "README.md").read_text()
+
+    from gazepatch.verification import Check, Verification
+
+    monkeypatch.setattr(gazepatch, "verify", lambda *_: Verification([Check("exact undo: logits", 1.0, 0.0, "")]))
+    result = gaze("convert", base, "-o", tmp_path / "bad", *settings)
+    assert result.exit_code == 1 and "does not keep its promises on this machine: exact undo: logits" in result.stderr
+    bad = read(tmp_path / "bad").fidelity
+    assert bad is not None and bad["checks"] == {"exact undo: logits": {"measured": 1.0, "limit": 0.0}}
 
 
 OPTIONS: dict[str, tuple[list[str], object]] = {
     "region": (["--region", "9,9,1"], (9, 9, 1)),
     "window": (["--window", "2x3x1"], (2, 3, 1)),
     "budget": (["--budget", "1.0"], 1.0),
-    "context_tokens": (["--context-tokens", "0"], 0),
     "periphery": (["--no-periphery"], False),
     "head_reduce": (["--head-reduce", "max"], "max"),
     "dense_layers": (["--dense-layers", "1"], (1,)),
@@ -131,7 +168,11 @@ OPTIONS: dict[str, tuple[list[str], object]] = {
 }
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(GazeConfig)])
+# The number of context tokens is that of the file that convert is given.
+FIELDS = [field.name for field in dataclasses.fields(GazeConfig) if field.name != "context_tokens"]
+
+
+@pytest.mark.parametrize("field", FIELDS)
 def test_every_setting_is_an_option(field: str, base: Path, tmp_path: Path) -> None:
     arguments, value = OPTIONS[field]
     result = gaze("convert", base, "-o", tmp_path / "gaze", *arguments)

@@ -13,8 +13,10 @@ from gazepatch.checkpoint import Progress, add_to_config, checkpoint_files, copy
 from gazepatch.config import GazeConfig
 from gazepatch.errors import ArtefactError
 from gazepatch.folders import check_output, complete_folder
+from gazepatch.layers import gaze_layers
 from gazepatch.loading import base_config, local_checkpoint, read_artefact
 from gazepatch.manifest import CARD_NAME, FILE_NAME, TOKENS_NAME, Manifest, processor_geometry
+from gazepatch.registry import adapter_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,14 +58,12 @@ def convert(
         ConfigError: Arguments that do not go together.
     """
     from gazepatch.context import with_context_tokens
-    from gazepatch.registry import adapter_for
 
     model_config = base_config(source, revision=revision)
-    text = adapter_for(model_config.model_type).text_config(model_config)
-    gaze, tokens = with_context_tokens(
-        config or GazeConfig(), context_tokens, model_config.model_type, text.hidden_size
-    )
-    _check_layers(model_config, gaze)
+    adapter = adapter_for(model_config.model_type)
+    hidden_size = adapter.text_config(model_config).hidden_size
+    gaze, tokens = with_context_tokens(config or GazeConfig(), context_tokens, model_config.model_type, hidden_size)
+    gaze_layers(adapter, model_config, gaze)  # refuses settings under which none would gaze
     out, local = Path(out).absolute(), _local(source)
     check_output(out, local, force)
     if local is not None and (local / FILE_NAME).is_file():
@@ -150,14 +150,6 @@ def record_fidelity(folder: Path, fidelity: Mapping[str, Any]) -> None:
 
 def _local(source: str | Path | None) -> Path | None:
     return Path(source).resolve() if source is not None and os.path.isdir(source) else None
-
-
-def _check_layers(config: Any, gaze: GazeConfig) -> None:
-    """Refuse settings under which no layer gazes."""
-    from gazepatch.patch import gaze_layers
-    from gazepatch.registry import adapter_for
-
-    gaze_layers(adapter_for(config.model_type), config, gaze)
 
 
 def _write(

@@ -153,8 +153,8 @@ def _measured(manifest: Manifest) -> str:
             "its answers follow those of the base model was not measured. "
             "`gazepatch verify` checks that the patch itself is sound; the quality of answers is for you to test."
         )
-    trained = "none" if manifest.provenance is None else f"\n\n{_listing(manifest.provenance)}"
-    return f"Training: {trained}\n\nFidelity:\n\n{_listing(manifest.fidelity)}"
+    trained = " none." if manifest.provenance is None else f"\n\n{_listing(manifest.provenance)}"
+    return f"Training:{trained}\n\nFidelity to dense:\n\n{_listing(manifest.fidelity)}"
 
 
 def _listing(values: object) -> str:

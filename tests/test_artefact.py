@@ -21,7 +21,7 @@ import gazepatch
 from gazepatch import ArtefactError, ConfigError, GazeConfig, PatchError, UnsupportedModelError
 from gazepatch import artefact as artefacts
 from gazepatch.context import MAX_BYTES, write_context_tokens
-from gazepatch.manifest import read
+from gazepatch.manifest import FORMAT_VERSION, read
 from gazepatch.registry import MODULES
 from gazepatch.verification import fingerprint
 
@@ -153,6 +153,8 @@ def test_context_tokens_come_back_bit_for_bit(base: Path, with_tokens: Path, tmp
         "gaze_config.json",
     ]
     assert read(with_tokens).gaze == replace(SETTINGS, context_tokens=4)
+    modes = {path.stat().st_mode & 0o777 for path in with_tokens.iterdir()}
+    assert len(modes) == 1, "whoever may read the settings may read the tokens"
     model = gazepatch.load(with_tokens)
     assert torch.equal(gazepatch.context_tokens_of(model), tokens())
     with gazepatch.patched(case.model, SETTINGS, context_tokens=with_tokens), torch.no_grad():
@@ -286,6 +288,22 @@ def test_damaged_context_tokens(
     monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", no_weights)
     with pytest.raises(ArtefactError, match=message):
         gazepatch.load(with_tokens)
+
+
+# ---- one artefact of every format version, loaded for ever
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.mark.parametrize("version", [f"v{number + 1}" for number in range(FORMAT_VERSION)])
+def test_golden(base: Path, version: str) -> None:
+    case = tiny("llava")
+    model = gazepatch.load(GOLDEN / version, base=base)
+    settings = gazepatch.inspect(model).settings
+    assert (settings.budget, settings.head_reduce, settings.dense_layers) == (0.5, "max", (1,))
+    assert gazepatch.context_tokens_of(model)[:, 0].tolist() == pytest.approx([-0.8203, 0.1328], abs=1e-4)
+    model.generate(**case.inputs, max_new_tokens=3, do_sample=False)
+    assert 0.4 < gazepatch.stats(model).read_share < 0.7
 
 
 # ---- refusals of convert

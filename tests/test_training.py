@@ -19,7 +19,7 @@ import torch
 import transformers
 from click.testing import CliRunner
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import IMAGE, VOCAB, tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
@@ -537,6 +537,15 @@ def test_lora(base: Path, data: Path, tmp_path: Path, processor: Any, monkeypatc
     again = gazepatch.save(model, tmp_path / "again")
     saved, first = (load_file(folder / "lora" / "adapter_model.safetensors") for folder in (again, out))
     assert all(torch.equal(saved[name], first[name]) for name in first | saved)
+    key = min(first)
+    for keys, what in (
+        ({k: v for k, v in first.items() if k != key}, "got 1 missing keys"),
+        (first | {key.replace("layers.0", "layers.9"): first[key].clone()}, "got 1 unexpected keys"),
+        (first | {key: torch.zeros(3, 3)}, "lora must"),
+    ):
+        save_file(keys, again / "lora" / "adapter_model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ArtefactError, match=what):
+            gazepatch.load(again)
     monkeypatch.setattr("gazepatch.lora.find_spec", lambda name: None)
     with pytest.raises(ArtefactError, match="need the package peft"):
         gazepatch.load(out)

@@ -211,6 +211,15 @@ def test_inspect(base: Path) -> None:
     assert "family   llava" in result.stdout and "gaze     2 of 2 layers: 0-1" in result.stdout
     report = json.loads(gaze("inspect", base, "--json").stdout)
     assert report["family"] == "llava" and report["gaze_layers"] == [0, 1] and report["reasons"] == {}
+    fails(1, "expected the folder or the Hub id of a model", "inspect", "/no/such/model")
+
+
+def test_inspect_an_artefact(base: Path, artefact: Path, tmp_path: Path) -> None:
+    full = gazepatch.convert(base, tmp_path / "full", config=read(artefact).gaze, full=True)
+    for path in (artefact, full):
+        report = json.loads(gaze("inspect", path, "--json").stdout)
+        assert report["settings"]["budget"] == 0.5 and not report["patched"] and report["gaze_layers"] == [0, 1]
+        assert "budget=0.5" in gaze("inspect", path).stdout
 
 
 def test_families() -> None:

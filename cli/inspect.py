@@ -13,9 +13,9 @@ from gazepatch.cli.output import json_option, print_json
 @click.argument("model")
 @json_option
 def command(model: str, as_json: bool) -> None:
-    """Say which layers of MODEL, a model or an artefact, would gaze, and why others would not.
+    """Say which layers of MODEL would gaze, and why others would not.
 
-    Takes a local folder or Hub id, and reads no weights.
+    MODEL is a local folder or Hub id of a model or an artefact. No weights are read.
     """
     import gazepatch
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from gazepatch.cli.output import bytes_bar, json_option, print_json
+from gazepatch.cli.output import bar_of, json_option, print_json
 from gazepatch.cli.settings import config_from, options_of
 from gazepatch.config import GazeConfig
 
@@ -46,7 +46,7 @@ def command(
 
     import gazepatch
 
-    with bytes_bar("copy") as progress:
+    with bar_of("copy", "B") as progress:
         folder = gazepatch.convert(
             model,
             out,

@@ -40,14 +40,14 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
 
 @contextmanager
-def bytes_bar(name: str) -> Iterator[Callable[[int, int], None]]:
+def bar_of(name: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr for what takes longer than two seconds, if a person is there to see it.
 
-    Gives the function to call with the bytes done and those there are.
+    Gives the function to call with what is done, in `unit`, and what there is to do.
     """
     from tqdm.auto import tqdm  # type: ignore[import-untyped,unused-ignore]
 
-    with tqdm(desc=name, unit="B", unit_scale=True, delay=2, disable=None, leave=False) as bar:
+    with tqdm(desc=name, unit=unit, unit_scale=True, delay=2, disable=None, leave=False) as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total

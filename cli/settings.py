@@ -76,14 +76,15 @@ def _block_or_none(text: str) -> object:
     return _NONE if text == "none" else _integers(text)
 
 
-def _share_or_number(text: str) -> float | int:
+def share_or_number(text: str) -> float | int:
+    """A budget: a number of regions if it is written as an integer, else a share. Raises ValueError."""
     return int(text) if text.lstrip("+-").isdigit() else float(text)
 
 
 _PARSERS: dict[Any, tuple[str, Callable[[str], object]]] = {
     Block: ("H,W,T", _integers),
     Block | None: ("H,W,T|none", _block_or_none),
-    float | int: ("SHARE|NUMBER", _share_or_number),
+    float | int: ("SHARE|NUMBER", share_or_number),
     tuple[int, ...]: ("N,N,...", _integers),
     int: ("N", int),
     int | None: ("N", int),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gazepatch.artefact import convert as convert
     from gazepatch.artefact import save as save
+    from gazepatch.bench import bench as bench
     from gazepatch.config import GazeConfig as GazeConfig
     from gazepatch.context import initial_context_tokens as initial_context_tokens
     from gazepatch.errors import ArtefactError as ArtefactError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from gazepatch.errors import PatchError as PatchError
     from gazepatch.errors import TrainingError as TrainingError
     from gazepatch.errors import UnsupportedModelError as UnsupportedModelError
+    from gazepatch.evaluation import evaluate as evaluate
     from gazepatch.inspection import inspect as inspect
     from gazepatch.loading import load as load
     from gazepatch.patch import apply as apply
@@ -49,9 +51,11 @@ _MODULE_OF = {
     "TrainingError": "errors",
     "UnsupportedModelError": "errors",
     "apply": "patch",
+    "bench": "bench",
     "context_tokens_of": "patch",
     "convert": "artefact",
     "dense": "patch",
+    "evaluate": "evaluation",
     "initial_context_tokens": "context",
     "inspect": "inspection",
     "is_patched": "patch",

@@ -131,6 +131,21 @@ def patched(
 
 
 @contextmanager
+def restored(model: Model) -> Iterator[Model]:
+    """The unpatched model for the length of a `with` block; behind it, it is patched as before, the same tokens too.
+
+    Raises:
+        PatchError: The model is not patched.
+    """
+    config, tokens = patch_of(model).config, context_tokens_of(model)
+    restore(model)
+    try:
+        yield model
+    finally:
+        apply(model, config, context_tokens=tokens)
+
+
+@contextmanager
 def dense(model: nn.Module) -> Iterator[None]:
     """Let a patched model read densely for the length of a `with` block: its logits are those of the unpatched model.
 

@@ -258,6 +258,15 @@ def test_ask_a_plain_model_densely(base: Path, page: Path) -> None:
     assert dense["dense"]["tokens"] == both["dense"]["tokens"]
 
 
+def test_ask_compares_with_context_tokens(base: Path, tmp_path: Path, page: Path) -> None:
+    artefact = gazepatch.convert(
+        base, tmp_path / "gaze", config=GazeConfig(min_visual_tokens=0), context_tokens=torch.ones(2, 32)
+    )
+    dense = json.loads(gaze("ask", base, page, "this", "--max-new-tokens", "5", "--dense", "--json").stdout)
+    both = json.loads(gaze("ask", artefact, page, "this", "--max-new-tokens", "5", "--compare", "--json").stdout)
+    assert both["dense"]["tokens"] == dense["dense"]["tokens"] and 0 < both["gaze"]["read_share"] < 1
+
+
 def test_ask_without_images_reads_everything(artefact: Path) -> None:
     result = gaze("ask", artefact, "what is this ?", "--max-new-tokens", "3")
     assert result.exit_code == 0, result.output
@@ -310,6 +319,36 @@ def test_verify_brings_its_own_image(artefact: Path, monkeypatch: pytest.MonkeyP
     result = gaze("verify", artefact)
     assert result.exit_code == 0, result.output
     assert "pixel_values" in seen[0]  # type: ignore[operator]
+
+
+def test_eval(base: Path, tmp_path: Path, page: Path) -> None:
+    said = {"role": "assistant", "content": "harbour"}
+    lines = [json.dumps({"messages": [{"role": "user", "content": "<image> this ?"}, said], "images": [str(page)]})] * 3
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    settings = GazeConfig(min_visual_tokens=0, periphery=False)
+    artefact = gazepatch.convert(base, tmp_path / "gaze", config=settings, context_tokens=torch.ones(2, 32))
+    data = ("eval", artefact, tmp_path / "data.jsonl")
+    (own,) = json.loads(gaze(*data, "--json").stdout)
+    assert own["budget"] == 0.25 and 0 <= own["agreement"] <= 1 and own["divergence"] > 0
+    result = gaze(*data, "--budgets", "1.0,2", "--limit", "2", "--json")
+    assert result.exit_code == 0, result.output
+    every, two = json.loads(result.stdout)
+    assert (every["budget"], two["budget"]) == (1.0, 2) and every["tokens"] * 3 == own["tokens"] * 2
+    assert every["dense_right"] == two["dense_right"] == own["dense_right"]
+    assert "agrees with dense" in gaze(*data).stdout
+    fails(2, "expected shares or numbers", *data, "--budgets", "half")
+
+
+def test_bench(base: Path, tmp_path: Path, page: Path) -> None:
+    settings = GazeConfig(min_visual_tokens=0)
+    artefact = gazepatch.convert(base, tmp_path / "gaze", config=settings, context_tokens=torch.ones(2, 32))
+    result = gaze("bench", artefact, page, "this ?", "--new-tokens", "3", "--rounds", "2", "--json")
+    assert result.exit_code == 0, result.output
+    timing = json.loads(result.stdout)
+    assert timing["rounds"] == 2 and timing["new_tokens"] == 3 and 0 < timing["read_share"] < 1
+    assert timing["slowest"] <= timing["speedup"] <= timing["fastest"]
+    assert all(timing[name] > 0 for name in ("prompt_ms", "dense_prompt_ms", "token_ms", "dense_token_ms"))
+    assert "times as fast" in gaze("bench", artefact, "--new-tokens", "2", "--rounds", "1").stdout
 
 
 def test_demo_asks_for_its_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from gazepatch.errors import CacheError as CacheError
     from gazepatch.errors import ConfigError as ConfigError
     from gazepatch.errors import GazeError as GazeError
+    from gazepatch.errors import HubError as HubError
     from gazepatch.errors import PatchError as PatchError
     from gazepatch.errors import TrainingError as TrainingError
     from gazepatch.errors import UnsupportedModelError as UnsupportedModelError
+    from gazepatch.hub import push as push
     from gazepatch.inspection import inspect as inspect
     from gazepatch.patch import apply as apply
     from gazepatch.patch import context_tokens_of as context_tokens_of
@@ -44,6 +46,7 @@ _MODULE_OF = {
     "ConfigError": "errors",
     "GazeConfig": "config",
     "GazeError": "errors",
+    "HubError": "errors",
     "PatchError": "errors",
     "TrainConfig": "training.settings",
     "TrainingError": "errors",
@@ -57,6 +60,7 @@ _MODULE_OF = {
     "is_patched": "patch",
     "load": "artefact",
     "patched": "patch",
+    "push": "hub",
     "restore": "patch",
     "save": "artefact",
     "set_budget": "patch",

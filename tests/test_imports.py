@@ -71,6 +71,7 @@ def test_python_m() -> None:
 ADAPTERS_MAY = ("gazepatch.adapters", "gazepatch.errors", "gazepatch.layout")
 CLI_MAY_AT_TOP = ("gazepatch.cli", "gazepatch.config", "gazepatch.errors", "gazepatch.training.settings")
 LIGHT = ("gazepatch/__init__.py", "gazepatch/artefact.py", "gazepatch/card.py", "gazepatch/config.py")
+LIGHT += ("gazepatch/contents.py", "gazepatch/hub.py", "gazepatch/hub_failures.py")
 LIGHT += ("gazepatch/errors.py", "gazepatch/layout.py", "gazepatch/manifest.py", "gazepatch/registry.py")
 LIGHT += ("gazepatch/training/__init__.py", "gazepatch/training/records.py", "gazepatch/training/settings.py")
 

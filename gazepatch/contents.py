@@ -145,12 +145,12 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 def _check_tensors(folder: Path, manifest: Manifest, files: Mapping[str, int]) -> None:
     """Every file of tensors intact, and none missing among them, by their headers alone."""
-    from gazepatch.context import read_context_tokens
-
     expected, found = manifest.gaze.context_tokens, 0
     held: dict[str, set[str]] = {}
     for name in files:
         if name == TOKENS_NAME:
+            from gazepatch.context import read_context_tokens
+
             found = len(read_context_tokens(folder / name, manifest.model_type, manifest.hidden_size))
         elif name.endswith(".safetensors"):
             held.setdefault(name.rpartition("/")[0], set()).update(_tensor_names(folder / name))

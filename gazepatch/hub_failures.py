@@ -28,8 +28,8 @@ def hub_failures(doing: str, repo: str, again: str) -> Iterator[None]:
         raise
     except Exception as error:  # the client raises errors of its own, of httpx, of hf_xet, ValueError and RuntimeError
         chain = list(_chain(error))
-        known = next((said for link in chain if (said := _explained(link, repo, _text(chain)))), None)
-        cause = known or f"{type(error).__name__}: {_text(chain[:1])}"
+        known = (_explained(link, repo, _text(chain)) for link in chain)
+        cause = next(filter(None, known), f"{type(error).__name__}: {_text(chain[:1])}")
         raise HubError(f"{doing} failed: {cause}; {again}") from error
 
 
@@ -46,12 +46,11 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 def _explained(error: BaseException, repo: str, said: str) -> str | None:
     from huggingface_hub import errors
 
-    if isinstance(error, errors.OfflineModeIsEnabled):
+    alone = error.__cause__ is None and error.__context__ is None
+    if isinstance(error, errors.OfflineModeIsEnabled) or (isinstance(error, errors.LocalEntryNotFoundError) and alone):
         return f"the Hub must not be asked (HF_HUB_OFFLINE or local_files_only), and the cache does not hold {repo}"
     if (status := getattr(getattr(error, "response", None), "status_code", None)) is not None:
         return f"{_refused(error, status, repo, said)} (status {status})"
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        return None  # its cause says more
     if isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.partition(".")[0] in _CLIENTS:
         return f"the connection to the Hub failed or broke off ({type(error).__name__}: {_text([error])})"
     if isinstance(error, ValueError) and any(word in said.lower() for word in _QUOTA_WORDS):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +14,7 @@ from gazepatch.hub_failures import hub_failures
 from gazepatch.manifest import FILE_NAME
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitInfo, HfApi
 
     from gazepatch.contents import Contents
 
@@ -22,6 +22,8 @@ MAIN = "main"
 
 # The Hub applies the .gitignore of a repository to uploads, in silence, unless it is given another one.
 _IGNORE_NOTHING = "# everything is sent\n"
+
+_PUSH_AGAIN = "then push again: the artefact is there whole or not at all, and what has arrived is not sent twice"
 
 _BRANCH = re.compile(r"(?!.*(\.\.|//|\.lock$|/$|\.$))[A-Za-z0-9_][A-Za-z0-9._/-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -36,7 +38,8 @@ class Push:
         revision: The branch; with a pull request, the one it was opened against.
         url: Of the commit or the pull request; of the repository after a dry run.
         commit: The commit, or None after a dry run.
-        changed: Whether there was anything to change: pushing the same folder again makes no commit.
+        changed: Whether there was anything to change: pushing the same folder again makes no commit. None after a dry
+            run, which does not compare contents.
         files: The files that the repository then holds of this folder, and their sizes in bytes.
         removed: Files of the artefact that was there before, which this one does not have.
         left_out: What lies in the folder and was not sent, because it is not the artefact's.
@@ -46,7 +49,7 @@ class Push:
     revision: str
     url: str
     commit: str | None
-    changed: bool
+    changed: bool | None
     files: Mapping[str, int]
     removed: tuple[str, ...]
     left_out: tuple[str, ...]
@@ -79,7 +82,7 @@ def push(
     Raises:
         ConfigError: `repo_id` or `revision` is malformed.
         ArtefactError: The folder is no whole artefact, or names a base model that nobody else can load.
-        HubError: The Hub cannot be reached or refuses; nothing was published.
+        HubError: The Hub cannot be reached or refuses; the message says what to do before pushing again.
     """
     from huggingface_hub import HfApi
 
@@ -95,19 +98,20 @@ def push(
     _check_base(contents, folder)
 
     api = HfApi(token=token, library_name="gazepatch")
-    with hub_failures(f"pushing to {repo_id}", repo_id, "nothing was published, and push can be called again"):
+    with hub_failures(f"pushing to {repo_id}", repo_id, _PUSH_AGAIN):
         there = _state_of(api, repo_id, revision)
         _check_target(there, repo_id, private, create_pr)
-        removed = _outdated(there, contents)
+        url, removed = f"{api.endpoint}/{repo_id}", _outdated(there, contents)
+        plan = Push(repo_id, revision or MAIN, url, None, None, contents.files, removed, contents.left_out)
         if dry_run:
-            return _result(contents, repo_id, revision, f"{api.endpoint}/{repo_id}", None, True, removed)
+            return plan
         if there is None:
-            api.create_repo(repo_id, private=private or None, exist_ok=True)
-        if revision is not None and (there is None or not there.has_revision):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        done = _commit(api, folder, contents, repo_id, revision, create_pr, there, removed)
+            api.create_repo(repo_id, private=private or None)
+        if plan.revision != MAIN and (there is None or not there.has_revision):
+            api.create_branch(repo_id, branch=plan.revision)
+        done = _commit(api, folder, plan, create_pr, there)
     changed = there is None or done.oid != there.commit
-    return _result(contents, repo_id, revision, done.pr_url or done.commit_url, done.oid, changed, removed)
+    return replace(plan, url=done.pr_url or done.commit_url, commit=done.oid, changed=changed)
 
 
 class Fetched(NamedTuple):
@@ -138,6 +142,7 @@ def fetch(
 
     Raises:
         ConfigError: A revision was given for a local folder.
+        ArtefactError: `source` is a file, or a folder without `file`.
         HubError: There is no such folder, or the Hub does not give it.
     """
     if os.path.exists(source):
@@ -216,48 +221,28 @@ def _outdated(there: _State | None, contents: Contents) -> tuple[str, ...]:
     return tuple(sorted(name for name in there.files - contents.files.keys() if may_be_replaced(name)))
 
 
-def _commit(
-    api: HfApi,
-    folder: Path,
-    contents: Contents,
-    repo_id: str,
-    revision: str | None,
-    create_pr: bool,
-    there: _State | None,
-    removed: tuple[str, ...],
-) -> Any:
+def _commit(api: HfApi, folder: Path, plan: Push, create_pr: bool, there: _State | None) -> CommitInfo:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    additions = [CommitOperationAdd(name, folder / name) for name in contents.files]
+    additions = [CommitOperationAdd(name, folder / name) for name in plan.files]
+    deletions = [CommitOperationDelete(name, is_folder=False) for name in plan.removed]
     if there is not None and ".gitignore" in there.files:
         api.preupload_lfs_files(
-            repo_id,
+            plan.repo,
             additions,
-            revision=revision or MAIN,
+            revision=plan.revision,
             create_pr=create_pr,
             free_memory=False,
             gitignore_content=_IGNORE_NOTHING,
         )
     return api.create_commit(
-        repo_id,
-        [*additions, *(CommitOperationDelete(name, is_folder=False) for name in removed)],
-        commit_message=f"Gaze artefact, made with gazepatch {contents.manifest.gazepatch_version}",
-        revision=revision,
+        plan.repo,
+        [*additions, *deletions],
+        commit_message="Publish a gaze artefact",
+        revision=plan.revision,
         create_pr=create_pr,
         parent_commit=there.commit if there is not None else None,  # refused if somebody else was faster
     )
-
-
-def _result(
-    contents: Contents,
-    repo_id: str,
-    revision: str | None,
-    url: str,
-    commit: str | None,
-    changed: bool,
-    removed: tuple[str, ...],
-) -> Push:
-    return Push(repo_id, revision or MAIN, url, commit, changed, contents.files, removed, contents.left_out)
 
 
 def _is_repo_id(name: str) -> bool:
@@ -291,6 +276,8 @@ def _check_base(contents: Contents, folder: Path) -> None:
 def _local(source: Path, file: str | None, revision: str | None) -> Path:
     if revision is not None:
         raise ConfigError(f"a revision goes with a Hub id, got {revision!r} with the local folder {source}")
+    if not source.is_dir():
+        raise ArtefactError(f"expected a folder or a Hub id, got a file: {source}")
     if file is None:
         return source
     if not (source / file).is_file():

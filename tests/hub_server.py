@@ -88,6 +88,7 @@ class Hub:
         self.received: dict[str, int] = {}
         self.large_from = 5000
         self.part_size: int | None = None
+        self.full = False
         self.lock = threading.RLock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.server.daemon_threads = True
@@ -359,7 +360,10 @@ class _Handler(BaseHTTPRequestHandler):
                     f"{n:05d}": f"{url}/{n}" for n in range(1, count + 1)
                 }
             actions = {"upload": {"href": target, "header": header}, "verify": {"href": f"{url}/verify"}}
-            objects.append({"oid": oid, "size": size} | ({} if oid in self.hub.blobs else {"actions": actions}))
+            more = {} if oid in self.hub.blobs else {"actions": actions}
+            if self.hub.full:
+                more = {"error": {"code": 507, "message": "Storage quota exceeded"}}
+            objects.append({"oid": oid, "size": size} | more)
         self._json({"transfer": "multipart", "objects": objects})
 
     def _lfs(self, oid: str, what: str | None) -> None:

@@ -342,7 +342,7 @@ def test_a_card_that_the_hub_refuses(hub: Hub, artefact: Path) -> None:
     path = artefact / "README.md"
     text = path.read_text()
     path.write_text(text.replace(f'base_model: "{BASE}"', 'base_model: "/home/me/model"'))
-    with pytest.raises(HubError, match=r'"base_model" with value "/home/me/model" is not valid.*nothing was published'):
+    with pytest.raises(HubError, match=r'"base_model" with value "/home/me/model" is not valid.*then push again'):
         gazepatch.push(artefact, REPO)
     assert artefact_on(hub) == {}
     path.write_text(text)
@@ -350,12 +350,13 @@ def test_a_card_that_the_hub_refuses(hub: Hub, artefact: Path) -> None:
 
 # ---- what goes wrong on the way
 
-AGAIN = "nothing was published, and push can be called again"
+AGAIN = "then push again: the artefact is there whole or not at all, and what has arrived is not sent twice"
 STORAGE = "Private repository storage limit reached, please upgrade your plan"
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "401": ({"match": "POST .*/commit/", "status": 401}, "knows no valid token: log in with `hf auth login`.* 401"),
     "403": ({"match": "POST .*/preupload/", "status": 403}, "the token in use must not do that with me/tiny-gaze"),
     "403 on creation": ({"match": "POST /api/repos/create", "status": 403}, "the token in use must not do that"),
+    "409 on creation": ({"match": "POST /api/repos/create", "status": 409}, "was changed by somebody else meanwhile"),
     "404": ({"match": "POST .*/commit/", "status": 404, "code": "RepoNotFound"}, "me/tiny-gaze does not exist, or"),
     "409": ({"match": "POST .*/commit/", "status": 409, "body": "Conflict"}, "changed by somebody else.*Conflict"),
     "412": ({"match": "POST .*/commit/", "status": 412, "body": "has happened"}, "changed by.*happened .status 412"),
@@ -424,13 +425,20 @@ def test_what_has_arrived_is_not_sent_again(hub: Hub, full: Path) -> None:
     assert artefact_on(hub) == files_in(full)
 
 
+def test_a_full_storage(hub: Hub, artefact: Path) -> None:
+    hub.full = True
+    with pytest.raises(HubError, match=r"the Hub has no room for it: .*Storage quota exceeded"):
+        gazepatch.push(artefact, REPO)
+    hub.full = False
+    assert gazepatch.push(artefact, REPO).changed
+
+
 def test_an_answer_that_got_lost(hub: Hub, artefact: Path) -> None:
     hub.repos[REPO] = Repo()
     hub.repos[REPO].add("main", {})
     inner = hub.repos[REPO].add
 
     def lost(*arguments: Any) -> str:
-        hub.fault("POST /nothing", times=0)
         inner(*arguments)
         raise ConnectionResetError
 
@@ -580,6 +588,8 @@ def test_folders_of_this_machine(hub: Hub, model_folder: Path) -> None:
     assert fetch(model_folder, file="config.json").path == model_folder / "config.json"
     with pytest.raises(ArtefactError, match=r"expected a folder with no.json"):
         fetch(model_folder, file="no.json")
+    with pytest.raises(ArtefactError, match="expected a folder or a Hub id, got a file"):
+        fetch(model_folder / "config.json")
     with pytest.raises(ConfigError, match="a revision goes with a Hub id"):
         fetch(model_folder, revision="v1")
     for name in ("/no/such/folder", "./no/such", "a b", ""):

@@ -48,7 +48,7 @@ def command(
     elif not done.changed:
         click.echo("Nothing to do: the repository holds just that.")
     else:
-        click.echo(f"Sent {len(done.files)} files, {sum(done.files.values())} bytes.")
+        click.echo(f"Published {len(done.files)} files, {sum(done.files.values())} bytes.")
     for label, names in (("Removed there", done.removed), ("Not sent, as not the artefact's", done.left_out)):
         if names:
             click.echo(f"{label}: {', '.join(names)}")

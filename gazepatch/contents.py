@@ -18,7 +18,8 @@ INDEX_NAME = "model.safetensors.index.json"
 
 _TEMPLATES = "additional_chat_templates"
 _LORA = {f"{LORA_NAME}/adapter_config.json", f"{LORA_NAME}/adapter_model.safetensors"}
-_ADAPTER = {FILE_NAME, CARD_NAME, TOKENS_NAME, *_LORA}
+_LORA_EXTRA = f"{LORA_NAME}/generation_config.json"  # transformers saves it with them, nobody reads it
+_ADAPTER = {FILE_NAME, CARD_NAME, TOKENS_NAME, *_LORA, _LORA_EXTRA}
 _WEIGHTS = (WEIGHTS_NAME, INDEX_NAME, "model-*.safetensors")
 _LICENCES = ("LICENSE*", "NOTICE*")
 
@@ -93,8 +94,8 @@ def _contents_of(folder: Path, manifest: Manifest) -> Contents:
     left_out = []
     for path in _walk(folder):
         name = path.relative_to(folder).as_posix()
-        further = model is not None and name.startswith(model) and _matches(name[len(model) :], (*_MODEL, *_LICENCES))
-        if path.is_file() and (name in required or further):
+        of_model = model is not None and name.startswith(model) and _matches(name[len(model) :], (*_MODEL, *_LICENCES))
+        if path.is_file() and (name in required or name == _LORA_EXTRA or of_model):
             files[name] = path.stat().st_size
             if not path.resolve().is_relative_to(folder.resolve()):
                 raise ArtefactError(f"{path} is a link to a file outside of the folder: put the file itself there")
@@ -107,7 +108,7 @@ def _contents_of(folder: Path, manifest: Manifest) -> Contents:
 
 
 def _walk(folder: Path, below: str = "") -> Iterator[Path]:
-    """Files by name, and unopened the folders in which an artefact has nothing."""
+    """In the order of their names: files, and folders in which an artefact has nothing, unopened."""
     for path in sorted((folder / below).iterdir()):
         name = path.relative_to(folder).as_posix()
         ours = name in (LORA_NAME, Path(OWN_MODEL).name) or path.name == _TEMPLATES

@@ -8,6 +8,9 @@ from typing import Any
 
 from gazepatch.errors import GazeError, HubError
 
+#: The HTTP clients of huggingface_hub 1 and 2.
+_CLIENTS = ("httpx", "httpcore", "httpx2", "httpcore2")
+
 # The Hub has several statuses for it, 403 among them, and says in words what is full.
 _QUOTA_STATUSES = (402, 413, 507)
 _QUOTA_WORDS = ("quota", "storage", "payment", "too large", "billing")
@@ -46,9 +49,11 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 def _explained(error: BaseException, repo: str, said: str) -> str | None:
     from huggingface_hub import errors
 
-    alone = error.__cause__ is None and error.__context__ is None
-    if isinstance(error, errors.OfflineModeIsEnabled) or (isinstance(error, errors.LocalEntryNotFoundError) and alone):
+    why = error.__cause__ or error.__context__
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(why, (errors.OfflineModeIsEnabled, type(None))):
         return f"the Hub must not be asked (HF_HUB_OFFLINE or local_files_only), and the cache does not hold {repo}"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "the Hub must not be asked: HF_HUB_OFFLINE is set, unset it"
     if (status := getattr(getattr(error, "response", None), "status_code", None)) is not None:
         return f"{_refused(error, status, repo, said)} (status {status})"
     if isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.partition(".")[0] in _CLIENTS:
@@ -56,10 +61,6 @@ def _explained(error: BaseException, repo: str, said: str) -> str | None:
     if isinstance(error, ValueError) and any(word in said.lower() for word in _QUOTA_WORDS):
         return f"the Hub has no room for it: {said}"
     return None
-
-
-#: The HTTP clients of huggingface_hub 1 and 2.
-_CLIENTS = ("httpx", "httpcore", "httpx2", "httpcore2")
 
 
 def _refused(error: Any, status: int, repo: str, said: str) -> str:

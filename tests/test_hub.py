@@ -16,6 +16,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from click.testing import CliRunner
 from hub_server import Hub, Repo, client_uses
 from safetensors.torch import save_file
@@ -26,6 +27,7 @@ from gazepatch import ArtefactError, ConfigError, GazeConfig, HubError
 from gazepatch.cli import main
 from gazepatch.contents import contents_of
 from gazepatch.hub import fetch
+from gazepatch.lora import add_lora
 
 SETTINGS = GazeConfig(region=(4, 4, 1), window=(2, 2, 1), budget=0.5, min_visual_tokens=0)
 BASE, REPO = "lab/tiny", "me/tiny-gaze"
@@ -246,6 +248,24 @@ def test_litter_in_a_full_artefact(hub: Hub, full: Path) -> None:
     contents = contents_of(full)
     assert contents.files.keys() == own.keys() | {"model/LICENSE.txt"}
     assert len(contents.left_out) == 4
+
+
+def test_a_model_beside_its_settings(artefact: Path, model_folder: Path) -> None:
+    shutil.copytree(model_folder, artefact, dirs_exist_ok=True)
+    (artefact / "optimizer.safetensors").write_text("x")
+    contents = contents_of(artefact)
+    assert contents.full and contents.left_out == ("optimizer.safetensors",)
+    assert contents.files.keys() == files_in(artefact).keys() - {"optimizer.safetensors"}
+
+
+def test_lora_adapters_belong(model_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    model = transformers.AutoModelForImageTextToText.from_pretrained(model_folder)
+    add_lora(gazepatch.apply(model, SETTINGS), model.model.language_model, 2)
+    out = gazepatch.save(model, tmp_path / "gaze", provenance={"trainable": "lora"})
+    contents = contents_of(out)
+    assert contents.files.keys() == files_in(out).keys() and contents.left_out == ()
+    assert "lora/adapter_model.safetensors" in contents.files
 
 
 def test_the_hub_leaves_nothing_out(hub: Hub, artefact: Path) -> None:
@@ -491,7 +511,7 @@ def test_no_network(hub: Hub, artefact: Path, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(HubError, match=r"the connection to the Hub failed.*ConnectError"):
         gazepatch.push(artefact, REPO)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(HubError, match="the Hub must not be asked"):
+    with pytest.raises(HubError, match="the Hub must not be asked: HF_HUB_OFFLINE is set"):
         gazepatch.push(artefact, REPO)
 
 

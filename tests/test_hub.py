@@ -143,6 +143,9 @@ def test_push_a_full_artefact(hub: Hub, full: Path, part_size: int | None) -> No
     assert artefact_on(hub) == files_in(full)
     assert done.files.keys() == files_in(full).keys() and done.left_out == ()
     assert bool(hub.asked("POST /lfs/.*/complete")) == (part_size is not None)
+    here, there = gazepatch.load(full), gazepatch.load(REPO)
+    inputs = tiny("llava").inputs
+    assert torch.equal(there(**inputs).logits, here(**inputs).logits)
     # An adapter in its place must not have the old weights beside it.
     plain = gazepatch.convert(BASE, full.parent / "plain", config=SETTINGS)
     gazepatch.push(plain, REPO)

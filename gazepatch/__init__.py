@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from gazepatch.errors import CacheError as CacheError
     from gazepatch.errors import ConfigError as ConfigError
     from gazepatch.errors import GazeError as GazeError
+    from gazepatch.errors import HubError as HubError
     from gazepatch.errors import PatchError as PatchError
     from gazepatch.errors import TrainingError as TrainingError
     from gazepatch.errors import UnsupportedModelError as UnsupportedModelError
     from gazepatch.evaluation import evaluate as evaluate
+    from gazepatch.hub import push as push
     from gazepatch.inspection import inspect as inspect
     from gazepatch.loading import load as load
     from gazepatch.patch import apply as apply
@@ -46,6 +48,7 @@ _MODULE_OF = {
     "ConfigError": "errors",
     "GazeConfig": "config",
     "GazeError": "errors",
+    "HubError": "errors",
     "PatchError": "errors",
     "TrainConfig": "training.settings",
     "TrainingError": "errors",
@@ -61,6 +64,7 @@ _MODULE_OF = {
     "is_patched": "patch",
     "load": "loading",
     "patched": "patch",
+    "push": "hub",
     "restore": "patch",
     "save": "artefact",
     "set_budget": "patch",

@@ -80,7 +80,8 @@ def convert(
     def own_files(folder: Path) -> None:
         copy_files(checkpoint, folder, names, link=link, progress=progress)
 
-    return _write(out, replace(manifest, full=True), tokens, own_files, licence_of(local or source))
+    manifest = replace(manifest, full=True, base_model=None if local is not None else manifest.base_model)
+    return _write(out, manifest, tokens, own_files, licence_of(local or source))
 
 
 def save(
@@ -121,7 +122,8 @@ def save(
         )
     out, local = Path(out).absolute(), _local(source)
     check_output(out, local, force)
-    base = source if local is None else str(local)
+    # A full artefact does not need a folder of this machine, and others need not know of it.
+    base = source if local is None else None if full else str(local)
     manifest = replace(Manifest.of(config, gaze, base), full=full, provenance=provenance)
     if source is not None:
         geometry = processor_geometry(source, revision=manifest.base_revision)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gazepatch.hub import is_repo_id
+
 if TYPE_CHECKING:
     from gazepatch.manifest import Manifest
 
@@ -98,7 +100,7 @@ def _metadata(manifest: Manifest, licence: Mapping[str, Any]) -> str:
     from huggingface_hub import ModelCardData
 
     base: dict[str, Any] = {}
-    if _on_the_hub(manifest.base_model):
+    if manifest.base_model is not None and is_repo_id(manifest.base_model):
         # The Hub counts a checkpoint with other weights among the fine-tuned ones, and calls the rest adapters.
         base = {"base_model": manifest.base_model, "base_model_relation": "finetune" if manifest.full else "adapter"}
     data = ModelCardData(
@@ -109,19 +111,6 @@ def _metadata(manifest: Manifest, licence: Mapping[str, Any]) -> str:
         tags=["gazepatch", "gaze-attention", manifest.model_type],
     )
     return data.to_yaml().strip()
-
-
-def _on_the_hub(base_model: str | None) -> bool:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined,unused-ignore]
-
-    if base_model is None:
-        return False
-    try:
-        validate_repo_id(base_model)
-    except HFValidationError:
-        return False
-    return True
 
 
 def _what(manifest: Manifest) -> str:
@@ -135,10 +124,10 @@ def _what(manifest: Manifest) -> str:
     if not manifest.full:
         return _ADAPTER.format(model_type=manifest.model_type, tokens=tokens, base=base)
     trained = (manifest.provenance or {}).get("trainable") == "full"
-    of_base = f"those of {base}{', trained with gaze' if trained else ', unchanged'}"
-    return _FULL.format(
-        model_type=manifest.model_type, tokens=tokens, origin=of_base if manifest.base_model else "its own"
+    origin = (
+        f"those of {base if manifest.base_model else 'the model'}, {'trained with gaze' if trained else 'unchanged'}"
     )
+    return _FULL.format(model_type=manifest.model_type, tokens=tokens, origin=origin)
 
 
 def _measured(manifest: Manifest) -> str:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,28 @@ WEIGHTS_SUFFIX = ".safetensors"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
-#: What transformers reads beside the weights (tokenizer, processor, templates, settings of generate), and licences.
-BESIDE = (
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-    "*.tiktoken",
-    "additional_chat_templates/*.jinja",
-    "LICENSE*",
-    "NOTICE*",
-)
+TEMPLATES = "additional_chat_templates"
 
-#: Files to fetch from the Hub for a whole checkpoint; `checkpoint_files` then chooses.
-PATTERNS = (*BESIDE, "*.safetensors")
+#: What transformers reads beside the weights: settings, tokenizer, processor, templates. No code, and no files of just
+#: any name: whatever else lies in a folder may not be meant for others.
+BESIDE = (
+    CONFIG_NAME,
+    "generation_config.json",
+    "*processor_config.json",
+    "tokenizer*.json",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+    f"{TEMPLATES}/*.jinja",
+)
+LICENCES = ("LICENSE*", "NOTICE*")
 
 _CHUNK_BYTES = 1 << 26
 
@@ -50,9 +59,15 @@ def checkpoint_files(folder: Path) -> list[Path]:
     """
     weights = weight_files(folder)
     index = [] if weights == [Path(WEIGHTS_NAME)] else [Path(INDEX_NAME)]
-    beside = {path.relative_to(folder) for pattern in BESIDE for path in folder.glob(pattern) if path.is_file()}
-    # An index of other weights (pickles, a variant) would point to nothing.
-    return sorted({*weights, *index, *(name for name in beside if not name.name.endswith(".index.json"))})
+    beside = {path.relative_to(folder) for name in (*BESIDE, *LICENCES) for path in folder.glob(name) if path.is_file()}
+    return sorted({*weights, *index, *beside})
+
+
+def is_checkpoint_file(name: str) -> bool:
+    """Whether a file of this name, with `/` between folders, is part of a checkpoint; licences may be anybody's."""
+    patterns = (*BESIDE, WEIGHTS_NAME, INDEX_NAME, "model-*.safetensors")
+    # As a shell matches: `*` does not reach into other folders.
+    return any(fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -63,12 +78,23 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if (folder / WEIGHTS_NAME).is_file():
         return [Path(WEIGHTS_NAME)]
-    index = folder / INDEX_NAME
-    if not index.is_file():
+    if not (folder / INDEX_NAME).is_file():
         raise ArtefactError(
             f"expected {WEIGHTS_NAME} or {INDEX_NAME} in {folder}, got neither: weights in other formats are not "
             "taken along; save the model with save_pretrained first, or make an adapter folder (without full)"
         )
+    shards = shards_of(folder / INDEX_NAME)
+    if missing := [shard.name for shard in shards if not (folder / shard).is_file()]:
+        raise ArtefactError(f"{folder} lacks {', '.join(missing)}, which its index names: get them again")
+    return shards
+
+
+def shards_of(index: Path) -> list[Path]:
+    """Names of the safetensors files that the index of a checkpoint names.
+
+    Raises:
+        ArtefactError: The index is damaged.
+    """
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         shards = [Path(name) for name in names]
@@ -76,8 +102,6 @@ def weight_files(folder: Path) -> list[Path]:
         raise ArtefactError(f"{index} must map tensors to shards in weight_map: {error!r}; get it again") from None
     if bad := [str(shard) for shard in shards if shard.name != str(shard) or shard.suffix != WEIGHTS_SUFFIX]:
         raise ArtefactError(f"{index} must name safetensors files beside it, got {', '.join(bad)}")
-    if missing := [shard.name for shard in shards if not (folder / shard).is_file()]:
-        raise ArtefactError(f"{folder} lacks {', '.join(missing)}, which its index names: get them again")
     if not shards:
         raise ArtefactError(f"{index} must name at least one shard, got none: get it again")
     return shards

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gazepatch.checkpoint import CONFIG_NAME, PATTERNS, known_layout
+from gazepatch.checkpoint import BESIDE, CONFIG_NAME, INDEX_NAME, LICENCES, WEIGHTS_NAME, known_layout, shards_of
 from gazepatch.errors import ArtefactError
+from gazepatch.hub import fetch
 from gazepatch.manifest import CARD_NAME, FILE_NAME, LORA_NAME, TOKENS_NAME, Manifest, processor_geometry, read
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ def load(
 
     Raises:
         ArtefactError: The artefact is damaged, or does not fit the base model.
+        HubError: There is no such folder, and the Hub does not give it.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -79,15 +82,18 @@ def artefact_folder(path_or_repo: str | Path, revision: str | None = None, **hub
     if os.path.exists(path_or_repo):
         return Path(path_or_repo)
     wanted = [FILE_NAME, CARD_NAME, TOKENS_NAME, f"{LORA_NAME}/*"]
-    folder = _download(str(path_or_repo), revision, wanted, "an artefact", **hub)
-    if read(folder).full:
-        folder = _download(str(path_or_repo), folder.name, [*wanted, *PATTERNS], "an artefact", **hub)
-    return folder
+    found = fetch(path_or_repo, only=wanted, revision=revision, **hub)
+    if read(found.path).full:
+        local_checkpoint(str(path_or_repo), found.commit, **hub)
+    return found.path
 
 
-def local_checkpoint(repo: str, revision: str | None) -> Path:
+def local_checkpoint(repo: str, revision: str | None, **hub: Any) -> Path:
     """A local folder with the files of a whole checkpoint on the Hub, downloaded unless they were before."""
-    return _download(repo, revision, list(PATTERNS), "a model")
+    found = fetch(repo, only=[*BESIDE, *LICENCES, INDEX_NAME], revision=revision, **hub)
+    index = found.path / INDEX_NAME
+    weights = [shard.name for shard in shards_of(index)] if index.is_file() else [WEIGHTS_NAME]
+    return fetch(repo, only=weights, revision=found.commit, **hub).path
 
 
 def base_of(manifest: Manifest, folder: Path, base: str | Path | None = None) -> tuple[str, str | None]:
@@ -107,28 +113,30 @@ def base_of(manifest: Manifest, folder: Path, base: str | Path | None = None) ->
     return manifest.base_model, manifest.base_revision
 
 
-def base_config(source: str | Path, **kwargs: Any) -> Any:
+def base_config(source: str | Path, *, revision: str | None = None, **hub: Any) -> Any:
     """The transformers configuration of a model with an adapter, by folder or Hub id.
 
     Raises:
         UnsupportedModelError: There is no adapter for its model type.
-        ArtefactError: There is no such model.
+        ArtefactError: The folder holds no model, or a damaged one.
+        HubError: There is no such folder, and the Hub does not give it.
     """
-    from transformers import AutoConfig, PreTrainedConfig
+    from transformers import AutoConfig
 
     from gazepatch.registry import adapter_for
 
+    found = fetch(source, file=CONFIG_NAME, revision=revision, **hub)
     try:
-        values, _ = PreTrainedConfig.get_config_dict(str(source), **kwargs)
-    except (OSError, ValueError) as error:
+        model_type = json.loads(found.path.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:  # bad JSON and bad UTF-8; no object
+        raise ArtefactError(f"{found.path} must be a JSON object: {error}; get the model again") from None
+    adapter_for(str(model_type))  # our own error first: transformers refuses types that it does not know itself
+    try:
+        return AutoConfig.from_pretrained(str(source), revision=found.commit, **hub)
+    except Exception as error:  # what classes of configurations raise at values of the wrong kind
         raise ArtefactError(
-            f"expected the folder or the Hub id of a model, got {str(source)!r}, {_found(source)}: {_one_line(error)}"
+            f"{found.path} must be the configuration of a {model_type} model: {' '.join(str(error).split())}"
         ) from error
-    if not values:  # transformers is content with a folder without config.json
-        raise ArtefactError(f"expected the folder or the Hub id of a model, got {str(source)!r}, without config.json")
-    # Our own error first: transformers refuses types that it does not know itself with one about itself.
-    adapter_for(str(values.get("model_type")))
-    return AutoConfig.from_pretrained(str(source), **kwargs)
 
 
 def read_artefact(folder: Path) -> tuple[Manifest, Tensor | None]:
@@ -156,22 +164,3 @@ def _tokens_of(folder: Path, manifest: Manifest) -> Tensor | None:
     if len(tokens) != expected:
         raise ArtefactError(f"{path} must hold {expected} context tokens, as {FILE_NAME} says, got {len(tokens)}")
     return tokens
-
-
-def _download(repo: str, revision: str | None, wanted: list[str], kind: str, **hub: Any) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, **hub))
-    except Exception as error:
-        raise ArtefactError(
-            f"expected the folder or the Hub id of {kind}, got {repo!r}, {_found(repo)}: {_one_line(error)}"
-        ) from error
-
-
-def _found(source: str | Path) -> str:
-    return "a damaged model" if os.path.exists(source) else "which is no folder, and the Hub does not give it"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

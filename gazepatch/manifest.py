@@ -47,7 +47,7 @@ class Manifest:
         format_version: Of the artefact.
         gazepatch_version, transformers_version: What made it.
         full: Whether the weights of the model lie in the same folder. If not, they are those of the base model.
-        base_model: A Hub id or the absolute path of a folder; `None` if there is none, which only a full one may say.
+        base_model: A Hub id, or the absolute path of a folder; in a full artefact a Hub id, or `None` if there is none.
         base_revision: A commit, or `None` where none is known.
         model_type, hidden_size, num_hidden_layers: Of the model, the latter two of its text decoder.
         image_geometry: Settings of the model that decide how an image becomes a grid of tokens.

@@ -18,7 +18,15 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny
 
 import gazepatch
-from gazepatch import ArtefactError, ConfigError, GazeConfig, PatchError, UnsupportedModelError
+from gazepatch import (
+    ArtefactError,
+    ConfigError,
+    GazeConfig,
+    GazeError,
+    HubError,
+    PatchError,
+    UnsupportedModelError,
+)
 from gazepatch import artefact as artefacts
 from gazepatch.context import MAX_BYTES, write_context_tokens
 from gazepatch.manifest import FORMAT_VERSION, read
@@ -319,12 +327,19 @@ def test_other_architectures_are_refused(model_type: str, tmp_path: Path) -> Non
 
 def test_a_source_that_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    for source in (tmp_path / "empty", tmp_path / "nothing here"):
-        with pytest.raises(ArtefactError, match="expected the folder or the Hub id of a model"):
-            gazepatch.convert(source, tmp_path / "gaze")
-    (tmp_path / "empty" / "config.json").write_text("{")
-    with pytest.raises(ArtefactError, match="expected the folder or the Hub id of a model"):
+    with pytest.raises(HubError, match="expected a folder or a Hub id, owner/name, got"):
+        gazepatch.convert(tmp_path / "nothing here", tmp_path / "gaze")
+    with pytest.raises(ArtefactError, match=r"expected a folder with config.json, got .* without it"):
         gazepatch.convert(tmp_path / "empty", tmp_path / "gaze")
+    for text, message in {
+        "{": "must be a JSON object",
+        "[]": "must be a JSON object",
+        '{"model_type": "llava", "text_config": 3}': "must be the configuration of a llava model",
+    }.items():
+        (tmp_path / "empty" / "config.json").write_text(text)
+        with pytest.raises(ArtefactError, match=message):
+            gazepatch.convert(tmp_path / "empty", tmp_path / "gaze")
+    assert not (tmp_path / "gaze").exists()
 
 
 def test_context_tokens_need_weights(base: Path, tmp_path: Path) -> None:
@@ -475,9 +490,9 @@ def test_things_that_are_no_artefact(base: Path, artefact: Path, tmp_path: Path)
         tmp_path / "empty": "no gaze_config.json",
         base: "gazepatch.apply to a plain model",
         artefact / "gaze_config.json": "got a file",
-        tmp_path / "nothing": "expected the folder or the Hub id of an artefact",
+        tmp_path / "nothing": "expected a folder or a Hub id",
     }.items():
-        with pytest.raises(ArtefactError, match=message):
+        with pytest.raises(GazeError, match=message):
             gazepatch.load(path)
 
 
@@ -521,5 +536,5 @@ def test_hub_errors_become_ours(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("no network\nat all")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(ArtefactError, match=r"'somebody/gaze', .*: no network at all"):
+    with pytest.raises(HubError, match=r"fetching somebody/gaze failed: .*: no network at all; then try again"):
         gazepatch.load("somebody/gaze")

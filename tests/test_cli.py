@@ -80,7 +80,7 @@ def test_bad_usage_is_status_2() -> None:
 
 
 def test_a_failed_run_is_status_1() -> None:
-    fails(1, "expected the folder or the Hub id of a model", "convert", "/no/such/folder", "-o", "out")
+    fails(1, "expected a folder or a Hub id", "convert", "/no/such/folder", "-o", "out")
 
 
 def test_errors_of_others_tell_their_type(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +211,7 @@ def test_inspect(base: Path) -> None:
     assert "family   llava" in result.stdout and "gaze     2 of 2 layers: 0-1" in result.stdout
     report = json.loads(gaze("inspect", base, "--json").stdout)
     assert report["family"] == "llava" and report["gaze_layers"] == [0, 1] and report["reasons"] == {}
-    fails(1, "expected the folder or the Hub id of a model", "inspect", "/no/such/model")
+    fails(1, "expected a folder or a Hub id", "inspect", "/no/such/model")
 
 
 def test_inspect_an_artefact(base: Path, artefact: Path, tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_ask_without_images_reads_everything(artefact: Path) -> None:
 def test_ask_refuses(artefact: Path, page: Path) -> None:
     fails(2, "exclude each other", "ask", artefact, page, "this", "--dense", "--compare")
     fails(2, "does not exist", "ask", artefact, "no.png", "this")
-    fails(1, "expected the folder or the Hub id of a model", "ask", "/no/such/model", page, "this")
+    fails(1, "expected a folder or a Hub id", "ask", "/no/such/model", page, "this")
 
 
 def test_verify(artefact: Path, page: Path) -> None:

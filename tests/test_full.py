@@ -68,7 +68,7 @@ def test_it_holds_the_models_own_files(base: Path, full: Path) -> None:
     assert all(found[name] == source[name] for name in kept)
     own, theirs = (json.loads((folder / "config.json").read_text()) for folder in (full, base))
     assert own == theirs | {"gaze": read(full).gaze.to_dict()}
-    assert read(full).full and read(full).base_model == str(base)
+    assert read(full).full and read(full).base_model is None and str(base) not in (full / "README.md").read_text()
 
 
 def test_plain_transformers_loads_it(full: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -156,7 +156,7 @@ def test_a_trained_model_is_saved_whole(base: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         model.lm_head.weight.add_(1)
     out = gazepatch.save(model, tmp_path / "full", full=True, provenance={"trainable": "full"})
-    assert read(out).base_model == str(base) and "trained with gaze" in (out / "README.md").read_text()
+    assert "trained with gaze" in (out / "README.md").read_text()
     again = gazepatch.load(out)
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
     assert torch.equal(again(**case.inputs).logits, model(**case.inputs).logits)
@@ -222,7 +222,7 @@ DAMAGE: dict[str, tuple[Damage, str]] = {
     "cut shard": SOURCE_DAMAGE["cut shard"],
     "other settings": (change("config.json", lambda v: v["gaze"].update(budget=0.1)), "settings in .* differ"),
     "no settings": (change("config.json", lambda v: v.pop("gaze")), "settings in .*config.json differ"),
-    "no config": (lambda f: (f / "config.json").unlink(), "expected the folder or the Hub id of a model"),
+    "no config": (lambda f: (f / "config.json").unlink(), "expected a folder with config.json"),
     "other weights": (
         lambda f: tiny("llava_next").model.save_pretrained(f / "x") or (f / "x/model.safetensors").rename(a_shard(f)),
         "made for a model with key_layout",

@@ -563,7 +563,7 @@ def test_lora_needs_peft(base: Path, data: Path, tmp_path: Path, monkeypatch: py
 def test_full(base: Path, data: Path, tmp_path: Path, processor: Any) -> None:
     out = trained(base, data, tmp_path / "first", trainable="full", steps=30, batch_size=4, learning_rate=0.003)
     out = out.rename(tmp_path / "moved")  # it brings its base model, wherever it is
-    assert read(out).full and read(out).base_model == str(base)
+    assert read(out).full
     dense_model = transformers.AutoModelForImageTextToText.from_pretrained(base)
     after = agreement(gazepatch.load(out), processor, data, dense_model)
     with gazepatch.patched(dense_model, CONFIG, context_tokens=tokens_of(out)):

@@ -20,6 +20,7 @@ from gazepatch.config import GazeConfig
 @click.option("--link", is_flag=True, help="With --full: hard links of the weights instead of copies, where possible.")
 @click.option("--context-tokens", metavar="FILE", type=click.Path(exists=True), help="Trained context tokens.")
 @click.option("--verify", is_flag=True, help="Load it, check it as `gazepatch verify` does, and put that on the card.")
+@click.option("--push", "repo", metavar="REPO", help="Then publish it as `gazepatch push DIR REPO` does.")
 @click.option("--force", is_flag=True, help="Replace DIR if it is an artefact already.")
 @options_of(GazeConfig(), without=("context_tokens",))
 @json_option
@@ -31,6 +32,7 @@ def command(
     link: bool,
     context_tokens: str | None,
     verify: bool,
+    repo: str | None,
     force: bool,
     as_json: bool,
     **settings: Any,
@@ -59,8 +61,9 @@ def command(
             progress=progress,
         )
     fidelity = _measured(folder) if verify else None
+    url = gazepatch.push(folder, repo).url if repo is not None else None
     if as_json:
-        print_json({"path": str(folder), "model": model, "gaze": config.to_dict(), "fidelity": fidelity})
+        print_json({"path": str(folder), "model": model, "gaze": config.to_dict(), "fidelity": fidelity, "url": url})
     else:
         click.echo(f"{folder}\nLoad it with gazepatch.load({out!r}), or try: gazepatch ask {out} IMAGE PROMPT")
         if fidelity is not None:
@@ -68,6 +71,8 @@ def command(
                 f"Checked on one image: agrees with dense on {fidelity['agreement']:.1%} of {fidelity['steps']} tokens "
                 f"while reading {fidelity['read_share']:.1%} of the visual entries."
             )
+        if url is not None:
+            click.echo(url)
 
 
 def _measured(folder: Path) -> dict[str, Any]:

@@ -117,6 +117,7 @@ def test_convert_json(base: Path, tmp_path: Path) -> None:
         "model": str(base),
         "gaze": GazeConfig(budget=0.125).to_dict(),
         "fidelity": None,
+        "url": None,
     }
 
 

@@ -534,6 +534,14 @@ def test_the_command(hub: Hub, artefact: Path) -> None:
     assert gaze("push", artefact, REPO, "--revision", "v2").exit_code == 0 and "v2" in hub.repos[REPO].refs
 
 
+def test_convert_and_push(hub: Hub, tmp_path: Path) -> None:
+    result = gaze("convert", BASE, "-o", tmp_path / "gaze", "--push", REPO, "--json")
+    assert result.exit_code == 0, result.output
+    assert artefact_on(hub) == files_in(tmp_path / "gaze")
+    assert json.loads(result.stdout)["url"].startswith(f"{hub.url}/{REPO}/commit/")
+    assert gaze("convert", BASE, "-o", tmp_path / "other", "--push", "others/x").exit_code == 1
+
+
 def test_errors_of_the_command(hub: Hub, artefact: Path, tmp_path: Path) -> None:
     for status, message, arguments in (
         (2, "repo_id must be owner/name", [artefact, "gaze"]),

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from gazepatch.adapters.base import Adapter
+from gazepatch.backend import choose
 from gazepatch.config import GazeConfig
 from gazepatch.errors import GazeError
 from gazepatch.forward import MODALITIES
@@ -95,7 +96,7 @@ def _report(
         reasons=dict(sorted(reasons.items())),
         patched=settings is not None,
         settings=in_force,
-        backend="torch: plain PyTorch, the only backend of this version",
+        backend=": ".join(choose(in_force.backend, root.device if root is not None else None)),
         spans=spans,
         notes=_notes(spans, in_force, inputs),
     )

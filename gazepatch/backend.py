@@ -19,7 +19,11 @@ class Backend(NamedTuple):
 
 
 def choose(setting: str, device: torch.device | None) -> Backend:
-    """The backend of tensors on `device`, by the setting `GazeConfig.backend`; None: where the model will be is not known.
+    """The backend of tensors on `device`, by the setting `GazeConfig.backend`.
+
+    Args:
+        setting: `auto`, `torch` or `triton`.
+        device: None where it is not known yet.
 
     Raises:
         ConfigError: `triton` is asked for where it cannot run.

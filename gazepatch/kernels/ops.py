@@ -11,9 +11,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from gazepatch.kernels.device_decode import decode_kernel
-from gazepatch.kernels.device_means import means_kernel
-from gazepatch.kernels.device_selection import select_kernel
+from gazepatch.kernels.device.decode import decode_kernel
+from gazepatch.kernels.device.means import means_kernel
+from gazepatch.kernels.device.selection import select_kernel
 from gazepatch.kernels.launches import SCORED, Launch, architecture, decode_launch, padded
 
 

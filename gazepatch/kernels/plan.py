@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gazepatch.config import GazeConfig
 from gazepatch.errors import UnsupportedModelError
-from gazepatch.kernels.launches import SCORED, most_splits, multiprocessors, padded
+from gazepatch.kernels.launches import SCORED, most_splits, multiprocessors
 from gazepatch.kernels.ops import decode, launch_for, select
 from gazepatch.ops.decode import Decoded, DecodePlan, Entries
 from gazepatch.regions import Regions
@@ -98,7 +98,7 @@ class KernelPlan(DecodePlan):
         groups = self.pairs * self.selections
         most = most_splits(groups, launch.programs * self.programs)
         partial, weights = self._scratch_for(groups, most, value_dim)
-        return decode(
+        output: Tensor = decode(
             query,
             key,
             value,
@@ -116,6 +116,7 @@ class KernelPlan(DecodePlan):
             self.regions.max_length,
             min(most, -(-tokens // launch.block)),
         )
+        return output
 
     def _scratch_for(self, groups: int, splits: int, value_dim: int) -> tuple[Tensor, Tensor]:
         """Where programs leave what they found, shared by all layers."""

@@ -32,4 +32,5 @@ def means_of(chunk: Chunk, x: Tensor, config: GazeConfig) -> Tensor:
     from gazepatch.kernels.ops import window_means
 
     lengths = chunk.regions.log_counts.exp().round().int()
-    return window_means(x, (lengths.cumsum(-1) - lengths).int(), lengths, math.prod(config.window_size))
+    means: Tensor = window_means(x, (lengths.cumsum(-1) - lengths).int(), lengths, math.prod(config.window_size))
+    return means

@@ -1,4 +1,4 @@
-"""Device code: the mean of every window. Its tokens lie one behind the other, so there is nothing to add up atomically."""
+"""The mean of every window. Its tokens lie one behind the other, so nothing is added up atomically."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Device code: one query token per row over all other entries, the selected regions and the periphery. One launch.
+"""One query token per row over all other entries, the selected regions and the periphery. One launch.
 
 A program holds the query heads that share a selection in the rows of its products, and reads a share of the three kinds
 of entries. The last one of a selection to finish combines what all of them found, by their log-sum-exps.
@@ -112,7 +112,9 @@ def decode_kernel(
 
     if PERIPHERY:
         of_values = mean_values + batch * mean_row + head * mean_head + value_dims[None, :]
-        of_logits = logits + (pair.to(tl.int64) * SELECTIONS * ROWS + (group % SELECTIONS) * ROWS + rows)[:, None] * windows
+        of_logits = (
+            logits + (pair.to(tl.int64) * SELECTIONS * ROWS + (group % SELECTIONS) * ROWS + rows)[:, None] * windows
+        )
         of_taken = taken + group.to(tl.int64) * (windows // WINDOWS)
         for at in range(_first(windows, split, splits, BLOCK_N), _first(windows, split + 1, splits, BLOCK_N), BLOCK_N):
             window = at + cells
@@ -124,7 +126,9 @@ def decode_kernel(
             top, weight, acc = _attend(tl.where(there[None, :], x, -float("inf")), v, top, weight, acc)
 
     inside = (rows < ROWS)[:, None] & in_value
-    of_output = output + (pair.to(tl.int64) * SELECTIONS * ROWS + (group % SELECTIONS) * ROWS + rows)[:, None] * VALUE_DIM
+    of_output = (
+        output + (pair.to(tl.int64) * SELECTIONS * ROWS + (group % SELECTIONS) * ROWS + rows)[:, None] * VALUE_DIM
+    )
     if splits == 1:
         result = acc / weight[:, None]
         tl.store(of_output + value_dims[None, :], result.to(output.dtype.element_ty), mask=inside)
@@ -142,7 +146,7 @@ def decode_kernel(
             known = (rows < ROWS)[:, None] & (numbers < splits)[None, :]
             of_split = of_weights + numbers[None, :] * (ROWS * 2) + rows[:, None] * 2
             tops = tl.load(of_split, mask=known, other=LOWEST, cache_modifier=".cg")
-            sums = tl.load(of_split + 1, mask=known, other=0.0, cache_modifier=".cg")
+            sums = tl.load(of_split + 1, mask=known, other=1.0, cache_modifier=".cg")
             highest = tl.max(tops, 1)
             whole = tl.sum(tl.exp2(tops - highest[:, None]) * sums, 1)
             result = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)

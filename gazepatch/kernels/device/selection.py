@@ -1,4 +1,4 @@
-"""Device code: score the windows, agree among the heads of a group, take the best regions. One launch.
+"""Score the windows, agree among the heads of a group, take the best regions. One launch.
 
 Every program scores some regions of one (row, key head) pair. The last of a pair to finish, found by counting arrivals,
 has all scores and takes the best regions: no second launch, and no sorting. The count is set back, so that nothing has
@@ -88,7 +88,9 @@ def select_kernel(
             for head in range(GROUP):
                 share = _share(of_scores + head * regions, number, there)
                 group = first_head + head
-                _take(share, number, first, tokens, wanted, regions, places, group, runs, taken, total, PERIPHERY, COUNTS)
+                _take(
+                    share, number, first, tokens, wanted, regions, places, group, runs, taken, total, PERIPHERY, COUNTS
+                )
         else:
             score = _share(of_scores, number, there)
             for head in range(1, GROUP):

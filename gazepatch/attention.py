@@ -19,7 +19,6 @@ from gazepatch.cache import GazeLayer
 from gazepatch.errors import UnsupportedModelError
 from gazepatch.forward import OF_FORWARD, Forward, Runtime
 from gazepatch.insertion import OwnImage
-from gazepatch.ops.decode import gaze_decode
 from gazepatch.ops.prefill import gaze_prefill
 
 Attended = tuple[Tensor, Tensor | None]
@@ -87,7 +86,8 @@ class GazeAttention:
         store = _layer(forward, layer)
         entries, state = store.entries(), forward.state
         plan = state.plan(query, entries)
-        decoded = gaze_decode(query, entries, plan, scale, forward.bias(_as_4d(mask)))
+        total = state.counters.on_device(layer, query.device) if plan.counts_itself else None
+        decoded = plan.decode(query, entries, scale, forward.bias(_as_4d(mask)), total)
         forward.count(layer, query.shape[1], entries.key.shape[1], plan.visual_entries, decoded.read)
         return decoded.output.transpose(1, 2)
 

@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gazepatch.adapters.base import Adapter
 from gazepatch.attention import GazeAttention, unregister
+from gazepatch.backend import choose
 from gazepatch.config import GazeConfig
 from gazepatch.context import parameter, with_context_tokens
 from gazepatch.errors import ConfigError, PatchError, UnsupportedModelError
@@ -90,6 +92,8 @@ def apply(
             "context tokens in a model with local attention layers need a mask, which flash attention does not take: "
             "load the model with attn_implementation='sdpa'"
         )
+    if config.backend == "triton" and not torch.cuda.is_available():
+        choose(config.backend, root.device)  # the model cannot be moved to a GPU later either
     runtime = Runtime(adapter, root.config, decoder, config, layers)
     patch = Patch(config, runtime, GazeAttention(runtime, original), [])
     try:

@@ -8,6 +8,7 @@ text decoder is. It never touches a model. A new family is usually one line in t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from gazepatch.layout import Media, Span, features, lay, number_together, runs, share_out
@@ -18,6 +19,10 @@ Captured = Mapping[str, Mapping[str, Any]]
 
 FULL_ATTENTION = "full_attention"
 
+# Words that several families share.
+FULL_ONLY = "full attention only"
+RECURRENT = "recurrent layers would carry them along"
+
 # Text decoders with learned sinks in the softmax of (some of) their layers.
 SINKS = ("deepseek_v4", "flint", "gpt_oss", "granite_swa", "granitemoe_swa", "hy_v4", "mimo_v2_flash")
 
@@ -26,6 +31,15 @@ class Adapter:
     """Facts about the model types in `model_types`."""
 
     model_types: tuple[str, ...]
+    #: How images become tokens, and videos, in a few words for people; empty where the family has none.
+    images: str = "images"
+    videos: str = ""
+    #: Whether the tokens of an image form a grid; otherwise regions are runs of tokens.
+    grid: bool = True
+    #: Which layers gaze, in a few words.
+    layers: str = "all"
+    #: Why context tokens would change more than they should; empty where they are exact.
+    no_context: str = ""
     #: Names in the configuration of the token ids that carry vision features, by modality.
     token_id_names: Mapping[str, tuple[str, ...]] = {"image": ("image_token_id",), "video": ("video_token_id",)}
 
@@ -102,6 +116,17 @@ class Adapter:
         if guess is None or features(guess) != stop - start:
             return [Span(row, start, stop, grid=None, media=start)]
         return lay(guess, range(start, stop), row, first=start)
+
+
+@dataclass(frozen=True)
+class Declared(Adapter):
+    """An adapter whose facts are arguments, so that a family is a line in the table of its layout."""
+
+    model_types: tuple[str, ...]
+    images: str = field(default="", kw_only=True)
+    videos: str = field(default="", kw_only=True)
+    layers: str = field(default="all", kw_only=True)
+    no_context: str = field(default="", kw_only=True)
 
 
 def integers(value: Any) -> Any:

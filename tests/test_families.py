@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tiny import FAMILIES, VIDEO, Case, batch, tiny
+from tiny import FAMILIES, VIDEO, Case, batch, built
 
 from gazepatch.conformance import AdapterConformance
 
@@ -13,7 +13,7 @@ KINDS = [(name, kind) for name in FAMILIES for kind in ("image", "video", "batch
 @pytest.fixture(scope="module", params=KINDS, ids="-".join)
 def case(request: pytest.FixtureRequest) -> Case:
     name, kind = request.param
-    made = tiny(name, video=kind == "video")
+    made = built(name, kind == "video")
     return batch(made) if kind == "batch" else made
 
 

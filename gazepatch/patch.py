@@ -65,7 +65,8 @@ def apply(
 
     Raises:
         PatchError: The model is patched already.
-        UnsupportedModelError: The architecture has no adapter, or none of its layers can gaze.
+        UnsupportedModelError: The architecture has no adapter, or none of its layers can gaze, or it takes no context
+            tokens.
         ConfigError: A setting is wrong, or does not fit the model or the context tokens.
         ArtefactError: The file of the context tokens is damaged, or made for another model.
     """
@@ -87,6 +88,11 @@ def apply(
         )
     hidden_size = adapter.text_config(root.config).hidden_size
     config, tokens = with_context_tokens(config, context_tokens, root.config.model_type, hidden_size)
+    if tokens is not None and adapter.no_context:
+        raise UnsupportedModelError(
+            f"a {root.config.model_type} takes no context tokens, because {adapter.no_context}: "
+            "patch it with context_tokens=0"
+        )
     if tokens is not None and original.startswith("flash") and _has_local_layers(adapter, root.config):
         raise UnsupportedModelError(
             "context tokens in a model with local attention layers need a mask, which flash attention does not take: "

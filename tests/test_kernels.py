@@ -105,11 +105,15 @@ def test_turns(turns: str, sequences: Make) -> None:
     assert_every_step_is_the_reference(sequences(TURNS[turns], steps=2), KERNELS)
 
 
-@pytest.mark.parametrize("settings", ["share", "share, no periphery", "none", "few tokens in some rows"])
 @pytest.mark.parametrize(
-    "turns",
-    [[LAYOUTS["rows alike"]], [LAYOUTS["a row without an image"]], TURNS["images in one row, then in the other"]],
-    ids=["rows alike", "a row without an image", "images in one row, then in the other"],
+    ("turns", "settings"),
+    [
+        ([LAYOUTS["rows alike"]], "none"),
+        ([LAYOUTS["a row without an image"]], "share, no periphery"),
+        ([LAYOUTS["rows of different images"]], "few tokens in some rows"),
+        (TURNS["images in one row, then in the other"], "share"),
+    ],
+    ids=["rows alike", "a row without an image", "rows of different images", "images in one row, then in the other"],
 )
 @torch.no_grad()
 def test_numbers_of_what_was_read(turns: Any, settings: str, sequences: Make) -> None:

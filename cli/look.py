@@ -53,7 +53,7 @@ def command(
         given = answer(patched, processor.tokenizer, inputs, max_new_tokens=max_new_tokens, show=show)
     traced = {"model": model, "prompt": prompt, **answer_trace(given, trace, processor.tokenizer)}
     if out is not None:
-        _write(out, render(traced, pictures, processor.image_processor))
+        _write(out, render(traced, pictures, getattr(processor, "image_processor", None)))
     if as_json:
         click.echo(json.dumps(traced))  # a line for each of so many numbers would be long to read
     else:

@@ -170,16 +170,17 @@ def test_a_prompt_starts_again_and_a_trace_can_join_later() -> None:
     with gazepatch.patched(case.model, SMALL):
         with gazepatch.trace(case.model) as whole:
             generate_logits(case.model, case.inputs, 5)
-            generate_logits(case.model, case.inputs, 3)
+            _, tokens = generate_logits(case.model, case.inputs, 3)
         assert len(whole.steps) == 3
         ids = case.inputs["input_ids"]
         with torch.no_grad():
             out = case.model(**case.inputs)
             with gazepatch.trace(case.model) as joined:
-                for _ in range(2):
-                    ids = torch.cat([ids, out.logits[:, -1:].argmax(-1)], 1)
-                    mask = torch.ones_like(ids)
-                    out = case.model(ids[:, -1:], attention_mask=mask, past_key_values=out.past_key_values)
+                for step in range(2):
+                    mask = torch.ones(1, ids.shape[1] + step + 1, dtype=torch.long)
+                    out = case.model(
+                        tokens[:, step : step + 1], attention_mask=mask, past_key_values=out.past_key_values
+                    )
     assert joined.steps == whole.steps[:2] and joined.regions == whole.regions
 
 

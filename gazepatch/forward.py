@@ -27,6 +27,7 @@ from gazepatch.layout import Span
 from gazepatch.splice import lengthen, shorten
 from gazepatch.state import GazeState
 from gazepatch.stats import Counters
+from gazepatch.trace import Trace
 
 logger = logging.getLogger("gazepatch")
 
@@ -51,6 +52,8 @@ class Forward:
         insertion: Where its context tokens are; None without any.
         routed: Columns of the new tokens whose queries gaze, `[Q]`; None when no query of a prompt does.
         routed_rows: `[B, Q]` which rows those are text in.
+        trace: Who wants to know what this decode step reads; None: nobody.
+        reads: For `trace`: by layer, what `DecodePlan.numbers` says; None where everything was read.
     """
 
     state: GazeState
@@ -60,6 +63,8 @@ class Forward:
     insertion: Insertion | None = None
     routed: Tensor | None = None
     routed_rows: Tensor | None = None
+    trace: Trace | None = None
+    reads: dict[int, Tensor | None] = field(default_factory=dict)
     _own_images: dict[torch.device, OwnImage] = field(default_factory=dict)
     _bias: tuple[Tensor | None, Tensor | None] | None = None
 
@@ -85,6 +90,7 @@ class Forward:
         selections = heads if self.state.config.head_reduce == "none" else key_heads
         entries = selections * sum(span.tokens for span in self.state.spans)
         self.count(layer, heads, key_heads, entries, entries)
+        self.reads[layer] = None
 
 
 class _Running(threading.local):
@@ -97,6 +103,7 @@ class _Running(threading.local):
         self.capturing = False
         self.dense = False
         self.forward: Forward | None = None
+        self.trace: Trace | None = None
 
 
 class Runtime:
@@ -203,6 +210,8 @@ class Runtime:
         if forward is None:
             return None
         forward.state.finish(completed=output is not None)
+        if forward.trace is not None and output is not None:
+            forward.trace.add(forward.reads)
         return output if output is None or forward.insertion is None else shorten(output, forward.insertion)
 
     def _runs_again(self, decoder: nn.Module) -> bool:
@@ -235,6 +244,8 @@ class Runtime:
         spans = [replace(span, start=span.start + past, stop=span.stop + past) for span in spans]
         state.begin(spans, rows, tokens, insertion)
         forward = Forward(state, cache, past, tokens, insertion)
+        if self.running.trace is not None:
+            self.running.trace.follow(state, rows, prompt)
         if prompt:
             self.counters = state.counters
             state.counters.clear()
@@ -242,6 +253,7 @@ class Runtime:
                 forward.routed, forward.routed_rows = _routed(text, insertion, past, state)
         elif state.spans:
             state.counters.steps += 1
+            forward.trace = self.running.trace
         return forward
 
     def _ids(self, rows: int, tokens: int) -> list[list[int]] | None:

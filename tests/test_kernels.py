@@ -106,6 +106,30 @@ def test_turns(turns: str, sequences: Make) -> None:
 
 
 @pytest.mark.parametrize(
+    ("turns", "settings"),
+    [
+        ([LAYOUTS["rows alike"]], "none"),
+        ([LAYOUTS["a row without an image"]], "share, no periphery"),
+        ([LAYOUTS["rows of different images"]], "few tokens in some rows"),
+        (TURNS["images in one row, then in the other"], "share"),
+    ],
+    ids=["rows alike", "a row without an image", "rows of different images", "images in one row, then in the other"],
+)
+@torch.no_grad()
+def test_numbers_of_what_was_read(turns: Any, settings: str, sequences: Make) -> None:
+    sequence, config = sequences(turns), replace(BASE, **SETTINGS[settings])
+    numbers = []
+    for made, of in ((replace(config, backend="triton"), on_device(sequence)), (config, sequence)):
+        filled = Filled(of, made)
+        *_, (position, decoded) = steps(filled)
+        plan = filled.state.plan(of.query[:, :, :1], filled.layer.entries())
+        numbers.append(plan.numbers(decoded.selected).cpu().sort(-1).values)
+        assert isinstance(plan, KernelPlan) == (made.backend == "triton")
+        assert len(numbers[-1].unique()) > 1 and position == sequence.stops[-1]
+    assert torch.equal(*numbers)
+
+
+@pytest.mark.parametrize(
     "dtype",
     # The interpreter multiplies bfloat16 as if it were integers.
     [torch.float16, pytest.param(torch.bfloat16, marks=[pytest.mark.gpu, needs_gpu])],

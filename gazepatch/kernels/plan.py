@@ -61,7 +61,19 @@ class KernelPlan(DecodePlan):
         if not self.whole:
             read = self._select(flat, entries, scale, far, total)
         output = self._attend(flat, entries, scale, bias, far)
-        return Decoded(output[:, :, None], read)
+        return Decoded(output[:, :, None], read, None if self.whole else self.runs)
+
+    def numbers(self, selected: Tensor) -> Tensor:
+        """As of the base, out of `runs`, which the next layer will overwrite."""
+        if selected is not self.runs:
+            return super().numbers(selected)
+        start, length = selected.unbind(-1)
+        # Regions that only other rows have start nowhere: in a column of their own.
+        first = self.start_table.masked_fill(self.length_table == 0, self.regions.slots).long()
+        region_at = first.new_full((len(first), self.regions.slots + 1), -1)
+        region_at.scatter_(1, first, torch.arange(first.shape[1], device=first.device).expand_as(first))
+        found = region_at[:, None, None].expand(*self.shape, -1).gather(-1, start.long())
+        return found.masked_fill(length == 0, -1)
 
     def _select(self, query: Tensor, entries: Entries, scale: float, far: bool, total: Tensor | None) -> int | Tensor:
         counter = None

@@ -30,7 +30,7 @@ from triton.compiler import ASTSource
 from gazepatch.kernels.device.decode import decode_kernel
 from gazepatch.kernels.device.means import means_kernel
 from gazepatch.kernels.device.selection import select_kernel
-from gazepatch.kernels.launches import SCORED, decode_launch, padded
+from gazepatch.kernels.launches import decode_launch, padded, scored_regions
 
 TARGETS = {
     "cuda80": GPUTarget("cuda", 80, 32),
@@ -100,7 +100,7 @@ def _select(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
         "PERIPHERY": True,
         "COUNTS": True,
         "BLOCK_M": padded(GROUP),
-        "BLOCK_R": SCORED // WINDOWS,
+        "BLOCK_R": scored_regions(WINDOWS, dim, DTYPES[dtype]),
         "BLOCK_C": WINDOWS,
         "BLOCK_D": padded(dim),
         "BLOCK_ALL": REGIONS,

@@ -9,8 +9,8 @@ import torch
 
 from gazepatch.kernels.tuned import DECODE
 
-#: Windows that a program of the selection scores at a time, counting the padding of regions.
-SCORED = 64
+#: Bytes of mean keys that a program of the selection scores at a time.
+SCORED_BYTES = 1 << 15
 #: Multiprocessors to plan for where kernels are interpreted.
 INTERPRETED = 4
 
@@ -26,7 +26,7 @@ class Launch(NamedTuple):
 
 def padded(dim: int) -> int:
     """The power of two that a head dim is padded to; products need 16 at least."""
-    return max(16, 1 << (dim - 1).bit_length())
+    return max(16, power(dim))
 
 
 def decode_launch(architecture: str, dim: int, bytes_per_element: int) -> Launch:
@@ -36,6 +36,17 @@ def decode_launch(architecture: str, dim: int, bytes_per_element: int) -> Launch
     dims = sorted(key[1] for key in DECODE if key[0] == architecture and key[2] == max(bytes_per_element, 2))
     fitting = next(known for known in dims if known >= min(padded(dim), dims[-1]))
     return Launch(*DECODE[architecture, fitting, max(bytes_per_element, 2)])
+
+
+def scored_regions(windows: int, dim: int, bytes_per_element: int) -> int:
+    """Regions that a program of the selection scores at a time: a power of two, for at least 16 windows."""
+    cells = max(16, min(64, SCORED_BYTES // (padded(dim) * bytes_per_element)))
+    return max(1, cells // power(windows))
+
+
+def power(n: int) -> int:
+    """The next power of two."""
+    return 1 << max(n - 1, 0).bit_length()
 
 
 @functools.cache

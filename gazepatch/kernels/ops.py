@@ -14,11 +14,7 @@ from torch import Tensor
 from gazepatch.kernels.device.decode import decode_kernel
 from gazepatch.kernels.device.means import means_kernel
 from gazepatch.kernels.device.selection import select_kernel
-from gazepatch.kernels.launches import SCORED, Launch, architecture, decode_launch, padded
-
-
-def _next_power(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
+from gazepatch.kernels.launches import Launch, architecture, decode_launch, padded, power, scored_regions
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
@@ -78,7 +74,6 @@ def select(
     batch, heads, dim = query.shape
     key_heads, regions = mean_keys.shape[1], length.shape[1]
     group, windows = heads // key_heads, log_counts.shape[1] // max(regions, 1)
-    columns = _next_power(windows)
     with _on(query.device):
         select_kernel[batch * key_heads, splits](
             query,
@@ -112,10 +107,10 @@ def select(
             PERIPHERY=periphery,
             COUNTS=total is not None,
             BLOCK_M=padded(group),
-            BLOCK_R=max(1, SCORED // columns),
-            BLOCK_C=columns,
+            BLOCK_R=scored_regions(windows, dim, query.element_size()),
+            BLOCK_C=power(windows),
             BLOCK_D=padded(dim),
-            BLOCK_ALL=max(16, _next_power(regions)),
+            BLOCK_ALL=max(16, power(regions)),
             num_warps=8 if regions > 2048 else 4,
             num_stages=2,
         )
@@ -219,7 +214,7 @@ def decode(
             BLOCK_N=launch.block,
             BLOCK_D=padded(dim),
             BLOCK_V=padded(value_dim),
-            BLOCK_S=_next_power(max(splits, weights.shape[1])),
+            BLOCK_S=power(max(splits, weights.shape[1])),
             num_warps=launch.warps,
             num_stages=launch.stages,
         )

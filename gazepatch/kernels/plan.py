@@ -7,14 +7,14 @@ from torch import Tensor
 
 from gazepatch.config import GazeConfig
 from gazepatch.errors import UnsupportedModelError
-from gazepatch.kernels.launches import SCORED, most_splits, multiprocessors
+from gazepatch.kernels.launches import most_splits, multiprocessors, scored_regions
 from gazepatch.kernels.ops import decode, launch_for, select
 from gazepatch.ops.decode import Decoded, DecodePlan, Entries
 from gazepatch.regions import Regions
 
 #: One program holds the scores of all regions of a row in its registers.
-MOST_REGIONS = 16384
-MOST_WINDOWS = 1024  # of a region
+MOST_REGIONS = 8192
+MOST_WINDOWS = 64  # of a region
 MOST_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -42,8 +42,6 @@ class KernelPlan(DecodePlan):
             self.region_logits = torch.empty(batch, heads, count, device=device)
             self.logits = torch.empty(batch, heads, windows if config.periphery else 0, device=device)
             self.taken = torch.empty(*self.shape, count if config.periphery else 0, dtype=torch.int8, device=device)
-        tiles = -(-count // max(1, SCORED // padded_windows(regions)))
-        self.select_splits = min(tiles, most_splits(self.pairs, self.programs))
         self._combining: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def decode(
@@ -67,6 +65,8 @@ class KernelPlan(DecodePlan):
         counter = None
         if not self.regions.even:
             counter = torch.zeros(1, dtype=torch.int64, device=query.device) if total is None else total
+        tile = scored_regions(self.regions.windows, query.shape[2], query.element_size())
+        tiles = -(-self.regions.start.shape[1] // tile)
         select(
             query,
             entries.mean_keys,
@@ -83,7 +83,7 @@ class KernelPlan(DecodePlan):
             scale,
             self.config.head_reduce == "max",
             far,
-            self.select_splits,
+            min(tiles, most_splits(self.pairs, self.programs)),
         )
         if counter is None:
             return self.pairs * self.selections * self.count * self.regions.max_length
@@ -141,11 +141,6 @@ class KernelPlan(DecodePlan):
         if not self.whole and self.regions.windows > MOST_WINDOWS:
             return f"scores up to {MOST_WINDOWS} windows a region, got {self.regions.windows}"
         return None
-
-
-def padded_windows(regions: Regions) -> int:
-    """Windows of a region, as the selection counts them."""
-    return 1 << max(regions.windows - 1, 0).bit_length()
 
 
 def _names(dtypes: object) -> str:

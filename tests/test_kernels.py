@@ -349,7 +349,10 @@ def test_what_the_kernels_do_not_take(sequences: Make) -> None:
     )
     filled = Filled(on_device(sequence), KERNELS)
     filled.read(0, sequence.stops[0])
-    with pytest.raises(UnsupportedModelError, match="needs one type among bfloat16, float16, float32, got float64"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"needs one type among .*, got float64",
+    ):
         filled.decode(sequence.stops[0])
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from gazepatch.kernels.tuned import DECODE
 
@@ -38,6 +40,14 @@ def decode_launch(architecture: str, dim: int, bytes_per_element: int) -> Launch
     return Launch(*DECODE[architecture, fitting, max(bytes_per_element, 2)])
 
 
+def prefill_launch(dim: int, value_dim: int, bytes_per_element: int) -> dict[str, int]:
+    """Settings of the kernels for a prompt: small enough for the two accumulators of the gradients. UNMEASURED."""
+    sizes = {"BLOCK_D": padded(dim), "BLOCK_V": padded(value_dim)}
+    row = max(sizes.values()) * bytes_per_element
+    block = 64 if row <= 128 else 32 if row <= 512 else 16
+    return {"BLOCK_M": block, "BLOCK_N": block, "num_warps": 4 if row == 256 else 8, "num_stages": 2, **sizes}
+
+
 def scored_regions(windows: int, dim: int, bytes_per_element: int) -> int:
     """Regions that a program of the selection scores at a time: a power of two, for at least 16 windows."""
     cells = max(16, min(64, SCORED_BYTES // (padded(dim) * bytes_per_element)))
@@ -47,6 +57,16 @@ def scored_regions(windows: int, dim: int, bytes_per_element: int) -> int:
 def power(n: int) -> int:
     """The next power of two."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device: make it this one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def row_stride(table: Tensor) -> int:
+    """Of a `[b, ...]` table; 0 where one row serves all."""
+    return table.stride(0) if len(table) > 1 else 0
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gazepatch.backend import DTYPES, MOST_DIM, kernels_fit
 from gazepatch.config import GazeConfig
 from gazepatch.errors import UnsupportedModelError
 from gazepatch.kernels.launches import most_splits, multiprocessors, scored_regions
@@ -15,8 +16,6 @@ from gazepatch.regions import Regions
 #: One program holds the scores of all regions of a row in its registers.
 MOST_REGIONS = 8192
 MOST_WINDOWS = 64  # of a region
-MOST_DIM = 256
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class KernelPlan(DecodePlan):
@@ -132,10 +131,10 @@ class KernelPlan(DecodePlan):
         tensors = [query, *(entry for entry in entries if entry is not None)]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return "has no gradients of decode steps"
-        if query.dtype not in DTYPES or any(tensor.dtype != query.dtype for tensor in tensors):
-            return f"needs one type among {_names(DTYPES)}, got {_names({tensor.dtype for tensor in tensors})}"
-        if max(query.shape[-1], entries.value.shape[-1]) > MOST_DIM:
-            return f"takes heads of up to {MOST_DIM}, got {query.shape[-1]} and {entries.value.shape[-1]}"
+        dtypes, dims = {tensor.dtype for tensor in tensors}, (query.shape[-1], entries.value.shape[-1])
+        if not kernels_fit(dtypes, *dims):
+            wanted = f"one type among {_names(DTYPES)}, head dims up to {MOST_DIM}"
+            return f"needs {wanted}, got {_names(dtypes)}, {dims}"
         if not self.whole and self.regions.start.shape[1] > MOST_REGIONS:
             return f"selects among up to {MOST_REGIONS} regions, got {self.regions.start.shape[1]}"
         if not self.whole and self.regions.windows > MOST_WINDOWS:

@@ -34,7 +34,8 @@ def padded(dim: int) -> int:
 def decode_launch(architecture: str, dim: int, bytes_per_element: int) -> Launch:
     """The row of the table, for the next larger head dim of the next older architecture that it has."""
     if architecture not in {key[0] for key in DECODE}:
-        architecture = "gfx942" if architecture.startswith("gfx") else "cuda90" if architecture > "cuda90" else "cuda80"
+        known = "cuda90" if architecture.startswith("cuda") and int(architecture[4:]) > 90 else "cuda80"
+        architecture = "gfx942" if architecture.startswith("gfx") else known
     dims = sorted(key[1] for key in DECODE if key[0] == architecture and key[2] == max(bytes_per_element, 2))
     fitting = next(known for known in dims if known >= min(padded(dim), dims[-1]))
     return Launch(*DECODE[architecture, fitting, max(bytes_per_element, 2)])

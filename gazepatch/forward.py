@@ -66,13 +66,13 @@ class Forward:
     trace: Trace | None = None
     reads: dict[int, Tensor | None] = field(default_factory=dict)
     _own_images: dict[torch.device, OwnImage] = field(default_factory=dict)
-    _bias: tuple[Tensor | None, Tensor | None] | None = None
+    _bias: tuple[Tensor | None, torch.device, Tensor | None] | None = None
 
-    def bias(self, mask: Tensor | None) -> Tensor | None:
-        """`GazeState.bias`, worked out once for the layers that share a mask."""
-        if self._bias is None or self._bias[0] is not mask:
-            self._bias = (mask, self.state.bias(mask))
-        return self._bias[1]
+    def bias(self, mask: Tensor | None, device: torch.device) -> Tensor | None:
+        """`GazeState.bias`, worked out once for the layers that share a mask and a device."""
+        if self._bias is None or self._bias[0] is not mask or self._bias[1] != device:
+            self._bias = (mask, device, self.state.bias(mask, device))
+        return self._bias[2]
 
     def own_image(self, device: torch.device) -> OwnImage | None:
         """`Insertion.own_image`, made once a device."""

@@ -55,6 +55,7 @@ class Trace:
         self.settings: GazeConfig | None = None
         self.spans: list[Span] = []
         self.regions: list[list[Region]] = []
+        self._tokens: list[dict[int, int]] = []  # of every row, by region
         self._sequence: weakref.ref[GazeState] | None = None
         self._reads: list[Mapping[int, Tensor | None]] = []
         self._steps: list[Step] = []
@@ -103,6 +104,7 @@ class Trace:
             self._reads, self._steps = [], []
             self.settings = state.config
             self.spans, self.regions = _by_position(state), _regions(state, rows)
+            self._tokens = [{region.number: region.tokens for region in of_row} for of_row in self.regions]
         elif rows != len(self.regions):
             raise GazeError(
                 f"a trace keeps rows apart: expected the {len(self.regions)} rows of the prompt in every step, got "
@@ -119,14 +121,10 @@ class Trace:
         if read is None:
             return [None] * len(self.regions)
         listed: list[list[list[int]]] = read.flatten(1, 2).tolist()
-        return [self._read(selections, len(of_row)) for selections, of_row in zip(listed, self.regions, strict=True)]
-
-    def _read(self, selections: Sequence[Sequence[int]], regions: int) -> Read:
-        numbers = [sorted(number for number in selection if number >= 0) for selection in selections]
-        return None if all(len(selection) == regions for selection in numbers) else numbers
+        return [_read(selections, len(of_row)) for selections, of_row in zip(listed, self.regions, strict=True)]
 
     def _share(self, read: Read, row: int) -> float:
-        tokens = {region.number: region.tokens for region in self._of_row(row)}
+        tokens = self._tokens[row]
         if read is None:
             return 1.0 if tokens else 0.0
         return sum(tokens[number] for selection in read for number in selection) / (len(read) * sum(tokens.values()))
@@ -135,6 +133,11 @@ class Trace:
         if not 0 <= row < max(1, len(self.regions)):
             raise GazeError(f"expected a row below {len(self.regions)}, the rows that were traced, got {row}")
         return self.regions[row] if self.regions else []
+
+
+def _read(selections: Sequence[Sequence[int]], regions: int) -> Read:
+    numbers = [sorted(number for number in selection if number >= 0) for selection in selections]
+    return None if all(len(selection) == regions for selection in numbers) else numbers
 
 
 def _span(span: Span) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Preset:
 
 
 PRESETS = {
-    "cpu": Preset(Board(cells=6, cell_tokens=2, patch=8, frames=3), 128, 4, 4, 4, 2),
+    "cpu": Preset(Board(cells=8, cell_tokens=2, patch=8, frames=3), 128, 4, 4, 4, 2),
     "full": Preset(Board(cells=8, cell_tokens=3, patch=8, frames=4), 256, 6, 6, 8, 2),
 }
 

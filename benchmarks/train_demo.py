@@ -22,10 +22,6 @@ import transformers
 import gazepatch
 from gazepatch.demo.checkpoint import SIDE, build
 from gazepatch.demo.glyphs import print_page
-from gazepatch.patch import dense
-from gazepatch.training.chat import Collator, supervised
-from gazepatch.training.objectives import agreed, distill
-from gazepatch.training.records import read_records
 
 FIRST = "Ruth|Tomas|Amara|Jack|Helen|Daniel|Sam|Elena|Ivan|Grace|Omar|Lucy|Peter|Nina|Hugo|Clara"
 LAST = "Okafor|Lindqvist|Diallo|Penrose|Brandt|Reyes|Whitlock|Vasquez|Novak|Marsh|Keller|Aziz|Holm|Byrne"
@@ -166,22 +162,10 @@ def write_records(folder: Path, name: str, processor: Any, pages: int, questions
     return path
 
 
-@torch.no_grad()
 def measure(model: Any, processor: Any, data: Path) -> dict[str, float]:
     """Agreement of a patched model with the same model dense, per token of the answers."""
-    collator, records = Collator(processor), read_records(data)
-    same = total = divergence = 0.0
-    for number in range(len(records)):
-        batch = collator([records[number]])
-        columns, kept, tokens = supervised(batch.pop("labels"))
-        call = {**batch, "use_cache": False, "logits_to_keep": columns}
-        with dense(model):
-            teacher = model(**call).logits[kept]
-        student = model(**call).logits[kept]
-        same += int(agreed(student, teacher))
-        divergence += float(distill(student, teacher))
-        total += len(tokens)
-    return {"agreement": same / total, "divergence": divergence / total, "tokens": total}
+    (score,) = gazepatch.evaluate(model, processor, data)
+    return {"agreement": score.agreement, "divergence": score.divergence, "tokens": score.tokens}
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -31,21 +32,17 @@ def command(
     if dense and compare:
         raise click.UsageError("--dense and --compare exclude each other", click.get_current_context())
 
-    import gazepatch
     from gazepatch.answering import answer
     from gazepatch.cli.opening import open_model, prompt_inputs
+    from gazepatch.patch import restored
 
     patched, processor = open_model(model)
-    settings = gazepatch.inspect(patched).settings
     inputs = prompt_inputs(patched, processor, images, prompt)
     answers: dict[str, Any] = {}
     for name in ("dense", "gaze") if compare else ("dense",) if dense else ("gaze",):
-        if name == "dense":
-            gazepatch.restore(patched)
-        elif not gazepatch.is_patched(patched):
-            gazepatch.apply(patched, settings)
         show = None if as_json else lambda text: click.echo(text, nl=False)
-        answers[name] = answer(patched, processor.tokenizer, inputs, max_new_tokens=max_new_tokens, show=show)
+        with restored(patched) if name == "dense" else nullcontext():
+            answers[name] = answer(patched, processor.tokenizer, inputs, max_new_tokens=max_new_tokens, show=show)
         if not as_json:
             click.echo(f"\n[{name}: {_cost(answers[name], name)}]")
     if as_json:

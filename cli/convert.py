@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
-from gazepatch.cli.output import json_option, print_json
+from gazepatch.cli.output import bar_of, json_option, print_json
 from gazepatch.cli.settings import config_from, options_of
 from gazepatch.config import GazeConfig
 
@@ -14,21 +15,83 @@ from gazepatch.config import GazeConfig
 @click.command("convert")
 @click.argument("model")
 @click.option("-o", "--out", required=True, metavar="DIR", help="Folder to write; it must not exist yet.")
+@click.option("--revision", metavar="NAME", help="Commit, branch or tag of MODEL on the Hub.")
+@click.option("--full", is_flag=True, help="Take the model's own files along: a checkpoint for plain transformers too.")
+@click.option("--link", is_flag=True, help="With --full: hard links of the weights instead of copies, where possible.")
+@click.option("--context-tokens", metavar="FILE", type=click.Path(exists=True), help="Trained context tokens.")
+@click.option("--verify", is_flag=True, help="Load it, check it as `gazepatch verify` does, and put that on the card.")
+@click.option("--push", "repo", metavar="REPO", help="Then publish it as `gazepatch push DIR REPO` does.")
 @click.option("--force", is_flag=True, help="Replace DIR if it is an artefact already.")
-@options_of(GazeConfig())
+@options_of(GazeConfig(), without=("context_tokens",))
 @json_option
-def command(model: str, out: str, force: bool, as_json: bool, **settings: Any) -> None:
+def command(
+    model: str,
+    out: str,
+    revision: str | None,
+    full: bool,
+    link: bool,
+    context_tokens: str | None,
+    verify: bool,
+    repo: str | None,
+    force: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
     """Make a gaze artefact for MODEL, a local folder or Hub id.
 
-    Reads the model's config.json alone, never its weights, and writes a folder of a few kilobytes that
+    Reads the model's small files alone, never its weights, and writes a folder of a few kilobytes that
     gazepatch.load and `gazepatch ask` take in place of the model.
     """
     config = config_from(settings, GazeConfig())
+    if link and not full:
+        raise click.UsageError("--link goes with --full", click.get_current_context())
 
     import gazepatch
 
-    folder = gazepatch.convert(model, out, config=config, force=force)
+    with bar_of("copy", "B") as progress:
+        folder = gazepatch.convert(
+            model,
+            out,
+            config=config,
+            context_tokens=context_tokens,
+            full=full,
+            link=link,
+            revision=revision,
+            force=force,
+            progress=progress,
+        )
+    fidelity = _measured(folder) if verify else None
+    url = gazepatch.push(folder, repo).url if repo is not None else None
     if as_json:
-        print_json({"path": str(folder), "model": model, "gaze": config.to_dict()})
+        print_json({"path": str(folder), "model": model, "gaze": config.to_dict(), "fidelity": fidelity, "url": url})
     else:
         click.echo(f"{folder}\nLoad it with gazepatch.load({out!r}), or try: gazepatch ask {out} IMAGE PROMPT")
+        if fidelity is not None:
+            click.echo(
+                f"Checked on one image: agrees with dense on {fidelity['agreement']:.1%} of {fidelity['steps']} tokens "
+                f"while reading {fidelity['read_share']:.1%} of the visual entries."
+            )
+        if url is not None:
+            click.echo(url)
+
+
+def _measured(folder: Path) -> dict[str, Any]:
+    """What was measured on the test image, also written into the artefact. A promise that is not kept is an error."""
+    import gazepatch
+    from gazepatch.artefact import record_fidelity
+    from gazepatch.cli.opening import open_model, prompt_inputs
+    from gazepatch.cli.sample import PROMPT, SIDE_PX, sample_image
+    from gazepatch.fidelity import checks_of, measure_fidelity
+
+    patched, processor = open_model(str(folder))
+    inputs = prompt_inputs(patched, processor, [sample_image()], PROMPT)
+    report = gazepatch.verify(patched, inputs)
+    on = f"one made-up image of {SIDE_PX} x {SIDE_PX} pixels, {PROMPT!r}"
+    fidelity = {"input": on, **measure_fidelity(patched, inputs), "checks": checks_of(report)}
+    record_fidelity(folder, fidelity)
+    if not report.passed:
+        broken = ", ".join(check.name for check in report.checks if not check.passed)
+        raise click.ClickException(
+            f"{folder} is written, but does not keep its promises on this machine: {broken}; see gazepatch verify"
+        )
+    return fidelity

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import click
 
 from gazepatch.cli.output import json_option, print_json
@@ -11,9 +13,9 @@ from gazepatch.cli.output import json_option, print_json
 @click.argument("model")
 @json_option
 def command(model: str, as_json: bool) -> None:
-    """Say which layers of MODEL (a local folder or Hub id) would gaze, and why others would not.
+    """Say which layers of MODEL would gaze, and why others would not.
 
-    Reads config.json alone.
+    MODEL is a local folder or Hub id of a model or an artefact. No weights are read.
     """
     import gazepatch
 
@@ -29,6 +31,8 @@ def command(model: str, as_json: bool) -> None:
     for reason in sorted(set(report.reasons.values())):
         stay = [layer for layer, why in report.reasons.items() if why == reason]
         click.echo(f"dense    {_ranges(stay)}: {reason}")
+    settings = " ".join(f"{name}={json.dumps(value)}" for name, value in report.settings.to_dict().items())
+    click.echo(f"settings {settings}")
 
 
 def _ranges(numbers: list[int]) -> str:

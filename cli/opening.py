@@ -14,14 +14,14 @@ def open_model(source: str) -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     import gazepatch
-    from gazepatch.artefact import artefact_folder, base_config, base_of, is_artefact
+    from gazepatch.loading import artefact_folder, base_config, base_of, is_artefact
     from gazepatch.manifest import read
 
     transformers.utils.logging.set_verbosity_error()  # hints about settings that nobody here has chosen
     if is_artefact(source):
         model: Any = gazepatch.load(source)
         folder = artefact_folder(source)
-        base, revision = base_of(read(folder), folder=folder)
+        base, revision = base_of(read(folder), folder)
     else:
         base_config(source)  # an unknown architecture is refused before its weights are read
         model = gazepatch.apply(AutoModelForImageTextToText.from_pretrained(source))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -36,3 +37,20 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+@contextmanager
+def bar_of(name: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr for what takes longer than two seconds, if a person is there to see it.
+
+    Gives the function to call with what is done, in `unit`, and what there is to do.
+    """
+    from tqdm.auto import tqdm  # type: ignore[import-untyped,unused-ignore]
+
+    with tqdm(desc=name, unit=unit, unit_scale=True, delay=2, disable=None, leave=False) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import click
@@ -17,16 +17,16 @@ Command = Callable[..., Any]
 Settings = typing.TypeVar("Settings", bound=Any)
 
 
-def options_of(defaults: Any) -> Callable[[Command], Command]:
-    """Options for all fields of some settings, with the values of `defaults` shown in their help.
+def options_of(defaults: Any, without: Collection[str] = ()) -> Callable[[Command], Command]:
+    """Options for the fields of some settings, with the values of `defaults` shown in their help.
 
-    The command takes them as `**settings`, for `config_from`.
+    The command takes them as `**settings`, for `config_from`; fields `without` an option keep their value.
     """
     hints = typing.get_type_hints(type(defaults))
     helps = _field_helps(type(defaults))
 
     def add(command: Command) -> Command:
-        for field in reversed(dataclasses.fields(defaults)):
+        for field in reversed([field for field in dataclasses.fields(defaults) if field.name not in without]):
             flag = "--" + field.name.replace("_", "-")
             shown = f"{helps[field.name]}  [default: {_text(getattr(defaults, field.name))}]"
             if hints[field.name] is bool:
@@ -76,14 +76,15 @@ def _block_or_none(text: str) -> object:
     return _NONE if text == "none" else _integers(text)
 
 
-def _share_or_number(text: str) -> float | int:
+def share_or_number(text: str) -> float | int:
+    """A budget: a number of regions if it is written as an integer, else a share. Raises ValueError."""
     return int(text) if text.lstrip("+-").isdigit() else float(text)
 
 
 _PARSERS: dict[Any, tuple[str, Callable[[str], object]]] = {
     Block: ("H,W,T", _integers),
     Block | None: ("H,W,T|none", _block_or_none),
-    float | int: ("SHARE|NUMBER", _share_or_number),
+    float | int: ("SHARE|NUMBER", share_or_number),
     tuple[int, ...]: ("N,N,...", _integers),
     int: ("N", int),
     int | None: ("N", int),

@@ -33,11 +33,11 @@ from gazepatch.training.settings import TrainConfig
 def command(
     model: str, data: str, out: str, force: bool, trainer: tuple[str, ...], as_json: bool, **settings: Any
 ) -> None:
-    """Train MODEL, a local folder or Hub id, to read few regions of its images, on the conversations in DATA.
+    """Train MODEL to read few regions of its images, on conversations in DATA.
 
-    DATA is a file of JSON lines, {"messages": [...], "images": [...]} or LLaVA's form, a folder with one, or the name
-    of a set of `datasets`. Interrupted, the same command goes on from the last checkpoint, kept in DIR.work. On several
-    processes: torchrun --nproc-per-node N -m gazepatch.cli train ...
+    MODEL is a local folder or Hub id, DATA a file of JSON lines, {"messages": [...], "images": [...]} or LLaVA's form,
+    a folder with one, or the name of a set of `datasets`. Interrupted, the same command goes on from the last
+    checkpoint, kept in DIR.work. On several processes: torchrun --nproc-per-node N -m gazepatch.cli train ...
     """
     names = [field.name for field in dataclasses.fields(TrainConfig)]
     training = config_from({name: settings.pop(name) for name in names}, TrainConfig())

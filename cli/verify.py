@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import click
 
 from gazepatch.cli.output import json_option, plain, print_json, print_table
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-PROMPT = "Describe this image."
-TEST_IMAGE_PX = 448
+from gazepatch.cli.sample import PROMPT, sample_image
 
 
 @click.command("verify")
@@ -32,7 +25,7 @@ def command(model: str, images_and_prompt: tuple[str, ...], as_json: bool) -> No
     from gazepatch.cli.opening import open_model, prompt_inputs
 
     patched, processor = open_model(model)
-    report = gazepatch.verify(patched, prompt_inputs(patched, processor, images or [_test_image()], prompt))
+    report = gazepatch.verify(patched, prompt_inputs(patched, processor, images or [sample_image()], prompt))
     if as_json:
         checks = [plain(check) | {"passed": check.passed} for check in report.checks]
         print_json({"passed": report.passed, "checks": checks})
@@ -43,14 +36,3 @@ def command(model: str, images_and_prompt: tuple[str, ...], as_json: bool) -> No
         print_table(("", "promise", "measured", "limit", ""), rows)
     if not report.passed:
         raise click.exceptions.Exit(1)
-
-
-def _test_image() -> Image:
-    """Colours and edges everywhere, so that no two patches look alike."""
-    from PIL import Image
-
-    image = Image.new("RGB", (TEST_IMAGE_PX, TEST_IMAGE_PX))
-    for y in range(TEST_IMAGE_PX):
-        for x in range(TEST_IMAGE_PX):
-            image.putpixel((x, y), (x * 255 // TEST_IMAGE_PX, y * 255 // TEST_IMAGE_PX, x * y // 7 % 256))
-    return image

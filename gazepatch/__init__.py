@@ -12,18 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gazepatch.artefact import convert as convert
-    from gazepatch.artefact import load as load
     from gazepatch.artefact import save as save
+    from gazepatch.bench import bench as bench
     from gazepatch.config import GazeConfig as GazeConfig
     from gazepatch.context import initial_context_tokens as initial_context_tokens
     from gazepatch.errors import ArtefactError as ArtefactError
     from gazepatch.errors import CacheError as CacheError
     from gazepatch.errors import ConfigError as ConfigError
     from gazepatch.errors import GazeError as GazeError
+    from gazepatch.errors import HubError as HubError
     from gazepatch.errors import PatchError as PatchError
     from gazepatch.errors import TrainingError as TrainingError
     from gazepatch.errors import UnsupportedModelError as UnsupportedModelError
+    from gazepatch.evaluation import evaluate as evaluate
+    from gazepatch.hub import push as push
     from gazepatch.inspection import inspect as inspect
+    from gazepatch.loading import load as load
     from gazepatch.patch import apply as apply
     from gazepatch.patch import context_tokens_of as context_tokens_of
     from gazepatch.patch import dense as dense
@@ -44,19 +48,23 @@ _MODULE_OF = {
     "ConfigError": "errors",
     "GazeConfig": "config",
     "GazeError": "errors",
+    "HubError": "errors",
     "PatchError": "errors",
     "TrainConfig": "training.settings",
     "TrainingError": "errors",
     "UnsupportedModelError": "errors",
     "apply": "patch",
+    "bench": "bench",
     "context_tokens_of": "patch",
     "convert": "artefact",
     "dense": "patch",
+    "evaluate": "evaluation",
     "initial_context_tokens": "context",
     "inspect": "inspection",
     "is_patched": "patch",
-    "load": "artefact",
+    "load": "loading",
     "patched": "patch",
+    "push": "hub",
     "restore": "patch",
     "save": "artefact",
     "set_budget": "patch",

@@ -1,36 +1,33 @@
-"""The model card of an artefact: front matter for the Hub, then how to load it and what is known of it."""
+"""The model card of an artefact: metadata for the Hub, then how to load it and what is known of it."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gazepatch.hub import is_repo_id
 
 if TYPE_CHECKING:
     from gazepatch.manifest import Manifest
 
 _CARD = """\
 ---
-base_model: {base_yaml}
-library_name: gazepatch
-pipeline_tag: image-text-to-text
-tags:
-- gazepatch
-- gaze-attention
-- {model_type}
+{metadata}
 ---
 
 # Gaze attention for {title}
 
-Settings that let a `{model_type}` model read only the regions of its images that each new token needs. {tokens} The
-model's own weights stay with the base model, {base}{revision}.
+{what}
 
 ```python
 import gazepatch
 
-model = gazepatch.load({placeholder})
-gazepatch.restore(model)  # the base model again, exactly
+model = gazepatch.load("this/repository")  # its id on the Hub, or the folder that you have it in
+gazepatch.restore(model)  # the {dense} model, exactly
 ```
-
+{plain}
 ## Settings
 
 | setting | value |
@@ -48,18 +45,33 @@ Every visual token stays in the cache: gaze attention saves reads and compute, n
 Made with gazepatch {gazepatch_version} and transformers {transformers_version}.
 """
 
+_ADAPTER = """\
+Settings that let a `{model_type}` model read only the regions of its images that each new token needs. {tokens} The
+model's own weights stay with the base model, {base}."""
 
-def model_card(manifest: Manifest) -> str:
-    """The text of `README.md` beside a manifest."""
-    base, revision = manifest.base_model, manifest.base_revision
+_FULL = """\
+A `{model_type}` model with settings that let it read only the regions of its images that each new token needs. {tokens}
+The weights are {origin}."""
+
+_PLAIN = """
+Plain transformers loads the same folder as an ordinary model, which reads everything:
+`AutoModelForImageTextToText.from_pretrained("this/repository")`.
+"""
+
+
+def card_of(manifest: Manifest, licence: Mapping[str, Any] | None = None) -> str:
+    """The text of `README.md` beside a manifest.
+
+    Args:
+        manifest: Of the artefact.
+        licence: The base model's, as `licence_of` returns it.
+    """
     return _CARD.format(
-        base_yaml=json.dumps(base, ensure_ascii=False),  # JSON strings are YAML strings, whatever is in the name
-        base=f"`{base}`",
-        title=base.replace("\\", "/").rstrip("/").rpartition("/")[2],
-        revision=f" at revision `{revision}`" if revision else "",
-        tokens=_tokens(manifest.gaze.context_tokens),
-        placeholder='"path/of/this/folder"',
-        model_type=manifest.model_type,
+        metadata=_metadata(manifest, licence or {}),
+        title=(manifest.base_model or manifest.model_type).replace("\\", "/").rstrip("/").rpartition("/")[2],
+        what=_what(manifest),
+        dense="dense" if manifest.full else "base",
+        plain=_PLAIN if manifest.full else "",
         settings="\n".join(f"| `{name}` | `{json.dumps(value)}` |" for name, value in manifest.gaze.to_dict().items()),
         measured=_measured(manifest),
         gazepatch_version=manifest.gazepatch_version,
@@ -67,10 +79,55 @@ def model_card(manifest: Manifest) -> str:
     )
 
 
-def _tokens(count: int) -> str:
-    if not count:
-        return "There are no weights here."
-    return f"`context_tokens.safetensors` holds the embeddings of {count} tokens that follow each image or frame."
+def licence_of(source: str | Path) -> dict[str, Any]:
+    """What the card of a model (a folder, a card's file or a Hub id) says of its licence; `{}` if nothing."""
+    from huggingface_hub import ModelCard
+
+    path = Path(source)
+    if path.is_dir():
+        path = path / "README.md"
+        if not path.is_file():
+            return {}
+    try:
+        data = ModelCard.load(path if path.is_file() else str(source), ignore_metadata_errors=True).data.to_dict()
+    except Exception:  # no card, no network, no valid metadata: then there is nothing to inherit
+        return {}
+    return {name: data[name] for name in ("license", "license_name", "license_link") if name in data}
+
+
+def _metadata(manifest: Manifest, licence: Mapping[str, Any]) -> str:
+    """Front matter that the Hub accepts: it knows base models by their id on it only."""
+    from huggingface_hub import ModelCardData
+
+    base: dict[str, Any] = {}
+    if manifest.base_model is not None and is_repo_id(manifest.base_model):
+        # The Hub counts a checkpoint with other weights among the fine-tuned ones, and calls the rest adapters.
+        base = {"base_model": manifest.base_model, "base_model_relation": "finetune" if manifest.full else "adapter"}
+    data = ModelCardData(
+        **base,
+        **licence,
+        library_name="gazepatch",
+        pipeline_tag="image-text-to-text",
+        tags=["gazepatch", "gaze-attention", manifest.model_type],
+    )
+    return data.to_yaml().strip()
+
+
+def _what(manifest: Manifest) -> str:
+    base = f"`{manifest.base_model}`" + (f" at revision `{manifest.base_revision}`" * bool(manifest.base_revision))
+    tokens = (
+        f"`context_tokens.safetensors` holds the embeddings of {manifest.gaze.context_tokens} tokens that follow each "
+        "image or frame."
+        if manifest.gaze.context_tokens
+        else "There are no weights of gazepatch's own."
+    )
+    if not manifest.full:
+        return _ADAPTER.format(model_type=manifest.model_type, tokens=tokens, base=base)
+    trained = (manifest.provenance or {}).get("trainable") == "full"
+    origin = (
+        f"those of {base if manifest.base_model else 'the model'}, {'trained with gaze' if trained else 'unchanged'}"
+    )
+    return _FULL.format(model_type=manifest.model_type, tokens=tokens, origin=origin)
 
 
 def _measured(manifest: Manifest) -> str:
@@ -85,8 +142,8 @@ def _measured(manifest: Manifest) -> str:
             "its answers follow those of the base model was not measured. "
             "`gazepatch verify` checks that the patch itself is sound; the quality of answers is for you to test."
         )
-    trained = "none" if manifest.provenance is None else f"\n\n{_listing(manifest.provenance)}"
-    return f"Training: {trained}\n\nFidelity:\n\n{_listing(manifest.fidelity)}"
+    trained = " none." if manifest.provenance is None else f"\n\n{_listing(manifest.provenance)}"
+    return f"Training:{trained}\n\nFidelity to dense:\n\n{_listing(manifest.fidelity)}"
 
 
 def _listing(values: object) -> str:

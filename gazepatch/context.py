@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from gazepatch.artefact import TOKENS_NAME as FILE_NAME
 from gazepatch.config import GazeConfig
 from gazepatch.errors import ArtefactError, ConfigError
+from gazepatch.manifest import TOKENS_NAME as FILE_NAME
 
 TENSOR = "context_tokens"
 FORMAT = "1"
@@ -127,7 +127,8 @@ def write_context_tokens(path: str | Path, tokens: Tensor, model_type: str) -> N
     """Write `[M, hidden]` context tokens; the file appears complete or not at all."""
     path = Path(path)
     new = path.with_name(f".{path.name}.new")
-    save_file({TENSOR: tokens.detach().cpu().contiguous()}, new, metadata=_metadata(model_type, tokens.shape[1]))
+    data = save({TENSOR: tokens.detach().cpu().contiguous()}, metadata=_metadata(model_type, tokens.shape[1]))
+    new.write_bytes(data)  # save_file would make a file that nobody else may read
     os.replace(new, path)
 
 

@@ -27,3 +27,7 @@ class ArtefactError(GazeError):
 
 class TrainingError(GazeError):
     """A training cannot start or go on: its data are broken, a package is missing, or it does not fit its folder."""
+
+
+class HubError(GazeError):
+    """The Hub cannot be reached, refuses, or does not have what was asked for."""

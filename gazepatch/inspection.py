@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 
 from gazepatch.adapters.base import Adapter
 from gazepatch.config import GazeConfig
 from gazepatch.errors import GazeError
 from gazepatch.forward import MODALITIES
 from gazepatch.layout import Span
+from gazepatch.loading import artefact_folder, base_config, base_of, is_artefact
+from gazepatch.manifest import read
 from gazepatch.patch import is_patched, patch_of, root_model
 from gazepatch.registry import adapter_for
 
@@ -32,7 +33,7 @@ class Inspection:
         gaze_layers: Indices of the layers that gaze.
         reasons: For every other layer: why not.
         patched: Whether `apply` is in force.
-        settings: The settings in force, or the defaults that `apply` would take.
+        settings: The settings in force, those of the artefact, or the defaults that `apply` would take.
         backend: What computes the routed steps, and why.
         spans: With inputs: where their visual tokens are.
         notes: With inputs: what was not as one might expect.
@@ -51,22 +52,30 @@ class Inspection:
 
 
 def inspect(model: nn.Module | str | Path, inputs: Mapping[str, Any] | None = None) -> Inspection:
-    """Look at a model without changing it, or at a local folder or Hub id without loading its weights.
+    """Look at a model without changing it, or at a model or an artefact by name without loading any weights.
 
     Args:
-        model: A model, patched or not, a folder or a Hub id.
+        model: A model, patched or not; or a local folder or Hub id of a model or an artefact.
         inputs: What a processor returns for the model: its images are then located, without running the model.
 
     Raises:
         UnsupportedModelError: The architecture has no adapter.
+        ArtefactError: There is neither a model nor an intact artefact of that name.
         GazeError: Inputs were given with a path.
     """
     if isinstance(model, nn.Module):
         return _inspect_model(model, inputs)
     if inputs is not None:
         raise GazeError("inputs can be inspected with a model, got a path: load the model first")
-    config = AutoConfig.from_pretrained(model)
-    return _report(adapter_for(config.model_type), config, None, None, inputs)
+    settings = None
+    if is_artefact(model):
+        folder = artefact_folder(model)
+        manifest = read(folder)
+        settings, (model, revision) = manifest.gaze, base_of(manifest, folder)
+        config = base_config(model, revision=revision)
+    else:
+        config = base_config(model)
+    return _report(adapter_for(config.model_type), config, None, settings, inputs)
 
 
 def _inspect_model(model: nn.Module, inputs: Mapping[str, Any] | None) -> Inspection:
@@ -93,7 +102,7 @@ def _report(
         layers=text.num_hidden_layers,
         gaze_layers=[i for i in range(text.num_hidden_layers) if i not in reasons],
         reasons=dict(sorted(reasons.items())),
-        patched=settings is not None,
+        patched=root is not None and is_patched(root),
         settings=in_force,
         backend="torch: plain PyTorch, the only backend of this version",
         spans=spans,

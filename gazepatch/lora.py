@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from gazepatch.artefact import LORA_NAME
 from gazepatch.errors import ArtefactError, TrainingError
+from gazepatch.manifest import LORA_NAME
 
 
 def require_peft() -> None:
@@ -50,7 +50,7 @@ def load_lora(model: Any, folder: Path) -> None:
     """Load the adapters of an artefact's folder into its base model, if it has any.
 
     Raises:
-        ArtefactError: PEFT is not installed, or the adapters are damaged.
+        ArtefactError: PEFT is not installed, or the adapters are damaged, or not all of this model.
     """
     path = folder / LORA_NAME
     if not path.exists():
@@ -58,11 +58,17 @@ def load_lora(model: Any, folder: Path) -> None:
     if find_spec("peft") is None:
         raise ArtefactError(f"{path} holds LoRA adapters, which need the package peft: pip install peft")
     try:
-        model.load_adapter(str(path))
+        found = model.load_adapter(str(path))
     except Exception as error:  # of PEFT, safetensors and transformers
         raise ArtefactError(
             f"{path} must hold adapters of PEFT for this model: {' '.join(str(error).split())}; get it again"
         ) from error
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := getattr(found, what):  # which transformers only warns of
+            raise ArtefactError(
+                f"{path} must fit the model's layers key by key, got {len(keys)} {what.replace('_', ' ')}, among them "
+                f"{min(map(str, keys))}; get it again, or load it with the versions that made it"
+            )
 
 
 @contextmanager

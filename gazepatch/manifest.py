@@ -14,7 +14,12 @@ from gazepatch.config import GazeConfig
 from gazepatch.errors import ArtefactError, ConfigError
 
 FORMAT_VERSION = 1
+
+# What an artefact's folder holds, beside the model's own files if it is a full one.
 FILE_NAME = "gaze_config.json"
+CARD_NAME = "README.md"
+TOKENS_NAME = "context_tokens.safetensors"
+LORA_NAME = "lora"
 
 # Settings that decide how an image becomes a grid of tokens, under the names transformers gives them.
 GEOMETRY = ("image_size", "patch_size", "spatial_merge_size", "temporal_patch_size", "spatial_patch_size")
@@ -30,38 +35,57 @@ MODEL_GEOMETRY = (
     "vision_aspect_ratio",
     "vision_feature_select_strategy",
 )
+# Those of an image processor that nobody may change without changing the model.
+PROCESSOR_GEOMETRY = ("patch_size", "merge_size", "temporal_patch_size")
 
 
 @dataclass(frozen=True)
 class Manifest:
     """The content of `gaze_config.json`, in its order.
 
-    `base_model` is a Hub id or the absolute path of a folder; `base_revision` a commit, or `None` where none is known.
-    `provenance` tells how a model was trained with gaze, `fidelity` what was measured against dense: `None` if nothing.
+    Attributes:
+        format_version: Of the artefact.
+        gazepatch_version, transformers_version: What made it.
+        full: Whether the weights of the model lie in the same folder. If not, they are those of the base model.
+        base_model: A Hub id, or the absolute path of a folder; in a full artefact a Hub id, or `None` if there is none.
+        base_revision: A commit, or `None` where none is known.
+        model_type, hidden_size, num_hidden_layers: Of the model, the latter two of its text decoder.
+        image_geometry: Settings of the model that decide how an image becomes a grid of tokens.
+        processor_geometry: The same of its image processor, as far as its files say.
+        key_layout: Fingerprint of the names and shapes of all tensors, where the weights were at hand.
+        gaze: The settings.
+        provenance: How it was trained with gaze, `None` if it was not.
+        fidelity: What was measured against dense, `None` if nothing.
     """
 
     format_version: int
     gazepatch_version: str
     transformers_version: str
-    base_model: str
+    full: bool
+    base_model: str | None
     base_revision: str | None
     model_type: str
     hidden_size: int
     num_hidden_layers: int
     image_geometry: Mapping[str, Any]
+    processor_geometry: Mapping[str, Any]
+    key_layout: str | None
     gaze: GazeConfig
     provenance: Mapping[str, Any] | None = None
     fidelity: Mapping[str, Any] | None = None
 
     @classmethod
-    def of(cls, config: Any, gaze: GazeConfig, base_model: str) -> Manifest:
-        """The manifest of a model, by its transformers configuration."""
+    def of(cls, config: Any, gaze: GazeConfig, base_model: str | None) -> Manifest:
+        """The manifest of an adapter folder, by the transformers configuration of its model."""
         return cls(
             format_version=FORMAT_VERSION,
             gazepatch_version=version("gazepatch"),
             transformers_version=version("transformers"),
+            full=False,
             base_model=base_model,
             base_revision=getattr(config, "_commit_hash", None),
+            processor_geometry={},
+            key_layout=None,
             gaze=gaze,
             **facts(config),
         )
@@ -78,11 +102,37 @@ class Manifest:
             ArtefactError: Names the first difference, with both values.
         """
         for name, found in facts(config).items():
-            if (expected := getattr(self, name)) != found:
-                raise ArtefactError(
-                    f"this artefact was made for a model with {name} {_difference(expected, found)}; "
-                    f"load it with its own base model, {self.base_model}, or convert the other one"
-                )
+            self._compare(name, found)
+
+    def check_files(self, processor_geometry: Mapping[str, Any], key_layout: str | None) -> None:
+        """Refuse a processor or weights that differ from those this artefact was made for, as far as both are known.
+
+        Raises:
+            ArtefactError: Names the first difference, with both values.
+        """
+        if self.processor_geometry and processor_geometry:
+            self._compare("processor_geometry", processor_geometry)
+        if self.key_layout is not None and key_layout is not None:
+            self._compare("key_layout", key_layout)
+
+    def _compare(self, name: str, found: Any) -> None:
+        if (expected := getattr(self, name)) != found:
+            own = "the files that came with it" if self.full else f"its own base model, {self.base_model}"
+            raise ArtefactError(
+                f"this artefact was made for a model with {name} {_difference(expected, found)}; "
+                f"load it with {own}, or convert the other one"
+            )
+
+
+def processor_geometry(source: str, **kwargs: Any) -> dict[str, Any]:
+    """What the image processor of a model says of `PROCESSOR_GEOMETRY`, by folder or Hub id; `{}` if there is none."""
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        values, _ = ImageProcessingMixin.get_image_processor_dict(source, **kwargs)
+    except (OSError, ValueError):  # no such file, or one that only its own class understands
+        return {}
+    return {name: values[name] for name in PROCESSOR_GEOMETRY if values.get(name) is not None}
 
 
 def facts(config: Any) -> dict[str, Any]:
@@ -148,15 +198,18 @@ def _parse(values: Any) -> Manifest:
         gaze = GazeConfig.from_dict(values["gaze"])
     except ConfigError as error:
         raise ArtefactError(f"gaze: {error}") from None
+    if values["base_model"] is None and not values["full"]:
+        raise ArtefactError("base_model must be a folder or a Hub id where full is false, got null")
     return Manifest(**(values | {"gaze": gaze}))
 
 
 _NONE = type(None)
 _TYPES: dict[tuple[str, ...], tuple[type, ...]] = {
-    ("gazepatch_version", "transformers_version", "base_model", "model_type"): (str,),
+    ("gazepatch_version", "transformers_version", "model_type"): (str,),
     ("hidden_size", "num_hidden_layers"): (int,),
-    ("image_geometry", "gaze"): (dict,),
-    ("base_revision",): (str, _NONE),
+    ("full",): (bool,),
+    ("image_geometry", "processor_geometry", "gaze"): (dict,),
+    ("base_model", "base_revision", "key_layout"): (str, _NONE),
     ("provenance", "fidelity"): (dict, _NONE),
 }
 
@@ -189,6 +242,8 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _difference(expected: Any, found: Any) -> str:
     """Both values; of two mappings only the first entry that differs."""
     if isinstance(expected, Mapping):
-        name = next(key for key in sorted(expected.keys() | found.keys()) if expected.get(key) != found.get(key))
-        return f"{name} = {expected.get(name)!r}, got {found.get(name)!r}"
+        absent = object()
+        names = sorted(expected.keys() | found.keys())
+        name = next(name for name in names if expected.get(name, absent) != found.get(name, absent))
+        return f"{name} = {expected.get(name, 'nothing')!r}, got {found.get(name, 'nothing')!r}"
     return f"{expected!r}, got {found!r}"

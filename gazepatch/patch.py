@@ -18,6 +18,7 @@ from gazepatch.config import GazeConfig
 from gazepatch.context import parameter, with_context_tokens
 from gazepatch.errors import ConfigError, PatchError, UnsupportedModelError
 from gazepatch.forward import CONTEXT_TOKENS, MODALITIES, Runtime
+from gazepatch.layers import gaze_layers
 from gazepatch.registry import adapter_for
 from gazepatch.stats import Stats
 
@@ -130,6 +131,21 @@ def patched(
 
 
 @contextmanager
+def restored(model: Model) -> Iterator[Model]:
+    """The unpatched model for the length of a `with` block; behind it, it is patched as before, the same tokens too.
+
+    Raises:
+        PatchError: The model is not patched.
+    """
+    config, tokens = patch_of(model).config, context_tokens_of(model)
+    restore(model)
+    try:
+        yield model
+    finally:
+        apply(model, config, context_tokens=tokens)
+
+
+@contextmanager
 def dense(model: nn.Module) -> Iterator[None]:
     """Let a patched model read densely for the length of a `with` block: its logits are those of the unpatched model.
 
@@ -194,24 +210,6 @@ def patch_of(model: nn.Module) -> Patch:
     if not isinstance(patch, Patch):
         raise PatchError("this model is not patched: call gazepatch.apply(model) first")
     return patch
-
-
-def gaze_layers(adapter: Adapter, model_config: Any, config: GazeConfig) -> tuple[int, ...]:
-    """Layers that gaze under these settings.
-
-    Raises:
-        ConfigError: `dense_layers` names a layer that the model does not have.
-        UnsupportedModelError: None is left.
-    """
-    count = adapter.text_config(model_config).num_hidden_layers
-    if unknown := [i for i in config.dense_layers if i >= count]:
-        raise ConfigError(f"dense_layers must be below {count}, the model's number of layers, got {unknown}")
-    reasons = adapter.dense_reasons(model_config)
-    layers = tuple(i for i in range(count) if i not in reasons and i not in config.dense_layers)
-    if not layers:
-        why = "; ".join(sorted(set(reasons.values()))) or "dense_layers names them all"
-        raise UnsupportedModelError(f"none of the {count} layers of this {model_config.model_type} can gaze: {why}")
-    return layers
 
 
 def root_model(model: nn.Module) -> PreTrainedModel:

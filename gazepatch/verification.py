@@ -15,7 +15,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from gazepatch.attention import GazeAttention
 from gazepatch.config import GazeConfig
-from gazepatch.patch import apply, context_tokens_of, is_patched, patch_of, patched, restore, root_model
+from gazepatch.patch import context_tokens_of, is_patched, patch_of, patched, restored, root_model
 
 #: Largest difference of logits that is put down to the order of additions, relative to the largest logit.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}
@@ -61,15 +61,11 @@ def verify(model: nn.Module, inputs: Mapping[str, Any], *, steps: int = 4) -> Ve
         inputs: What a processor returns for the model, for one prompt.
         steps: Decode steps.
     """
-    settings = patch_of(model).config if is_patched(model) else None
-    tokens = context_tokens_of(model) if settings is not None else None
-    if settings is not None:
-        restore(model)
-    try:
-        return _verify(model, inputs, steps, settings or GazeConfig(), tokens)
-    finally:
-        if settings is not None:
-            apply(model, settings, context_tokens=tokens)
+    if not is_patched(model):
+        return _verify(model, inputs, steps, GazeConfig(), None)
+    settings, tokens = patch_of(model).config, context_tokens_of(model)
+    with restored(model):
+        return _verify(model, inputs, steps, settings, tokens)
 
 
 @torch.no_grad()

@@ -18,10 +18,18 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny
 
 import gazepatch
-from gazepatch import ArtefactError, ConfigError, GazeConfig, PatchError, UnsupportedModelError
+from gazepatch import (
+    ArtefactError,
+    ConfigError,
+    GazeConfig,
+    GazeError,
+    HubError,
+    PatchError,
+    UnsupportedModelError,
+)
 from gazepatch import artefact as artefacts
 from gazepatch.context import MAX_BYTES, write_context_tokens
-from gazepatch.manifest import read
+from gazepatch.manifest import FORMAT_VERSION, read
 from gazepatch.registry import MODULES
 from gazepatch.verification import fingerprint
 
@@ -83,12 +91,15 @@ def test_what_is_in_the_folder(base: Path, artefact: Path) -> None:
         "format_version": 1,
         "gazepatch_version": gazepatch.__version__,
         "transformers_version": transformers.__version__,
+        "full": False,
         "base_model": str(base),
         "base_revision": None,
         "model_type": "llava",
         "hidden_size": tiny("llava").model.config.text_config.hidden_size,
         "num_hidden_layers": tiny("llava").model.config.text_config.num_hidden_layers,
         "image_geometry": values["image_geometry"],
+        "processor_geometry": {},
+        "key_layout": values["key_layout"],
         "gaze": SETTINGS.to_dict(),
         "provenance": None,
         "fidelity": None,
@@ -100,7 +111,6 @@ def test_what_is_in_the_folder(base: Path, artefact: Path) -> None:
 def test_model_card(base: Path, artefact: Path) -> None:
     _, front, body = (artefact / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     assert yaml.safe_load(front) == {
-        "base_model": str(base),
         "library_name": "gazepatch",
         "pipeline_tag": "image-text-to-text",
         "tags": ["gazepatch", "gaze-attention", "llava"],
@@ -151,6 +161,8 @@ def test_context_tokens_come_back_bit_for_bit(base: Path, with_tokens: Path, tmp
         "gaze_config.json",
     ]
     assert read(with_tokens).gaze == replace(SETTINGS, context_tokens=4)
+    modes = {path.stat().st_mode & 0o777 for path in with_tokens.iterdir()}
+    assert len(modes) == 1, "whoever may read the settings may read the tokens"
     model = gazepatch.load(with_tokens)
     assert torch.equal(gazepatch.context_tokens_of(model), tokens())
     with gazepatch.patched(case.model, SETTINGS, context_tokens=with_tokens), torch.no_grad():
@@ -286,6 +298,22 @@ def test_damaged_context_tokens(
         gazepatch.load(with_tokens)
 
 
+# ---- one artefact of every format version, loaded for ever
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.mark.parametrize("version", [f"v{number + 1}" for number in range(FORMAT_VERSION)])
+def test_golden(base: Path, version: str) -> None:
+    case = tiny("llava")
+    model = gazepatch.load(GOLDEN / version, base=base)
+    settings = gazepatch.inspect(model).settings
+    assert (settings.budget, settings.head_reduce, settings.dense_layers) == (0.5, "max", (1,))
+    assert gazepatch.context_tokens_of(model)[:, 0].tolist() == pytest.approx([-0.8203, 0.1328], abs=1e-4)
+    model.generate(**case.inputs, max_new_tokens=3, do_sample=False)
+    assert 0.4 < gazepatch.stats(model).read_share < 0.7
+
+
 # ---- refusals of convert
 
 
@@ -299,12 +327,19 @@ def test_other_architectures_are_refused(model_type: str, tmp_path: Path) -> Non
 
 def test_a_source_that_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    for source in (tmp_path / "empty", tmp_path / "nothing here"):
-        with pytest.raises(ArtefactError, match="expected the folder or the Hub id of a model"):
-            gazepatch.convert(source, tmp_path / "gaze")
-    (tmp_path / "empty" / "config.json").write_text("{")
-    with pytest.raises(ArtefactError, match="expected the folder or the Hub id of a model"):
+    with pytest.raises(HubError, match="expected a folder or a Hub id, owner/name, got"):
+        gazepatch.convert(tmp_path / "nothing here", tmp_path / "gaze")
+    with pytest.raises(ArtefactError, match=r"expected a folder with config.json, got .* without it"):
         gazepatch.convert(tmp_path / "empty", tmp_path / "gaze")
+    for text, message in {
+        "{": "must be a JSON object",
+        "[]": "must be a JSON object",
+        '{"model_type": "llava", "text_config": 3}': "must be the configuration of a llava model",
+    }.items():
+        (tmp_path / "empty" / "config.json").write_text(text)
+        with pytest.raises(ArtefactError, match=message):
+            gazepatch.convert(tmp_path / "empty", tmp_path / "gaze")
+    assert not (tmp_path / "gaze").exists()
 
 
 def test_context_tokens_need_weights(base: Path, tmp_path: Path) -> None:
@@ -356,10 +391,10 @@ def test_interrupted_writing_leaves_nothing(
     if force:
         gazepatch.convert(base, out, config=SETTINGS)
 
-    def interrupted(manifest: object) -> str:
+    def interrupted(*_: object) -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(artefacts, "model_card", interrupted)
+    monkeypatch.setattr(artefacts, "card_of", interrupted)
     with pytest.raises(KeyboardInterrupt):
         gazepatch.convert(base, out, force=force)
     assert [path.name for path in tmp_path.iterdir()] == (["gaze"] if force else [])
@@ -455,9 +490,9 @@ def test_things_that_are_no_artefact(base: Path, artefact: Path, tmp_path: Path)
         tmp_path / "empty": "no gaze_config.json",
         base: "gazepatch.apply to a plain model",
         artefact / "gaze_config.json": "got a file",
-        tmp_path / "nothing": "expected the folder or the Hub id of an artefact",
+        tmp_path / "nothing": "expected a folder or a Hub id",
     }.items():
-        with pytest.raises(ArtefactError, match=message):
+        with pytest.raises(GazeError, match=message):
             gazepatch.load(path)
 
 
@@ -489,7 +524,7 @@ def test_hub_ids(base: Path, artefact: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert asked == {
         "repo": "somebody/gaze",
         "revision": "v1",
-        "allow_patterns": ["gaze_config.json", "README.md", "context_tokens.safetensors", "lora/*", "model/*"],
+        "allow_patterns": ["gaze_config.json", "README.md", "context_tokens.safetensors", "lora/*"],
         "token": "secret",
     }
 
@@ -501,5 +536,5 @@ def test_hub_errors_become_ours(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("no network\nat all")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(ArtefactError, match=r"'somebody/gaze', .*: no network at all"):
+    with pytest.raises(HubError, match=r"fetching somebody/gaze failed: .*: no network at all; then try again"):
         gazepatch.load("somebody/gaze")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 from tiny_reader import write_reader
@@ -16,6 +17,7 @@ import gazepatch
 from gazepatch.cli import main
 from gazepatch.cli.group import COMMANDS
 from gazepatch.config import GazeConfig
+from gazepatch.context import write_context_tokens
 from gazepatch.manifest import read
 from gazepatch.registry import MODULES
 
@@ -78,7 +80,7 @@ def test_bad_usage_is_status_2() -> None:
 
 
 def test_a_failed_run_is_status_1() -> None:
-    fails(1, "expected the folder or the Hub id of a model", "convert", "/no/such/folder", "-o", "out")
+    fails(1, "expected a folder or a Hub id", "convert", "/no/such/folder", "-o", "out")
 
 
 def test_errors_of_others_tell_their_type(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,14 +116,50 @@ def test_convert_json(base: Path, tmp_path: Path) -> None:
         "path": str(tmp_path / "gaze"),
         "model": str(base),
         "gaze": GazeConfig(budget=0.125).to_dict(),
+        "fidelity": None,
+        "url": None,
     }
+
+
+def test_convert_full(base: Path, tmp_path: Path) -> None:
+    result = gaze("convert", base, "-o", tmp_path / "full", "--full", "--link")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "full" / "model.safetensors").samefile(base / "model.safetensors")
+    fails(2, "--link goes with --full", "convert", base, "-o", tmp_path / "gaze", "--link")
+
+
+def test_convert_with_context_tokens(base: Path, tmp_path: Path) -> None:
+    write_context_tokens(tmp_path / "trained.safetensors", torch.ones(2, 32), "llava")
+    given = ("--context-tokens", tmp_path / "trained.safetensors")
+    assert gaze("convert", base, "-o", tmp_path / "gaze", *given).exit_code == 0
+    assert read(tmp_path / "gaze").gaze.context_tokens == 2
+    fails(2, "does not exist", "convert", base, "-o", tmp_path / "other", "--context-tokens", "4")
+
+
+def test_convert_and_verify(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ("--verify", "--budget", "0.5", "--min-visual-tokens", "0")
+    result = gaze("convert", base, "-o", tmp_path / "gaze", *settings)
+    assert result.exit_code == 0, result.output
+    assert "Checked on one image: agrees with dense on " in result.stdout
+    fidelity = read(tmp_path / "gaze").fidelity
+    assert fidelity is not None
+    assert 0 <= fidelity["agreement"] <= 1 and fidelity["divergence"] >= 0 and 0.4 < fidelity["read_share"] < 0.6
+    assert all(check["measured"] <= check["limit"] for check in fidelity["checks"].values())
+    assert '"dense equivalence"' in (tmp_path / "gaze" / "README.md").read_text()
+
+    from gazepatch.verification import Check, Verification
+
+    monkeypatch.setattr(gazepatch, "verify", lambda *_: Verification([Check("exact undo: logits", 1.0, 0.0, "")]))
+    result = gaze("convert", base, "-o", tmp_path / "bad", *settings)
+    assert result.exit_code == 1 and "does not keep its promises on this machine: exact undo: logits" in result.stderr
+    bad = read(tmp_path / "bad").fidelity
+    assert bad is not None and bad["checks"] == {"exact undo: logits": {"measured": 1.0, "limit": 0.0}}
 
 
 OPTIONS: dict[str, tuple[list[str], object]] = {
     "region": (["--region", "9,9,1"], (9, 9, 1)),
     "window": (["--window", "2x3x1"], (2, 3, 1)),
     "budget": (["--budget", "1.0"], 1.0),
-    "context_tokens": (["--context-tokens", "0"], 0),
     "periphery": (["--no-periphery"], False),
     "head_reduce": (["--head-reduce", "max"], "max"),
     "dense_layers": (["--dense-layers", "1"], (1,)),
@@ -131,7 +169,11 @@ OPTIONS: dict[str, tuple[list[str], object]] = {
 }
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(GazeConfig)])
+# The number of context tokens is that of the file that convert is given.
+FIELDS = [field.name for field in dataclasses.fields(GazeConfig) if field.name != "context_tokens"]
+
+
+@pytest.mark.parametrize("field", FIELDS)
 def test_every_setting_is_an_option(field: str, base: Path, tmp_path: Path) -> None:
     arguments, value = OPTIONS[field]
     result = gaze("convert", base, "-o", tmp_path / "gaze", *arguments)
@@ -170,6 +212,15 @@ def test_inspect(base: Path) -> None:
     assert "family   llava" in result.stdout and "gaze     2 of 2 layers: 0-1" in result.stdout
     report = json.loads(gaze("inspect", base, "--json").stdout)
     assert report["family"] == "llava" and report["gaze_layers"] == [0, 1] and report["reasons"] == {}
+    fails(1, "expected a folder or a Hub id", "inspect", "/no/such/model")
+
+
+def test_inspect_an_artefact(base: Path, artefact: Path, tmp_path: Path) -> None:
+    full = gazepatch.convert(base, tmp_path / "full", config=read(artefact).gaze, full=True)
+    for path in (artefact, full):
+        report = json.loads(gaze("inspect", path, "--json").stdout)
+        assert report["settings"]["budget"] == 0.5 and not report["patched"] and report["gaze_layers"] == [0, 1]
+        assert "budget=0.5" in gaze("inspect", path).stdout
 
 
 def test_families() -> None:
@@ -208,6 +259,15 @@ def test_ask_a_plain_model_densely(base: Path, page: Path) -> None:
     assert dense["dense"]["tokens"] == both["dense"]["tokens"]
 
 
+def test_ask_compares_with_context_tokens(base: Path, tmp_path: Path, page: Path) -> None:
+    artefact = gazepatch.convert(
+        base, tmp_path / "gaze", config=GazeConfig(min_visual_tokens=0), context_tokens=torch.ones(2, 32)
+    )
+    dense = json.loads(gaze("ask", base, page, "this", "--max-new-tokens", "5", "--dense", "--json").stdout)
+    both = json.loads(gaze("ask", artefact, page, "this", "--max-new-tokens", "5", "--compare", "--json").stdout)
+    assert both["dense"]["tokens"] == dense["dense"]["tokens"] and 0 < both["gaze"]["read_share"] < 1
+
+
 def test_ask_without_images_reads_everything(artefact: Path) -> None:
     result = gaze("ask", artefact, "what is this ?", "--max-new-tokens", "3")
     assert result.exit_code == 0, result.output
@@ -217,7 +277,7 @@ def test_ask_without_images_reads_everything(artefact: Path) -> None:
 def test_ask_refuses(artefact: Path, page: Path) -> None:
     fails(2, "exclude each other", "ask", artefact, page, "this", "--dense", "--compare")
     fails(2, "does not exist", "ask", artefact, "no.png", "this")
-    fails(1, "expected the folder or the Hub id of a model", "ask", "/no/such/model", page, "this")
+    fails(1, "expected a folder or a Hub id", "ask", "/no/such/model", page, "this")
 
 
 def test_verify(artefact: Path, page: Path) -> None:
@@ -260,6 +320,36 @@ def test_verify_brings_its_own_image(artefact: Path, monkeypatch: pytest.MonkeyP
     result = gaze("verify", artefact)
     assert result.exit_code == 0, result.output
     assert "pixel_values" in seen[0]  # type: ignore[operator]
+
+
+def test_eval(base: Path, tmp_path: Path, page: Path) -> None:
+    said = {"role": "assistant", "content": "harbour"}
+    lines = [json.dumps({"messages": [{"role": "user", "content": "<image> this ?"}, said], "images": [str(page)]})] * 3
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    settings = GazeConfig(min_visual_tokens=0, periphery=False)
+    artefact = gazepatch.convert(base, tmp_path / "gaze", config=settings, context_tokens=torch.ones(2, 32))
+    data = ("eval", artefact, tmp_path / "data.jsonl")
+    (own,) = json.loads(gaze(*data, "--json").stdout)
+    assert own["budget"] == 0.25 and 0 <= own["agreement"] <= 1 and own["divergence"] > 0
+    result = gaze(*data, "--budgets", "1.0,2", "--limit", "2", "--json")
+    assert result.exit_code == 0, result.output
+    every, two = json.loads(result.stdout)
+    assert (every["budget"], two["budget"]) == (1.0, 2) and every["tokens"] * 3 == own["tokens"] * 2
+    assert every["dense_right"] == two["dense_right"] == own["dense_right"]
+    assert "agrees with dense" in gaze(*data).stdout
+    fails(2, "expected shares or numbers", *data, "--budgets", "half")
+
+
+def test_bench(base: Path, tmp_path: Path, page: Path) -> None:
+    settings = GazeConfig(min_visual_tokens=0)
+    artefact = gazepatch.convert(base, tmp_path / "gaze", config=settings, context_tokens=torch.ones(2, 32))
+    result = gaze("bench", artefact, page, "this ?", "--new-tokens", "3", "--rounds", "2", "--json")
+    assert result.exit_code == 0, result.output
+    timing = json.loads(result.stdout)
+    assert timing["rounds"] == 2 and timing["new_tokens"] == 3 and 0 < timing["read_share"] < 1
+    assert timing["slowest"] <= timing["speedup"] <= timing["fastest"]
+    assert all(timing[name] > 0 for name in ("prompt_ms", "dense_prompt_ms", "token_ms", "dense_token_ms"))
+    assert "times as fast" in gaze("bench", artefact, "--new-tokens", "2", "--rounds", "1").stdout
 
 
 def test_demo_asks_for_its_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -70,8 +70,10 @@ def test_python_m() -> None:
 
 ADAPTERS_MAY = ("gazepatch.adapters", "gazepatch.errors", "gazepatch.layout")
 CLI_MAY_AT_TOP = ("gazepatch.cli", "gazepatch.config", "gazepatch.errors", "gazepatch.training.settings")
-LIGHT = ("gazepatch/__init__.py", "gazepatch/artefact.py", "gazepatch/card.py", "gazepatch/config.py")
-LIGHT += ("gazepatch/errors.py", "gazepatch/layout.py", "gazepatch/manifest.py", "gazepatch/registry.py")
+LIGHT = ("gazepatch/__init__.py", "gazepatch/artefact.py", "gazepatch/card.py", "gazepatch/checkpoint.py")
+LIGHT += ("gazepatch/config.py", "gazepatch/contents.py", "gazepatch/errors.py", "gazepatch/folders.py")
+LIGHT += ("gazepatch/hub.py", "gazepatch/hub_failures.py", "gazepatch/layers.py", "gazepatch/layout.py")
+LIGHT += ("gazepatch/loading.py", "gazepatch/manifest.py", "gazepatch/registry.py")
 LIGHT += ("gazepatch/training/__init__.py", "gazepatch/training/records.py", "gazepatch/training/settings.py")
 
 

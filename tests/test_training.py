@@ -19,7 +19,7 @@ import torch
 import transformers
 from click.testing import CliRunner
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import IMAGE, VOCAB, tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
@@ -537,6 +537,15 @@ def test_lora(base: Path, data: Path, tmp_path: Path, processor: Any, monkeypatc
     again = gazepatch.save(model, tmp_path / "again")
     saved, first = (load_file(folder / "lora" / "adapter_model.safetensors") for folder in (again, out))
     assert all(torch.equal(saved[name], first[name]) for name in first | saved)
+    key = min(first)
+    for keys, what in (
+        ({k: v for k, v in first.items() if k != key}, "got 1 missing keys"),
+        (first | {key.replace("layers.0", "layers.9"): first[key].clone()}, "got 1 unexpected keys"),
+        (first | {key: torch.zeros(3, 3)}, "lora must"),
+    ):
+        save_file(keys, again / "lora" / "adapter_model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ArtefactError, match=what):
+            gazepatch.load(again)
     monkeypatch.setattr("gazepatch.lora.find_spec", lambda name: None)
     with pytest.raises(ArtefactError, match="need the package peft"):
         gazepatch.load(out)
@@ -554,13 +563,13 @@ def test_lora_needs_peft(base: Path, data: Path, tmp_path: Path, monkeypatch: py
 def test_full(base: Path, data: Path, tmp_path: Path, processor: Any) -> None:
     out = trained(base, data, tmp_path / "first", trainable="full", steps=30, batch_size=4, learning_rate=0.003)
     out = out.rename(tmp_path / "moved")  # it brings its base model, wherever it is
-    assert read(out).base_model == "./model"
+    assert read(out).full
     dense_model = transformers.AutoModelForImageTextToText.from_pretrained(base)
     after = agreement(gazepatch.load(out), processor, data, dense_model)
     with gazepatch.patched(dense_model, CONFIG, context_tokens=tokens_of(out)):
         before = agreement(dense_model, processor, data)
     assert after >= before + 0.1
-    assert transformers.AutoProcessor.from_pretrained(out / "model").chat_template == CHAT_TEMPLATE
+    assert transformers.AutoProcessor.from_pretrained(out).chat_template == CHAT_TEMPLATE
 
 
 # ---- going on

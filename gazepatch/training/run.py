@@ -13,12 +13,15 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback, TrainingArguments, set_seed
 
-from gazepatch.artefact import base_config, check_output, save
+from gazepatch.artefact import save
 from gazepatch.config import GazeConfig
 from gazepatch.context import initial_context_tokens
 from gazepatch.errors import ConfigError, TrainingError
+from gazepatch.folders import check_output
+from gazepatch.layers import gaze_layers
+from gazepatch.loading import base_config
 from gazepatch.lora import require_peft
-from gazepatch.patch import apply, gaze_layers, set_budget
+from gazepatch.patch import apply, set_budget
 from gazepatch.registry import adapter_for
 from gazepatch.training.bar import Bar
 from gazepatch.training.chat import Collator

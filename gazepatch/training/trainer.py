@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,14 @@ class GazeTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The objective's mean over the assistant's tokens of the update; this process's share of it."""
-        inputs = _in_dtype(inputs, root_model(model).dtype)
-        columns, kept, tokens = supervised(inputs.pop("labels"))
+        labels = inputs["labels"]
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        columns, kept, tokens = supervised(labels)
         teacher = None
         if self.objective == "distill" or self._logs_next():
             with torch.no_grad(), self.trained.untrained(model) as untrained:
-                teacher = _logits(untrained, inputs, columns, kept)
-        student = _logits(model, inputs, columns, kept)
+                teacher = logits_at(untrained, inputs, columns, kept)
+        student = logits_at(model, inputs, columns, kept)
         if teacher is not None:
             self.counts += torch.stack([agreed(student, teacher), torch.tensor(len(tokens)).to(student.device)])
         total = distill(student, teacher) if self.objective == "distill" else next_token(student, tokens)  # type: ignore[arg-type]
@@ -125,12 +127,16 @@ class Lowering(TrainerCallback):
         set_budget(self.model, self.schedule.budget(state.global_step))
 
 
-def _logits(model: nn.Module, inputs: dict[str, Any], columns: Tensor, kept: Tensor) -> Tensor:
-    """`[N, V]` at the wanted positions alone: all of them would be the largest tensor of the training by far."""
+def logits_at(model: nn.Module, inputs: Mapping[str, Any], columns: Tensor, kept: Tensor) -> Tensor:
+    """`[N, V]` at the positions that `supervised` found: all of them would be a training's largest tensor by far.
+
+    Args:
+        model: Patched or not.
+        inputs: The model's, without labels.
+        columns: `[C]`.
+        kept: `[B, C]`.
+    """
+    dtype = root_model(model).dtype  # which the model's own pixels may not have
+    inputs = {name: value.to(dtype) if name.startswith("pixel_values") else value for name, value in inputs.items()}
     logits: Tensor = model(**inputs, use_cache=False, logits_to_keep=columns).logits
     return logits[kept]
-
-
-def _in_dtype(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """A copy with pixels of the model's precision."""
-    return {name: value.to(dtype) if name.startswith("pixel_values") else value for name, value in inputs.items()}

@@ -1,0 +1,42 @@
+"""`gazepatch bench`."""
+
+from __future__ import annotations
+
+import click
+
+from gazepatch.cli.output import bar_of, json_option, print_json
+from gazepatch.cli.sample import PROMPT, sample_image
+
+
+@click.command("bench")
+@click.argument("model")
+@click.argument("images_and_prompt", metavar="[IMAGE... PROMPT]", nargs=-1)
+@click.option("--new-tokens", default=32, show_default=True, type=click.IntRange(min=2), metavar="N")
+@click.option("--rounds", default=5, show_default=True, type=click.IntRange(min=1), metavar="N")
+@json_option
+def command(model: str, images_and_prompt: tuple[str, ...], new_tokens: int, rounds: int, as_json: bool) -> None:
+    """Time a token of MODEL on this machine, unpatched and with gaze, in turn.
+
+    MODEL is an artefact, or any supported model, which then gazes with the default settings. Asks about a test image
+    where no IMAGE is given.
+    """
+    *images, prompt = images_and_prompt or (PROMPT,)
+    for image in images:
+        click.Path(exists=True, dir_okay=False).convert(image, None, click.get_current_context())
+
+    import gazepatch
+    from gazepatch.cli.opening import open_model, prompt_inputs
+
+    patched, processor = open_model(model)
+    inputs = prompt_inputs(patched, processor, images or [sample_image()], prompt)
+    with bar_of("bench", " rounds") as progress:
+        timing = gazepatch.bench(patched, inputs, new_tokens=new_tokens, rounds=rounds, progress=progress)
+    if as_json:
+        print_json(timing)
+        return
+    click.echo(f"first token   {timing.dense_prompt_ms:8.1f} ms unpatched  {timing.prompt_ms:8.1f} ms with gaze")
+    click.echo(f"each further  {timing.dense_token_ms:8.1f} ms unpatched  {timing.token_ms:8.1f} ms with gaze")
+    click.echo(
+        f"{timing.speedup:.2f} times as fast ({timing.slowest:.2f} to {timing.fastest:.2f} in {rounds} rounds) with "
+        f"{timing.read_share:.1%} of the visual entries read, behind a prompt of {timing.prompt_tokens} tokens"
+    )

@@ -1,0 +1,44 @@
+"""`gazepatch eval`."""
+
+from __future__ import annotations
+
+import click
+
+from gazepatch.cli.output import bar_of, json_option, print_json, print_table
+from gazepatch.cli.settings import share_or_number
+
+
+def _budgets(ctx: click.Context, param: click.Parameter, value: str | None) -> list[float | int]:
+    try:
+        return [] if value is None else [share_or_number(part) for part in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"expected shares or numbers such as 0.1,0.25,8, got {value!r}", ctx, param) from None
+
+
+@click.command("eval")
+@click.argument("model")
+@click.argument("data")
+@click.option("--budgets", metavar="B,B,...", callback=_budgets, help="Budgets to measure, by default the model's own.")
+@click.option("--limit", metavar="N", type=click.IntRange(min=1), help="Read the first N conversations only.")
+@json_option
+def command(model: str, data: str, budgets: list[float | int], limit: int | None, as_json: bool) -> None:
+    """Measure how closely MODEL with gaze follows itself dense, on conversations in DATA.
+
+    MODEL is an artefact, or any supported model, which then gazes with the default settings; DATA what `gazepatch
+    train` takes. Conversations are read in one pass, as in a training: what the user says behind an image gazes too.
+    """
+    import gazepatch
+    from gazepatch.cli.opening import open_model
+
+    patched, processor = open_model(model)
+    with bar_of("eval", " conversations") as progress:
+        scores = gazepatch.evaluate(patched, processor, data, budgets=budgets, limit=limit, progress=progress)
+    if as_json:
+        print_json(scores)
+        return
+    head = ("budget", "agrees with dense", "divergence", "right", "right densely", "tokens")
+    rows = [
+        (s.budget, f"{s.agreement:.1%}", f"{s.divergence:.4f}", f"{s.right:.1%}", f"{s.dense_right:.1%}", s.tokens)
+        for s in scores
+    ]
+    print_table(head, rows)

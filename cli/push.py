@@ -1,0 +1,54 @@
+"""`gazepatch push`."""
+
+from __future__ import annotations
+
+import sys
+from logging import ERROR
+
+import click
+
+from gazepatch.cli.output import json_option, print_json, print_table
+from gazepatch.errors import ConfigError
+
+
+@click.command("push")
+@click.argument("folder", metavar="DIR")
+@click.argument("repo")
+@click.option("--private", is_flag=True, help="Make the repository private; an existing public one is refused.")
+@click.option("--revision", metavar="BRANCH", help="Branch to push to, made if there is none.  [default: main]")
+@click.option("--create-pr", is_flag=True, help="Open a pull request against a repository that exists.")
+@click.option("--dry-run", is_flag=True, help="Say what would be sent, and write nothing.")
+@json_option
+def command(
+    folder: str, repo: str, private: bool, revision: str | None, create_pr: bool, dry_run: bool, as_json: bool
+) -> None:
+    """Publish the artefact in DIR on the Hub as REPO (owner/name), in one commit.
+
+    Nothing but the artefact's own files is sent. The token is that of `hf auth login` or HF_TOKEN. After an
+    interruption the same command goes on: files that had arrived are not sent again.
+    """
+    from huggingface_hub.utils import disable_progress_bars, logging  # type: ignore[attr-defined]
+
+    import gazepatch
+
+    if not sys.stderr.isatty():  # bars and notices of retries are for people
+        disable_progress_bars()
+        logging.set_verbosity(ERROR)
+    try:
+        done = gazepatch.push(folder, repo, private=private, revision=revision, create_pr=create_pr, dry_run=dry_run)
+    except ConfigError as error:
+        raise click.UsageError(str(error), click.get_current_context()) from error
+    if as_json:
+        print_json(done)
+        return
+    click.echo(done.url)
+    if dry_run:
+        click.echo(f"Nothing was written. To {done.revision} would go:")
+        print_table(("bytes", "file"), [(size, name) for name, size in done.files.items()])
+    elif not done.changed:
+        click.echo("Nothing to do: the repository holds just that.")
+    else:
+        click.echo(f"Published {len(done.files)} files, {sum(done.files.values())} bytes.")
+    for label, names in (("Removed there", done.removed), ("Not sent, as not the artefact's", done.left_out)):
+        if names:
+            click.echo(f"{label}: {', '.join(names)}")

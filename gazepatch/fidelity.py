@@ -1,0 +1,47 @@
+"""How closely a patched model follows the dense one on an input, for the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import nn
+
+from gazepatch.patch import dense, root_model, stats
+from gazepatch.verification import Verification, generate_logits
+
+
+@torch.no_grad()
+def measure_fidelity(model: nn.Module, inputs: Mapping[str, Any], *, steps: int = 32) -> dict[str, Any]:
+    """Let a patched model follow the tokens that it would write densely, and compare its guesses.
+
+    Args:
+        model: The patched model.
+        inputs: What a processor returns for it, with at least one image.
+        steps: Tokens to write.
+
+    Returns:
+        `agreement`, the share of tokens that gaze would choose as well; `divergence`, the mean of
+        `KL(dense || gaze)` in nats; `read_share` of the visual entries; `steps`, and what it was measured with.
+    """
+    with dense(model):
+        whole, tokens = generate_logits(model, inputs, steps - 1)
+    gazed, _ = generate_logits(model, inputs, steps - 1, tokens)
+    log_p, log_q = whole.float().log_softmax(-1), gazed.float().log_softmax(-1)
+    return {
+        "agreement": (gazed.argmax(-1) == tokens).float().mean().item(),
+        "divergence": (log_p.exp() * (log_p - log_q)).sum(-1).mean().item(),
+        "read_share": stats(model).read_share,
+        "steps": steps,
+        "dtype": str(root_model(model).dtype).removeprefix("torch."),
+        "device": root_model(model).device.type,
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+    }
+
+
+def checks_of(report: Verification) -> dict[str, Any]:
+    """What `verify` found, for the same card: each promise with the value that was measured, and its limit."""
+    return {check.name: {"measured": check.value, "limit": check.limit} for check in report.checks}

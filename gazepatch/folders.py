@@ -1,0 +1,104 @@
+"""Output folders that appear complete or not at all, whatever interrupts their making."""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gazepatch.errors import ArtefactError
+from gazepatch.manifest import FILE_NAME
+
+
+def check_output(out: Path, source: Path | None, force: bool) -> None:
+    """Refuse to write over anything but an artefact, and into or over the base model at all.
+
+    Args:
+        out: Folder to write.
+        source: Folder of the base model, if it is a local one.
+        force: Whether an artefact may be replaced.
+
+    Raises:
+        ArtefactError: Says which of these it is.
+    """
+    if source is not None and (source == (real := out.resolve()) or source in real.parents or real in source.parents):
+        raise ArtefactError(f"out must lie outside the base model, which is never touched; got {out} and {source}")
+    if not os.path.lexists(out):
+        return
+    if not force:
+        raise ArtefactError(
+            f"{out} exists already: choose another name, or force=True (--force) to replace an artefact"
+        )
+    if out.is_symlink() or not (out / FILE_NAME).is_file():
+        raise ArtefactError(f"{out} is no artefact folder, so it is not replaced even by force: remove it yourself")
+
+
+@contextmanager
+def complete_folder(out: Path) -> Iterator[Path]:
+    """A new folder beside `out` that takes its place when the block ends well, and vanishes when it does not.
+
+    What a killed process left behind is cleared away by the next one that writes the same folder.
+    """
+    recover(out)
+    name = uuid.uuid4().hex[:8]
+    new, old = (_beside(out, kind, name) for kind in ("new", "old"))
+    new.mkdir(parents=True)
+    try:
+        with _locked(new):
+            yield new
+            if out.exists():
+                out.rename(old)
+            try:
+                new.rename(out)
+            except BaseException:
+                if old.exists():
+                    old.rename(out)
+                raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(out: Path) -> None:
+    """Clear away what killed processes left beside `out`; what they had moved aside comes back."""
+    for new in out.parent.glob(glob.escape(f".{out.name}.new-") + "*"):
+        with _locked(new) as free:
+            if free:
+                shutil.rmtree(new, ignore_errors=True)
+    for old in out.parent.glob(glob.escape(f".{out.name}.old-") + "*"):
+        if _beside(out, "new", old.name.rpartition("-")[2]).exists():
+            continue  # somebody is just replacing it
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(out)
+
+
+def _beside(out: Path, kind: str, name: str) -> Path:
+    return out.with_name(f".{out.name}.{kind}-{name}")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold the folder's lock, which dies with the process; False if somebody else has it or there are no locks."""
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):  # Windows; a folder that is gone by now
+        yield False
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = True
+    except OSError:
+        free = False
+    try:
+        yield free
+    finally:
+        os.close(handle)

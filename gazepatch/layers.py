@@ -1,0 +1,29 @@
+"""Which layers of a model gaze, from its configuration alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gazepatch.config import GazeConfig
+from gazepatch.errors import ConfigError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from gazepatch.adapters.base import Adapter
+
+
+def gaze_layers(adapter: Adapter, model_config: Any, config: GazeConfig) -> tuple[int, ...]:
+    """Layers that gaze under these settings.
+
+    Raises:
+        ConfigError: `dense_layers` names a layer that the model does not have.
+        UnsupportedModelError: None is left.
+    """
+    count = adapter.text_config(model_config).num_hidden_layers
+    if unknown := [i for i in config.dense_layers if i >= count]:
+        raise ConfigError(f"dense_layers must be below {count}, the model's number of layers, got {unknown}")
+    reasons = adapter.dense_reasons(model_config)
+    layers = tuple(i for i in range(count) if i not in reasons and i not in config.dense_layers)
+    if not layers:
+        why = "; ".join(sorted(set(reasons.values()))) or "dense_layers names them all"
+        raise UnsupportedModelError(f"none of the {count} layers of this {model_config.model_type} can gaze: {why}")
+    return layers

@@ -1,0 +1,100 @@
+"""`evaluate` and `bench` on a tiny model: what they say is what forwards by hand say, and the model stays as it was."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+from tiny_reader import write_reader
+
+import gazepatch
+from gazepatch import ConfigError, GazeConfig, PatchError
+from gazepatch.cli.opening import prompt_inputs
+from gazepatch.training.chat import Collator
+from gazepatch.training.records import read_records
+
+CONFIG = GazeConfig(region=(2, 2, 1), window=None, budget=0.2, periphery=False, min_visual_tokens=0)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_reader(tmp_path_factory.mktemp("models") / "reader")
+
+
+@pytest.fixture(scope="module")
+def data(base: Path) -> Path:
+    pixels = torch.randint(0, 255, (112, 112, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    Image.fromarray(pixels.numpy()).save(base.parent / "page.png")
+    lines = []
+    for said in ("harbour this is", "what ? harbour harbour is"):
+        messages = [{"role": "user", "content": "<image> what ?"}, {"role": "assistant", "content": said}]
+        lines.append(json.dumps({"messages": messages, "images": ["page.png"]}))
+    (base.parent / "data.jsonl").write_text("\n".join(lines))
+    return base.parent / "data.jsonl"
+
+
+@pytest.fixture
+def model(base: Path) -> Any:
+    model = transformers.AutoModelForImageTextToText.from_pretrained(base)
+    return gazepatch.apply(model, CONFIG, context_tokens=torch.randn(2, 32, generator=torch.Generator().manual_seed(0)))
+
+
+@torch.no_grad()
+def test_scores_are_those_of_forwards_by_hand(model: Any, base: Path, data: Path) -> None:
+    processor = transformers.AutoProcessor.from_pretrained(base)
+    tokens = gazepatch.context_tokens_of(model)
+    scores = gazepatch.evaluate(model, processor, data, budgets=(1.0, 0.2))
+    assert gazepatch.context_tokens_of(model) is tokens
+    settings = gazepatch.inspect(model).settings
+    assert settings == replace(CONFIG, context_tokens=2)
+    gazepatch.restore(model)
+    sums = torch.zeros(2, 4)
+    count, records = 0, read_records(data)
+    for number in range(len(records)):
+        batch = Collator(processor)([records[number]])
+        labels = batch.pop("labels")[0, 1:]
+        wanted = labels >= 0
+        dense = model(**batch).logits[0, :-1][wanted]
+        count += len(dense)
+        for row, budget in enumerate((1.0, 0.2)):
+            with gazepatch.patched(model, replace(settings, prefill="gaze", budget=budget), context_tokens=tokens):
+                gazed = model(**batch).logits[0, :-1][wanted]
+            divergence = torch.distributions.kl_divergence(
+                torch.distributions.Categorical(logits=dense), torch.distributions.Categorical(logits=gazed)
+            )
+            same = (gazed.argmax(-1) == dense.argmax(-1)).sum()
+            right = [(logits.argmax(-1) == labels[wanted]).sum() for logits in (gazed, dense)]
+            sums[row] += torch.stack([same, divergence.sum(), *right])
+    found = torch.tensor([[s.agreement, s.divergence, s.right, s.dense_right] for s in scores])
+    torch.testing.assert_close(found, sums / count, atol=1e-5, rtol=1e-4)
+    assert [s.tokens for s in scores] == [count, count] and scores[0].divergence != scores[1].divergence
+
+
+def test_bench_leaves_the_model_as_it_was(model: Any, base: Path, data: Path) -> None:
+    processor = transformers.AutoProcessor.from_pretrained(base)
+    inputs = prompt_inputs(model, processor, [data.parent / "page.png"], "what ?")
+    settings, tokens = gazepatch.inspect(model).settings, gazepatch.context_tokens_of(model)
+    done: list[tuple[int, int]] = []
+    timing = gazepatch.bench(model, inputs, new_tokens=3, rounds=2, progress=lambda *at: done.append(at))
+    assert gazepatch.inspect(model).settings == settings and gazepatch.context_tokens_of(model) is tokens
+    assert done == [(1, 3), (2, 3), (3, 3)] and timing.prompt_tokens == inputs["input_ids"].shape[1]
+    gazepatch.restore(model)
+    with pytest.raises(PatchError):
+        gazepatch.bench(model, inputs)
+
+
+def test_refusals(model: Any, base: Path, data: Path) -> None:
+    processor = transformers.AutoProcessor.from_pretrained(base)
+    with pytest.raises(ConfigError, match="budget must be"):
+        gazepatch.evaluate(model, processor, data, budgets=(0.5, 1.5))
+    with pytest.raises(ConfigError, match="limit must be at least 1"):
+        gazepatch.evaluate(model, processor, data, limit=0)
+    with pytest.raises(ConfigError, match="expected new_tokens >= 2"):
+        gazepatch.bench(model, {}, new_tokens=1)
+    assert gazepatch.is_patched(model)

@@ -8,6 +8,7 @@ text decoder is. It never touches a model. A new family is usually one line in t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from gazepatch.layout import Media, Span, features, lay, number_together, runs, share_out
@@ -18,6 +19,10 @@ Captured = Mapping[str, Mapping[str, Any]]
 
 FULL_ATTENTION = "full_attention"
 
+# Words that several families share.
+FULL_ONLY = "full attention only"
+RECURRENT = "recurrent layers would carry them along"
+
 # Text decoders with learned sinks in the softmax of (some of) their layers.
 SINKS = ("deepseek_v4", "flint", "gpt_oss", "granite_swa", "granitemoe_swa", "hy_v4", "mimo_v2_flash")
 
@@ -26,6 +31,17 @@ class Adapter:
     """Facts about the model types in `model_types`."""
 
     model_types: tuple[str, ...]
+    #: How images become tokens, and videos, in a few words for people; empty where the family has none.
+    images: str = "images"
+    videos: str = ""
+    #: Whether the tokens of an image form a grid; otherwise regions are runs of tokens.
+    grid: bool = True
+    #: Which layers gaze, in a few words.
+    layers: str = "all"
+    #: What goes along with the tokens of an answer, where it is not that of text in a prompt.
+    inputs_of_answers: Mapping[str, int] = {}
+    #: Why context tokens would change more than they should; empty where they are exact.
+    no_context: str = ""
     #: Names in the configuration of the token ids that carry vision features, by modality.
     token_id_names: Mapping[str, tuple[str, ...]] = {"image": ("image_token_id",), "video": ("video_token_id",)}
 
@@ -38,7 +54,10 @@ class Adapter:
     def decoder(self, model: Any) -> Any:
         """The stack of decoder layers that gets `inputs_embeds`: `get_decoder()` without a language-model head."""
         decoder = model.get_decoder()
-        return decoder if decoder.get_output_embeddings() is None else decoder.base_model
+        if decoder.get_output_embeddings() is None:
+            return decoder
+        inner = decoder.base_model
+        return decoder.model if inner is decoder else inner  # Llama 4 names another module as its base
 
     def dense_reasons(self, config: Any) -> dict[int, str]:
         """For every decoder layer that cannot gaze, by index: why not."""
@@ -46,6 +65,13 @@ class Adapter:
         if reason := _beyond_dot_products(text):
             return dict.fromkeys(range(text.num_hidden_layers), reason)
         return {i: f"{kind} layer" for i, kind in enumerate(_layer_types(text)) if kind != FULL_ATTENTION}
+
+    def store_layers(self, config: Any) -> dict[int, int]:
+        """For every decoder layer that reads the keys of another one, by index: that layer (Gemma 3n)."""
+        text = self.text_config(config)
+        types, shared = _layer_types(text), getattr(text, "num_kv_shared_layers", None) or 0
+        storing = {kind: i for i, kind in enumerate(types[: len(types) - shared])}
+        return {i: storing[types[i]] for i in range(len(types) - shared, len(types))}
 
     # ---- the sequence
 
@@ -102,6 +128,28 @@ class Adapter:
         if guess is None or features(guess) != stop - start:
             return [Span(row, start, stop, grid=None, media=start)]
         return lay(guess, range(start, stop), row, first=start)
+
+
+@dataclass(frozen=True)
+class Declared(Adapter):
+    """An adapter whose facts are arguments, so that a family is a line in the table of its layout."""
+
+    model_types: tuple[str, ...]
+    images: str = field(default="", kw_only=True)
+    videos: str = field(default="", kw_only=True)
+    layers: str = field(default="all", kw_only=True)
+    no_context: str = field(default="", kw_only=True)
+
+
+def between(ids: Sequence[int], start: int, end: int, token: int, modality: str) -> list[int]:
+    """Positions of a `token` that stands for frames of videos between `start` and `end`, and for images elsewhere."""
+    inside, found = False, []
+    for position, each in enumerate(ids):
+        if each in (start, end):
+            inside = each == start
+        elif each == token and inside == (modality == "video"):
+            found.append(position)
+    return found
 
 
 def integers(value: Any) -> Any:

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from gazepatch.config import GazeConfig
 from gazepatch.errors import CacheError
 from gazepatch.ops.decode import Entries
+from gazepatch.ops.plan import means_of
 from gazepatch.regions import Chunk, take
 from gazepatch.state import GazeState
 
@@ -92,16 +93,17 @@ class GazeLayer(DynamicLayer):
             store.narrow(2, start, new.shape[2]).copy_(new)
 
     def _append_visual(self, key: Tensor, value: Tensor, chunk: Chunk) -> None:
-        mean_keys = chunk.means(key)
-        mean_values = chunk.means(value) if self.state.config.periphery else None
+        config = self.state.config
+        mean_keys = means_of(chunk, key, config)
+        mean_values = means_of(chunk, value, config) if config.periphery else None
         if self._visual is not None and self._means is not None:
             key, value = (torch.cat(pair, 2) for pair in zip(self._visual, (key, value), strict=True))
             mean_keys = torch.cat([self._means[0], mean_keys], 2)
             if mean_values is not None and self._means[1] is not None:
                 mean_values = torch.cat([self._means[1], mean_values], 2)
         self._visual = key.contiguous(), value.contiguous()
-        # Windows innermost: scores are then products with rows of memory.
-        self._means = mean_keys.mT.contiguous().mT, mean_values
+        # Windows innermost: scores are then products with rows of memory. A kernel reads the other way round.
+        self._means = mean_keys.mT.contiguous().mT if mean_keys.device.type == "cpu" else mean_keys, mean_values
 
     # ---- reading
 
@@ -286,7 +288,8 @@ def adopt(cache: object, owner: object, config: GazeConfig, layers: int, gaze_la
 
 
 def _holds_entries(cache: Cache) -> bool:
-    layers: list[Any] = cache.layers
+    # Layers that share the keys of another one, or are recurrent, do not know a length.
+    layers: list[Any] = [layer for layer in cache.layers if hasattr(layer, "get_seq_length")]
     return any(getattr(layer, "is_initialized", False) and layer.get_seq_length() > 0 for layer in layers)
 
 

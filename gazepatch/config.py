@@ -13,7 +13,7 @@ from gazepatch.errors import ConfigError
 
 HEAD_REDUCTIONS = ("mean", "max", "none")
 PREFILLS = ("dense", "gaze")
-BACKENDS = ("auto", "torch")
+BACKENDS = ("auto", "torch", "triton")
 
 Block = tuple[int, int, int]
 
@@ -38,7 +38,8 @@ class GazeConfig:
         prefill: Whether the text of a prompt reads everything (`dense`) or gazes too (`gaze`, for models trained so).
         min_visual_tokens: A sequence with fewer visual tokens is read whole, because selecting would cost more time
             than it saves.
-        backend: `auto` or `torch`.
+        backend: What computes the routed steps: `triton` (kernels; needs a GPU), `torch`, or `auto`: kernels on a GPU,
+            torch elsewhere.
 
     Raises:
         ConfigError: A setting has the wrong type or value.

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from gazepatch.adapters.base import Adapter
+from gazepatch.backend import choose
 from gazepatch.config import GazeConfig
 from gazepatch.errors import GazeError
 from gazepatch.forward import MODALITIES
@@ -104,7 +105,7 @@ def _report(
         reasons=dict(sorted(reasons.items())),
         patched=root is not None and is_patched(root),
         settings=in_force,
-        backend="torch: plain PyTorch, the only backend of this version",
+        backend=": ".join(choose(in_force.backend, root.device if root is not None else None)),
         spans=spans,
         notes=_notes(spans, in_force, inputs),
     )

@@ -22,7 +22,8 @@ def gaze_layers(adapter: Adapter, model_config: Any, config: GazeConfig) -> tupl
     if unknown := [i for i in config.dense_layers if i >= count]:
         raise ConfigError(f"dense_layers must be below {count}, the model's number of layers, got {unknown}")
     reasons = adapter.dense_reasons(model_config)
-    layers = tuple(i for i in range(count) if i not in reasons and i not in config.dense_layers)
+    dense, store_of = {*reasons, *config.dense_layers}, adapter.store_layers(model_config)
+    layers = tuple(i for i in range(count) if i not in dense and store_of.get(i, i) not in dense)
     if not layers:
         why = "; ".join(sorted(set(reasons.values()))) or "dense_layers names them all"
         raise UnsupportedModelError(f"none of the {count} layers of this {model_config.model_type} can gaze: {why}")

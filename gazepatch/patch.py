@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gazepatch.adapters.base import Adapter
 from gazepatch.attention import GazeAttention, unregister
+from gazepatch.backend import choose
 from gazepatch.config import GazeConfig
 from gazepatch.context import parameter, with_context_tokens
 from gazepatch.errors import ConfigError, PatchError, UnsupportedModelError
@@ -63,7 +65,8 @@ def apply(
 
     Raises:
         PatchError: The model is patched already.
-        UnsupportedModelError: The architecture has no adapter, or none of its layers can gaze.
+        UnsupportedModelError: The architecture has no adapter, or none of its layers can gaze, or it takes no context
+            tokens.
         ConfigError: A setting is wrong, or does not fit the model or the context tokens.
         ArtefactError: The file of the context tokens is damaged, or made for another model.
     """
@@ -85,11 +88,18 @@ def apply(
         )
     hidden_size = adapter.text_config(root.config).hidden_size
     config, tokens = with_context_tokens(config, context_tokens, root.config.model_type, hidden_size)
+    if tokens is not None and adapter.no_context:
+        raise UnsupportedModelError(
+            f"a {root.config.model_type} takes no context tokens, because {adapter.no_context}: "
+            "patch it with context_tokens=0"
+        )
     if tokens is not None and original.startswith("flash") and _has_local_layers(adapter, root.config):
         raise UnsupportedModelError(
             "context tokens in a model with local attention layers need a mask, which flash attention does not take: "
             "load the model with attn_implementation='sdpa'"
         )
+    if config.backend == "triton" and not torch.cuda.is_available():
+        choose(config.backend, root.device)  # the model cannot be moved to a GPU later either
     runtime = Runtime(adapter, root.config, decoder, config, layers)
     patch = Patch(config, runtime, GazeAttention(runtime, original), [])
     try:

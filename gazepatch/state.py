@@ -15,6 +15,7 @@ from gazepatch.errors import CacheError
 from gazepatch.insertion import Insertion, Slots
 from gazepatch.layout import Span
 from gazepatch.ops.decode import DecodePlan, Entries
+from gazepatch.ops.plan import plan_for
 from gazepatch.regions import ABSENT, Chunk, Regions, sort_chunk
 from gazepatch.stats import Counters
 
@@ -176,7 +177,7 @@ class GazeState:
         batch, heads, key_heads = len(query), query.shape[1], entries.key.shape[1]
         key = (f"plan {batch} {heads} {key_heads}", query.device)
         if key not in self._devices:
-            self._devices[key] = DecodePlan(self.table("regions", query.device), self.config, batch, heads, key_heads)
+            self._devices[key] = plan_for(self.table("regions", query.device), self.config, batch, heads, key_heads)
         plan: DecodePlan = self._devices[key]
         return plan
 

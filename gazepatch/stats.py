@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 
@@ -66,11 +67,19 @@ class Counters:
         """One layer's reads in one decode step."""
         self.context[layer] = self.context.get(layer, 0) + context
         self.visual[layer] = self.visual.get(layer, 0) + visual
-        self.read[layer] = self.read.get(layer, 0) + read
+        if isinstance(read, Tensor) or read:
+            self.read[layer] = self.read.get(layer, 0) + read
+
+    def on_device(self, layer: int, device: torch.device) -> Tensor:
+        """A layer's reads so far, `[1]` int64, for a kernel that adds its own."""
+        held = self.read.get(layer, 0)
+        if not isinstance(held, Tensor):
+            held = self.read[layer] = torch.full((1,), held, dtype=torch.int64, device=device)
+        return held
 
     def stats(self) -> Stats:
         """The counts so far."""
-        layers = {i: LayerStats(self.visual[i], int(self.read[i]), self.context[i]) for i in sorted(self.visual)}
+        layers = {i: LayerStats(self.visual[i], int(self.read.get(i, 0)), self.context[i]) for i in sorted(self.visual)}
         return Stats(
             steps=self.steps,
             visual_entries=sum(layer.visual_entries for layer in layers.values()),

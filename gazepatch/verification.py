@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LogitsProcessor
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from gazepatch.attention import GazeAttention
 from gazepatch.config import GazeConfig
 from gazepatch.patch import context_tokens_of, is_patched, patch_of, patched, restored, root_model
+from gazepatch.registry import adapter_for
 
 #: Largest difference of logits that is put down to the order of additions, relative to the largest logit.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}
@@ -95,17 +95,6 @@ def _verify(
     )
 
 
-class _Forced(LogitsProcessor):
-    """Makes `generate` say the given tokens `[B, steps]`, whatever the model thinks."""
-
-    def __init__(self, tokens: Tensor, prompt: int) -> None:
-        self.tokens, self.prompt = tokens, prompt
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        token = self.tokens[:, input_ids.shape[1] - self.prompt]
-        return torch.full_like(scores, float("-inf")).scatter(1, token[:, None], 0.0)
-
-
 def generate_logits(
     model: nn.Module, inputs: Mapping[str, Any], steps: int, tokens: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -113,6 +102,8 @@ def generate_logits(
     # By way of generate, which alone knows how each family numbers the positions of new tokens.
     prompt = inputs["input_ids"].shape[1]
     root: Any = root_model(model)
+    # Not a logits processor: Janus drops those.
+    forced = None if tokens is None else lambda row, ids: tokens[row, len(ids) - prompt, None].tolist()
     out = root.generate(
         **_copied(inputs),
         max_new_tokens=steps + 1,
@@ -123,7 +114,7 @@ def generate_logits(
         cache_implementation="dynamic",
         output_logits=True,
         return_dict_in_generate=True,
-        logits_processor=[] if tokens is None else [_Forced(tokens, prompt)],
+        prefix_allowed_tokens_fn=forced,
     )
     return torch.stack(out.logits, 1), out.sequences[:, prompt:]
 
@@ -131,11 +122,12 @@ def generate_logits(
 def _uncached(model: nn.Module, inputs: Mapping[str, Any], tokens: Tensor) -> Tensor:
     """The logits of `generate_logits` with these `tokens`, from one forward without a cache."""
     longer = _copied(inputs)
+    of_new = {"attention_mask": 1, **adapter_for(root_model(model).config.model_type).inputs_of_answers}
     shape, tokens = inputs["input_ids"].shape, tokens[:, :-1]
     for name, value in inputs.items():
-        # Whatever goes along with the tokens is that of text behind the prompt.
+        # Whatever goes along with the tokens is that of an answer behind the prompt.
         if torch.is_tensor(value) and value.shape == shape:
-            fill = tokens if name == "input_ids" else value.new_full(tokens.shape, int(name == "attention_mask"))
+            fill = tokens if name == "input_ids" else value.new_full(tokens.shape, of_new.get(name, 0))
             longer[name] = torch.cat([value, fill], 1)
     logits: Tensor = model(**longer, use_cache=False).logits
     return logits[:, shape[1] - 1 :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,12 @@ from gazepatch.regions import tile_span
 
 # The tests are many small operations, which further threads only slow down.
 torch.set_num_threads(1)
+
+# Where there is no GPU, the tests of the kernels run them in Triton's interpreter. Triton asks when it is imported, and
+# more modules import it than one would think, so this comes before all of them. Other tests do not notice: on CPU,
+# backend="auto" is plain PyTorch all the same.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

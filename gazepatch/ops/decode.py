@@ -58,10 +58,13 @@ class DecodePlan:
     Attributes:
         whole: Every region is read.
         visual_entries: Visual entries there are, summed over rows and selections.
+        counts_itself: Whether `decode` adds what it reads to the `total` it is given.
     """
 
+    counts_itself = False
+
     def __init__(self, regions: Regions, config: GazeConfig, batch: int, heads: int, key_heads: int) -> None:
-        self.regions, self.config = regions, config
+        self.regions, self.config, self.heads = regions, config, heads
         device, budgets = regions.start.device, regions.budgets(config)
         self.on_cpu = device.type == "cpu"
         selections = heads if config.head_reduce == "none" else key_heads
@@ -83,6 +86,12 @@ class DecodePlan:
             self.within = places < torch.tensor(budgets, device=device)[:, None, None, None]
         self.padding = _padding_bias(regions)
         self._scratch: dict[int, Tensor] = {}
+
+    def decode(
+        self, query: Tensor, entries: Entries, scale: float, bias: Tensor | None = None, total: Tensor | None = None
+    ) -> Decoded:
+        """`gaze_decode` by this plan. `total` is for plans with `counts_itself`: a `[1]` int64 tensor."""
+        return gaze_decode(query, entries, self, scale, bias)
 
     def read(self, store: Tensor, pages: Tensor, which: int) -> Tensor:
         """Tokens `[g, n * page, D]` of the pages `[g, n]` of a `[B, H_kv, N, D]` store.

@@ -1,0 +1,183 @@
+"""Machine code of every kernel, for every target, without a GPU: `python benchmarks/compile_kernels.py [--json]`.
+
+Prints registers, spills and shared memory of each. Exits with 1 when the decode kernel spills registers to memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton does by default up to 3.9, which warns without it
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gazepatch.kernels.device.decode import decode_kernel
+from gazepatch.kernels.device.means import means_kernel
+from gazepatch.kernels.device.selection import select_kernel
+from gazepatch.kernels.launches import SCORED, decode_launch, padded
+
+TARGETS = {
+    "cuda80": GPUTarget("cuda", 80, 32),
+    "cuda90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"fp16": 2, "bf16": 2, "fp32": 4}
+DIMS = (64, 80, 96, 128, 256)
+KERNELS = ("decode", "select", "means")
+GROUP, WINDOWS, REGIONS = 7, 4, 4096
+
+#: Arguments whose values are multiples of 16 wherever a head dim is: pointers, and strides but for those of tables.
+ALIGNED = re.compile(r"(query|key|value|entry|visual_key|visual_value|mean)_(row|head|token|window)")
+
+
+def build(kernel: str, target: str, dtype: str, dim: int) -> dict[str, Any]:
+    """Compile one kernel with everything in it, and say what it takes."""
+    function, pointers, constants, warps, stages = globals()[f"_{kernel}"](target, dtype, dim)
+    signature, attributes = {}, {}
+    for i, name in enumerate(function.arg_names):
+        scalar = "fp32" if name == "scale" else "i32"
+        signature[name] = "constexpr" if name in constants else pointers.get(name, scalar)
+        if name in pointers or ALIGNED.fullmatch(name):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    values = {(function.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(function, signature, values, attributes)
+    made = triton.compile(source, target=TARGETS[target], options={"num_warps": warps, "num_stages": stages})
+    usage = _amd(made.asm["amdgcn"]) if target.startswith("gfx") else _nvidia(made.asm["cubin"])
+    row = {"kernel": kernel, "target": target, "dtype": dtype, "head_dim": dim, "warps": warps, "stages": stages}
+    return {**row, **usage, "shared_bytes": made.metadata.shared}
+
+
+def _decode(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
+    launch, data = decode_launch(target, dim, DTYPES[dtype]), f"*{dtype}"
+    names = ("query", "key", "value", "visual_key", "visual_value", "mean_values", "output")
+    pointers = dict.fromkeys(names, data) | dict.fromkeys(("bias", "logits", "partial", "weights"), "*fp32")
+    pointers |= {"runs": "*i32", "taken": "*i8", "arrived": "*i32"}
+    constants = {
+        "SELECTIONS": 1,
+        "ROWS": GROUP,
+        "DIM": dim,
+        "VALUE_DIM": dim,
+        "WINDOWS": WINDOWS,
+        "HAS_BIAS": True,
+        "HAS_RUNS": True,
+        "PERIPHERY": True,
+        "BLOCK_M": padded(GROUP),
+        "BLOCK_N": launch.block,
+        "BLOCK_D": padded(dim),
+        "BLOCK_V": padded(dim),
+        "BLOCK_S": 64,
+    }
+    return decode_kernel, pointers, constants, launch.warps, launch.stages
+
+
+def _select(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
+    pointers = dict.fromkeys(("query", "mean_keys"), f"*{dtype}")
+    pointers |= dict.fromkeys(("log_counts", "logits", "region_logits"), "*fp32")
+    pointers |= dict.fromkeys(("start", "length", "budget", "runs", "arrived"), "*i32")
+    pointers |= {"taken": "*i8", "total": "*i64"}
+    constants = {
+        "GROUP": GROUP,
+        "DIM": dim,
+        "WINDOWS": WINDOWS,
+        "PER_HEAD": False,
+        "BY_MAX": False,
+        "PERIPHERY": True,
+        "COUNTS": True,
+        "BLOCK_M": padded(GROUP),
+        "BLOCK_R": SCORED // WINDOWS,
+        "BLOCK_C": WINDOWS,
+        "BLOCK_D": padded(dim),
+        "BLOCK_ALL": REGIONS,
+        "mean_dim": 1,
+    }
+    return select_kernel, pointers, constants, 8, 2
+
+
+def _means(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
+    pointers = {"entries": f"*{dtype}", "means": f"*{dtype}", "start": "*i32", "length": "*i32"}
+    return means_kernel, pointers, {"DIM": dim, "BLOCK_W": 16, "BLOCK_D": padded(dim)}, 4, 3
+
+
+def _nvidia(cubin: bytes) -> dict[str, int]:
+    """From NVIDIA's own tool, which comes with Triton. The kernels keep no arrays: a stack holds spills alone."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        printed = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    numbers = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", printed)}
+    return {"registers": numbers["REG"], "spilled_bytes": numbers["STACK"] + numbers["LOCAL"]}
+
+
+def _amd(assembly: str) -> dict[str, int]:
+    """From the metadata at the end of the assembly. Scalar registers spill to vector registers, not to memory."""
+    names = {"registers": "vgpr_count", "spilled_bytes": "private_segment_fixed_size"}
+    found = {name: re.search(rf"\.{field}:\s*(\d+)", assembly) for name, field in names.items()}
+    return {name: int(match[1]) for name, match in found.items() if match is not None}
+
+
+def versions() -> dict[str, str]:
+    """What the figures depend on."""
+    return {"triton": triton.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def report(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Lines of a table."""
+    yield "Registers a thread, bytes spilled to memory, and bytes of shared memory; compiled, not run."
+    yield ", ".join(f"{name} {version}" for name, version in versions().items())
+    yield f"decode and select: {GROUP} query heads a key head, bias, periphery, {WINDOWS} windows a region; select: up"
+    yield f"to {REGIONS} regions. gfx942 counts vector and accumulation registers together."
+    yield ""
+    cells = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    for line in cells:
+        yield "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--kernel", choices=KERNELS, action="append", help="this one alone; may be repeated")
+    parser.add_argument("--target", choices=TARGETS, action="append", help="this one alone; may be repeated")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="this one alone; may be repeated")
+    parser.add_argument("--dim", type=int, action="append", help="this head dim alone; may be repeated")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
+    parser.add_argument("-o", "--out", type=Path, help="write the table to FILE")
+    options = parser.parse_args()
+    wanted = itertools.product(
+        options.kernel or KERNELS, options.target or TARGETS, options.dtype or DTYPES, options.dim or DIMS
+    )
+    with ProcessPoolExecutor(options.jobs) as pool:
+        rows = list(pool.map(build, *zip(*wanted, strict=True)))
+    table = "\n".join(report(rows)) + "\n"
+    print(json.dumps({"versions": versions(), "kernels": rows}, indent=1) if options.json else table, end="")
+    if options.out is not None:
+        partial = options.out.with_suffix(".partial")
+        partial.write_text(table)
+        partial.rename(options.out)
+    spilling = [row for row in rows if row["kernel"] == "decode" and row["spilled_bytes"]]
+    for row in spilling:
+        print(f"the decode kernel spills: {row}", file=sys.stderr)
+    return 1 if spilling else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

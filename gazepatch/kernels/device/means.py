@@ -1,0 +1,39 @@
+"""The mean of every window. Its tokens lie one behind the other, so nothing is added up atomically."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def means_kernel(
+    entries,  # [B, H, N, D] in slot order, last axis dense
+    start,  # [b, W] int32 first slot of a window
+    length,  # [b, W] int32 its tokens
+    means,  # out [B, H, W, D]
+    heads,
+    windows,
+    longest,
+    entry_row,
+    entry_head,
+    entry_token,
+    table_row,
+    DIM: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    pair = tl.program_id(0)
+    batch, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    window, dims = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W), tl.arange(0, BLOCK_D)
+    there = window < windows
+    first = tl.load(start + batch * table_row + window, mask=there, other=0).to(tl.int64)
+    tokens = tl.load(length + batch * table_row + window, mask=there, other=0)
+    of_entries = entries + batch * entry_row + head * entry_head + first[:, None] * entry_token + dims[None, :]
+    total = tl.zeros([BLOCK_W, BLOCK_D], tl.float32)
+    for i in range(longest):
+        held = (i < tokens)[:, None] & (dims < DIM)[None, :]
+        total += tl.load(of_entries + i * entry_token, mask=held, other=0.0).to(tl.float32)
+    mean = total / tl.maximum(tokens, 1).to(tl.float32)[:, None]
+    of_means = means + (pair.to(tl.int64) * windows + window)[:, None] * DIM + dims[None, :]
+    tl.store(of_means, mean.to(means.dtype.element_ty), mask=there[:, None] & (dims < DIM)[None, :])

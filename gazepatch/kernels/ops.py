@@ -1,0 +1,281 @@
+"""The kernels as operators of torch: `torch.ops.gazepatch.select`, `decode` and `window_means`.
+
+torch.compile takes each as one node. They allocate nothing that depends on data and never wait for the device: a step
+can be captured in a CUDA graph. What they need between launches is handed in (`gazepatch.kernels.plan`).
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from gazepatch.kernels.device.decode import decode_kernel
+from gazepatch.kernels.device.means import means_kernel
+from gazepatch.kernels.device.selection import select_kernel
+from gazepatch.kernels.launches import SCORED, Launch, architecture, decode_launch, padded
+
+
+def _next_power(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _row_stride(table: Tensor) -> int:
+    return table.stride(0) if len(table) > 1 else 0
+
+
+@torch.library.custom_op(
+    "gazepatch::select",
+    mutates_args=("logits", "region_logits", "runs", "taken", "total", "arrived"),
+    schema="(Tensor query, Tensor mean_keys, Tensor log_counts, Tensor start, Tensor length, Tensor budget, "
+    "Tensor(a!) logits, Tensor(b!) region_logits, Tensor(c!) runs, Tensor(d!) taken, Tensor(e!)? total, "
+    "Tensor(f!) arrived, float scale, bool by_max, bool periphery, int splits) -> ()",
+)
+def select(
+    query: Tensor,
+    mean_keys: Tensor,
+    log_counts: Tensor,
+    start: Tensor,
+    length: Tensor,
+    budget: Tensor,
+    logits: Tensor,
+    region_logits: Tensor,
+    runs: Tensor,
+    taken: Tensor,
+    total: Tensor | None,
+    arrived: Tensor,
+    scale: float,
+    by_max: bool,
+    periphery: bool,
+    splits: int,
+) -> None:
+    """Select regions, like `gazepatch.selection`. One launch.
+
+    Args:
+        query: `[B, H, D]`.
+        mean_keys: `[B, H_kv, R * C, D]`, any strides.
+        log_counts: `[b, R * C]` float32; `b` is 1 or B, here and below.
+        start, length: `[b, R]` int32, of the regions.
+        budget: `[b]` int32, regions that a query of the row reads.
+        logits: Out, `[B, H, R * C]` float32: of the windows; written with `periphery`.
+        region_logits: Out, `[B, H, R]` float32.
+        runs: Out, `[B, H_kv, g, S, 2]` int32: start and length of the selected regions by their number, zeros behind
+            them. With `g` = G every query head selects for itself.
+        taken: Out, `[B, H_kv, g, R]` int8: which regions are selected; written with `periphery`.
+        total: `[1]` int64, the tokens of the selected regions are added to it; None: they are not counted.
+        arrived: `[B * H_kv]` int32 zeros, and zeros again afterwards.
+        scale: Scale of the attention scores.
+        by_max: Heads agree by the maximum of their shares, not their mean.
+        periphery: Whether `logits` and `taken` are written.
+        splits: Programs a (row, key head) pair.
+    """
+    batch, heads, dim = query.shape
+    key_heads, regions = mean_keys.shape[1], length.shape[1]
+    group, windows = heads // key_heads, log_counts.shape[1] // max(regions, 1)
+    columns = _next_power(windows)
+    with _on(query.device):
+        select_kernel[batch * key_heads, splits](
+            query,
+            mean_keys,
+            log_counts,
+            start,
+            length,
+            budget,
+            logits,
+            region_logits,
+            runs,
+            taken,
+            total,
+            arrived,
+            scale,
+            key_heads,
+            regions,
+            runs.shape[3],
+            splits,
+            query.stride(0),
+            query.stride(1),
+            *mean_keys.stride(),
+            _row_stride(log_counts),
+            _row_stride(length),
+            _row_stride(budget),
+            GROUP=group,
+            DIM=dim,
+            WINDOWS=windows,
+            PER_HEAD=runs.shape[2] > 1,
+            BY_MAX=by_max,
+            PERIPHERY=periphery,
+            COUNTS=total is not None,
+            BLOCK_M=padded(group),
+            BLOCK_R=max(1, SCORED // columns),
+            BLOCK_C=columns,
+            BLOCK_D=padded(dim),
+            BLOCK_ALL=max(16, _next_power(regions)),
+            num_warps=8 if regions > 2048 else 4,
+            num_stages=2,
+        )
+
+
+@select.register_fake
+def _(*_: object) -> None:
+    return None
+
+
+@torch.library.custom_op(
+    "gazepatch::decode",
+    mutates_args=("partial", "weights", "arrived"),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor visual_key, Tensor visual_value, "
+    "Tensor runs, Tensor? logits, Tensor? taken, Tensor? mean_values, Tensor(a!) partial, Tensor(b!) weights, "
+    "Tensor(c!) arrived, float scale, int longest, int splits) -> Tensor",
+)
+def decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    visual_key: Tensor,
+    visual_value: Tensor,
+    runs: Tensor,
+    logits: Tensor | None,
+    taken: Tensor | None,
+    mean_values: Tensor | None,
+    partial: Tensor,
+    weights: Tensor,
+    arrived: Tensor,
+    scale: float,
+    longest: int,
+    splits: int,
+) -> Tensor:
+    """Attention of one query token a row, like `gazepatch.ops.decode.gaze_decode`. One launch.
+
+    Args:
+        query: `[B, H, D]`.
+        key, value: `[B, H_kv, T, D]` and `[B, H_kv, T, D_v]`, every entry that is always visible.
+        bias: `[b, T]` float32, added to the scores of these.
+        visual_key, visual_value: `[B, H_kv, N, D]` and `[B, H_kv, N, D_v]`, rows of the store dense.
+        runs: `[B, H_kv, g, S, 2]` int32: first slot and tokens of what is read of it.
+        logits, taken, mean_values: For the periphery: what `select` wrote, and `[B, H_kv, R * C, D_v]`; or None.
+        partial, weights: Scratch float32 of at least `[B * H_kv * g, splits, G / g, D_v]` and `[..., 2]`.
+        arrived: `[B * H_kv * g]` int32 zeros, and zeros again afterwards.
+        scale: Scale of the attention scores.
+        longest: Tokens of the longest region.
+        splits: Programs a selection.
+
+    Returns:
+        `[B, H, D_v]`.
+    """
+    batch, heads, dim = query.shape
+    key_heads, value_dim = key.shape[1], value.shape[3]
+    selections, places = runs.shape[2], runs.shape[3]
+    rows = heads // key_heads // selections
+    output = query.new_empty(batch, heads, value_dim)
+    periphery = logits is not None and taken is not None and mean_values is not None
+    launch = launch_for(query, value_dim)
+    with _on(query.device):
+        decode_kernel[batch * key_heads * selections, splits](
+            query,
+            key,
+            value,
+            bias,
+            visual_key,
+            visual_value,
+            runs,
+            logits,
+            taken,
+            mean_values,
+            partial,
+            weights,
+            arrived,
+            output,
+            scale,
+            key_heads,
+            key.shape[2],
+            places,
+            longest,
+            logits.shape[2] if logits is not None else 0,
+            splits,
+            query.stride(0),
+            query.stride(1),
+            *key.stride()[:3],
+            *value.stride()[:3],
+            0 if bias is None else _row_stride(bias),
+            *visual_key.stride()[:2],
+            *visual_value.stride()[:2],
+            *((0, 0) if mean_values is None else mean_values.stride()[:2]),
+            SELECTIONS=selections,
+            ROWS=rows,
+            DIM=dim,
+            VALUE_DIM=value_dim,
+            WINDOWS=logits.shape[2] // taken.shape[3] if logits is not None and taken is not None else 1,
+            HAS_BIAS=bias is not None,
+            HAS_RUNS=places > 0,
+            PERIPHERY=periphery,
+            BLOCK_M=padded(rows),
+            BLOCK_N=launch.block,
+            BLOCK_D=padded(dim),
+            BLOCK_V=padded(value_dim),
+            BLOCK_S=_next_power(max(splits, weights.shape[1])),
+            num_warps=launch.warps,
+            num_stages=launch.stages,
+        )
+    return output
+
+
+@decode.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
+    return query.new_empty(*query.shape[:2], value.shape[3])
+
+
+def launch_for(query: Tensor, value_dim: int) -> Launch:
+    """Settings of the decode kernel for a query `[..., D]` and values of `value_dim`."""
+    return decode_launch(architecture(query.device), max(query.shape[-1], value_dim), query.element_size())
+
+
+@torch.library.custom_op(
+    "gazepatch::window_means",
+    mutates_args=(),
+    schema="(Tensor entries, Tensor start, Tensor length, int longest) -> Tensor",
+)
+def window_means(entries: Tensor, start: Tensor, length: Tensor, longest: int) -> Tensor:
+    """Mean of every window, like `gazepatch.regions.Chunk.means`. One launch.
+
+    Args:
+        entries: `[B, H, N, D]` in slot order.
+        start, length: `[b, W]` int32, of the windows; `b` is 1 or B.
+        longest: Tokens of the longest window.
+
+    Returns:
+        `[B, H, W, D]`; 0 for windows without tokens.
+    """
+    batch, heads, _, dim = entries.shape
+    windows = length.shape[1]
+    entries = entries if entries.stride(-1) == 1 else entries.contiguous()
+    means = entries.new_empty(batch, heads, windows, dim)
+    block = 16
+    with _on(entries.device):
+        means_kernel[batch * heads, -(-windows // block)](
+            entries,
+            start,
+            length,
+            means,
+            heads,
+            windows,
+            longest,
+            *entries.stride()[:3],
+            _row_stride(length),
+            DIM=dim,
+            BLOCK_W=block,
+            BLOCK_D=padded(dim),
+            num_warps=4,
+        )
+    return means
+
+
+@window_means.register_fake
+def _(entries: Tensor, start: Tensor, length: Tensor, longest: int) -> Tensor:
+    return entries.new_empty(*entries.shape[:2], length.shape[1], entries.shape[3])

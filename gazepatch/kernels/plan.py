@@ -1,0 +1,152 @@
+"""One decode step by the kernels: two launches, with everything they need made when the sequence gets its regions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gazepatch.config import GazeConfig
+from gazepatch.errors import UnsupportedModelError
+from gazepatch.kernels.launches import SCORED, most_splits, multiprocessors
+from gazepatch.kernels.ops import decode, launch_for, select
+from gazepatch.ops.decode import Decoded, DecodePlan, Entries
+from gazepatch.regions import Regions
+
+#: One program holds the scores of all regions of a row in its registers.
+MOST_REGIONS = 16384
+MOST_WINDOWS = 1024  # of a region
+MOST_DIM = 256
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class KernelPlan(DecodePlan):
+    """A `DecodePlan` for the kernels. What they do not take, its base does: a reason is in `unfit`."""
+
+    def __init__(self, regions: Regions, config: GazeConfig, batch: int, heads: int, key_heads: int) -> None:
+        super().__init__(regions, config, batch, heads, key_heads)
+        device, group = regions.start.device, heads // key_heads
+        self.counts_itself = not (self.whole or regions.even)
+        self.start_table, self.length_table = regions.start.int(), regions.length.int()
+        self.log_counts = regions.log_counts.float().contiguous()
+        self.budget = torch.tensor(regions.budgets(config), dtype=torch.int32, device=device)
+        self.pairs, self.selections = batch * key_heads, group if config.head_reduce == "none" else 1
+        self.shape = (batch, key_heads, self.selections)
+        self.programs = multiprocessors(device)
+        self.arrived = torch.zeros(self.pairs * self.selections, dtype=torch.int32, device=device)
+        count, windows = regions.start.shape[1], regions.log_counts.shape[1]
+        if self.whole:
+            table = torch.stack([self.start_table, self.length_table], -1)[:, None, None]
+            self.runs = table.expand(*self.shape, -1, -1).contiguous()
+        else:
+            self.runs = torch.empty(*self.shape, self.count, 2, dtype=torch.int32, device=device)
+            self.region_logits = torch.empty(batch, heads, count, device=device)
+            self.logits = torch.empty(batch, heads, windows if config.periphery else 0, device=device)
+            self.taken = torch.empty(*self.shape, count if config.periphery else 0, dtype=torch.int8, device=device)
+        tiles = -(-count // max(1, SCORED // padded_windows(regions)))
+        self.select_splits = min(tiles, most_splits(self.pairs, self.programs))
+        self._combining: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def decode(
+        self, query: Tensor, entries: Entries, scale: float, bias: Tensor | None = None, total: Tensor | None = None
+    ) -> Decoded:
+        """`gaze_decode` by the kernels."""
+        if reason := self.unfit(query, entries):
+            if self.config.backend == "triton":
+                raise UnsupportedModelError(f"backend='triton' {reason}: take backend='auto'")
+            return super().decode(query, entries, scale, bias, total)
+        batch, heads, _, _ = query.shape
+        flat = query.view(batch, heads, -1) if query.stride(-1) == 1 else query.reshape(batch, heads, -1)
+        read: int | Tensor = self.visual_entries
+        far = self.config.periphery and entries.mean_values is not None and not self.whole
+        if not self.whole:
+            read = self._select(flat, entries, scale, far, total)
+        output = self._attend(flat, entries, scale, bias, far)
+        return Decoded(output[:, :, None], read)
+
+    def _select(self, query: Tensor, entries: Entries, scale: float, far: bool, total: Tensor | None) -> int | Tensor:
+        counter = None
+        if not self.regions.even:
+            counter = torch.zeros(1, dtype=torch.int64, device=query.device) if total is None else total
+        select(
+            query,
+            entries.mean_keys,
+            self.log_counts,
+            self.start_table,
+            self.length_table,
+            self.budget,
+            self.logits,
+            self.region_logits,
+            self.runs,
+            self.taken,
+            counter,
+            self.arrived,
+            scale,
+            self.config.head_reduce == "max",
+            far,
+            self.select_splits,
+        )
+        if counter is None:
+            return self.pairs * self.selections * self.count * self.regions.max_length
+        return counter if total is None else 0
+
+    def _attend(self, query: Tensor, entries: Entries, scale: float, bias: Tensor | None, far: bool) -> Tensor:
+        value_dim = entries.value.shape[3]
+        launch = launch_for(query, value_dim)
+        key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (entries.key, entries.value))
+        tokens = key.shape[2] + self.runs.shape[3] * self.regions.max_length
+        tokens += self.log_counts.shape[1] if far else 0
+        groups = self.pairs * self.selections
+        most = most_splits(groups, launch.programs * self.programs)
+        partial, weights = self._scratch_for(groups, most, value_dim)
+        output: Tensor = decode(
+            query,
+            key,
+            value,
+            None if bias is None else bias[:, 0, 0],
+            entries.visual_key,
+            entries.visual_value,
+            self.runs,
+            self.logits if far else None,
+            self.taken if far else None,
+            entries.mean_values if far else None,
+            partial,
+            weights,
+            self.arrived,
+            scale,
+            self.regions.max_length,
+            min(most, -(-tokens // launch.block)),
+        )
+        return output
+
+    def _scratch_for(self, groups: int, splits: int, value_dim: int) -> tuple[Tensor, Tensor]:
+        """Where programs leave what they found, shared by all layers."""
+        key = (splits, value_dim)
+        if key not in self._combining:
+            rows = self.log_counts.new_empty  # float32, on the device
+            group = self.heads // self.selections
+            self._combining[key] = rows(groups, splits, group, value_dim), rows(groups, splits, group, 2)
+        return self._combining[key]
+
+    def unfit(self, query: Tensor, entries: Entries) -> str | None:
+        """Why the kernels cannot take this step, or None."""
+        tensors = [query, *(entry for entry in entries if entry is not None)]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return "has no gradients of decode steps"
+        if query.dtype not in DTYPES or any(tensor.dtype != query.dtype for tensor in tensors):
+            return f"needs one type among {_names(DTYPES)}, got {_names({tensor.dtype for tensor in tensors})}"
+        if max(query.shape[-1], entries.value.shape[-1]) > MOST_DIM:
+            return f"takes heads of up to {MOST_DIM}, got {query.shape[-1]} and {entries.value.shape[-1]}"
+        if not self.whole and self.regions.start.shape[1] > MOST_REGIONS:
+            return f"selects among up to {MOST_REGIONS} regions, got {self.regions.start.shape[1]}"
+        if not self.whole and self.regions.windows > MOST_WINDOWS:
+            return f"scores up to {MOST_WINDOWS} windows a region, got {self.regions.windows}"
+        return None
+
+
+def padded_windows(regions: Regions) -> int:
+    """Windows of a region, as the selection counts them."""
+    return 1 << max(regions.windows - 1, 0).bit_length()
+
+
+def _names(dtypes: object) -> str:
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))  # type: ignore[attr-defined]

@@ -1,0 +1,29 @@
+"""Launch settings of the decode kernel, by architecture, padded head dim and bytes per element.
+
+UNMEASURED: reasoned from shared memory, registers and the bytes that must be in flight, on no GPU yet.
+`benchmarks/tune.py` writes this file from measurements.
+"""
+
+from __future__ import annotations
+
+#: (architecture, head dim, bytes) -> entries of a tile, warps, stages, programs per multiprocessor
+DECODE: dict[tuple[str, int, int], tuple[int, int, int, int]] = {
+    ("cuda80", 64, 2): (64, 4, 3, 2),
+    ("cuda80", 128, 2): (64, 4, 3, 2),
+    ("cuda80", 256, 2): (32, 4, 3, 2),
+    ("cuda80", 64, 4): (32, 4, 3, 2),
+    ("cuda80", 128, 4): (32, 8, 2, 2),
+    ("cuda80", 256, 4): (16, 8, 2, 2),
+    ("cuda90", 64, 2): (64, 4, 4, 2),
+    ("cuda90", 128, 2): (64, 4, 3, 2),
+    ("cuda90", 256, 2): (32, 4, 3, 2),
+    ("cuda90", 64, 4): (32, 4, 3, 2),
+    ("cuda90", 128, 4): (32, 8, 2, 2),
+    ("cuda90", 256, 4): (16, 8, 2, 2),
+    ("gfx942", 64, 2): (64, 4, 2, 2),
+    ("gfx942", 128, 2): (64, 4, 2, 2),
+    ("gfx942", 256, 2): (32, 4, 2, 2),
+    ("gfx942", 64, 4): (32, 4, 2, 2),
+    ("gfx942", 128, 4): (32, 4, 2, 2),
+    ("gfx942", 256, 4): (16, 4, 2, 2),
+}

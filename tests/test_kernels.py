@@ -1,0 +1,415 @@
+"""The kernels against their PyTorch twins: natively where there is a GPU, in Triton's interpreter elsewhere."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_decode import BASE, LAYOUTS, SETTINGS, TURNS, Filled, separated, steps
+from tiny import Case, batch, tiny
+from torch import Tensor
+
+from gazepatch import apply, inspect, patched, stats
+from gazepatch.backend import choose
+from gazepatch.config import GazeConfig
+from gazepatch.errors import ConfigError, UnsupportedModelError
+from gazepatch.layout import Span
+from gazepatch.ops.plan import means_of, plan_for
+from gazepatch.regions import ABSENT, sort_chunk
+from gazepatch.selection import region_scores, window_logits
+from gazepatch.selection import select as torch_select
+
+pytest.importorskip("triton")
+from gazepatch.kernels.ops import decode, select, window_means
+from gazepatch.kernels.plan import KernelPlan
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+Make = Callable[..., Any]
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+KERNELS = replace(BASE, backend="triton")
+needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
+
+
+def on_device(sequence: Any) -> Any:
+    return replace(
+        sequence, **{name: getattr(sequence, name).to(DEVICE) for name in ("query", "key", "value", "visible")}
+    )
+
+
+# ---- whole steps against the definition
+
+
+@torch.no_grad()
+def assert_every_step_is_the_reference(sequence: Any, config: GazeConfig) -> None:
+    filled = Filled(on_device(sequence), config)
+    for position, decoded in steps(filled):
+        output, kept = sequence.reference(position, config)
+        assert decoded.output.shape == (*output.shape[:2], 1, output.shape[2])
+        torch.testing.assert_close(decoded.output[:, :, 0].cpu(), output, atol=2e-5, rtol=0)
+        if filled.state.regions is not None:
+            assert int(decoded.read) == sequence.read(kept, config)
+
+
+STEPS = [
+    ("one token", "share"),
+    ("35", "share"),
+    ("36 without text", "share, no periphery"),
+    ("63 and much text", "none"),
+    ("100", "paper"),
+    ("100", "everything"),
+    ("divisible", "number"),
+    ("divisible", "none, no periphery"),
+    ("several, adjacent", "windows of one token"),
+    ("video", "flat windows through time"),
+    ("row gaps", "max"),
+    ("no grid", "share"),
+    ("rows of different images", "share"),
+    ("rows of different images", "few tokens in some rows"),
+    ("rows of different images", "number, no periphery"),
+    ("rows of different images", "everything"),
+    ("a row without an image", "share"),
+    ("a row without an image", "none"),
+    ("padding before rows alike", "max"),
+]
+
+
+@pytest.mark.parametrize(("layout", "settings"), STEPS, ids=str)
+def test_steps(layout: str, settings: str, sequences: Make) -> None:
+    assert_every_step_is_the_reference(sequences([LAYOUTS[layout]]), replace(KERNELS, **SETTINGS[settings]))
+
+
+@pytest.mark.parametrize("settings", ["share", "none"])
+@pytest.mark.parametrize(("key_heads", "group"), [(1, 1), (2, 7), (1, 17)], ids=str)
+def test_heads(key_heads: int, group: int, settings: str, sequences: Make) -> None:
+    sequence = sequences([LAYOUTS["several, text between"]], key_heads=key_heads, group=group)
+    assert_every_step_is_the_reference(sequence, replace(KERNELS, **SETTINGS[settings]))
+
+
+@pytest.mark.parametrize(("dim", "value_dim"), [(1, 1), (63, 63), (80, 96), (128, 64), (256, 256)], ids=str)
+def test_dimensions(dim: int, value_dim: int, sequences: Make) -> None:
+    sequence = sequences([LAYOUTS["several, text between"]], key_heads=1, dim=dim, value_dim=value_dim)
+    assert_every_step_is_the_reference(replace(sequence, scale=dim**-0.5), KERNELS)
+
+
+@pytest.mark.parametrize("turns", ["rows alike, then not", "images in one row, then in the other"])
+def test_turns(turns: str, sequences: Make) -> None:
+    assert_every_step_is_the_reference(sequences(TURNS[turns], steps=2), KERNELS)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    # The interpreter multiplies bfloat16 as if it were integers.
+    [torch.float16, pytest.param(torch.bfloat16, marks=[pytest.mark.gpu, needs_gpu])],
+    ids=str,
+)
+@pytest.mark.parametrize("settings", ["share", "none"])
+@torch.no_grad()
+def test_low_precision(settings: str, dtype: torch.dtype, sequences: Make) -> None:
+    config = replace(BASE, **SETTINGS[settings])
+    sequence = separated(sequences([LAYOUTS["rows of different images"]], dim=64), config).to(dtype)
+    position = sequence.stops[0]
+    filled = Filled(on_device(sequence), replace(config, backend="triton"))
+    filled.read(0, position)
+    decoded = filled.decode(position, filled.sequence.mask(position))
+    output, kept = sequence.reference(position, config)
+    assert decoded.output.dtype == dtype and int(decoded.read) == sequence.read(kept, config)
+    twin = sequence.twin(position, config, kept)
+    error, usual = ((x.cpu().float() - output).abs().max().item() for x in (decoded.output[:, :, 0], twin))
+    rounding = torch.finfo(dtype).eps / 2 * output.abs().max().item()
+    assert error <= 2 * usual + rounding, f"error {error:.2e}, plain attention in {dtype} has {usual:.2e}"
+
+
+# ---- selection: the same decisions as the twin
+
+
+class Selection:
+    """Random windows for `select`, and its outputs."""
+
+    def __init__(self, regions: int, windows: int, group: int, distinct: int, rows: int = 2) -> None:
+        key_heads, dim, total = 2, 16, regions * windows
+        # Small integers have exact products, and few of them many ties.
+        self.query = torch.randint(-1, 2, (rows, key_heads * group, dim), device=DEVICE).float()
+        self.mean_keys = torch.randint(0, distinct, (rows, key_heads, total, dim), device=DEVICE).float()
+        counts = torch.randint(1, 3, (rows, regions, windows), device=DEVICE)
+        self.length = counts.sum(-1).int()
+        self.length[-1, regions // 2 :] = 0  # regions that only the first row has
+        present = (self.length > 0)[..., None].expand_as(counts)
+        self.log_counts = counts.float().log().masked_fill(~present, ABSENT).flatten(1)
+        self.start = (self.length.cumsum(-1) - self.length).int()
+        self.group, self.windows, self.regions = group, windows, regions
+        self.shape = (rows, key_heads)
+
+    def run(self, budget: list[int], head_reduce: str, splits: int) -> tuple[Tensor, Tensor, int]:
+        """Runs, taken regions and tokens that were counted."""
+        selections = self.group if head_reduce == "none" else 1
+        rows, key_heads = self.shape
+        places, heads = max(budget), key_heads * self.group
+        logits = torch.empty(rows, heads, self.regions * self.windows, device=DEVICE)
+        region_logits = torch.empty(rows, heads, self.regions, device=DEVICE)
+        runs = torch.empty(rows, key_heads, selections, places, 2, dtype=torch.int32, device=DEVICE)
+        taken = torch.empty(rows, key_heads, selections, self.regions, dtype=torch.int8, device=DEVICE)
+        total = torch.tensor([5], device=DEVICE)
+        arrived = torch.zeros(rows * key_heads, dtype=torch.int32, device=DEVICE)
+        budgets = torch.tensor(budget, dtype=torch.int32, device=DEVICE)
+        tables = (self.log_counts, self.start, self.length, budgets)
+        by_max = head_reduce == "max"
+        select(
+            *(self.query, self.mean_keys, *tables, logits, region_logits, runs, taken, total, arrived),
+            *(0.25, by_max, True, splits),
+        )
+        assert not arrived.any()
+        assert torch.equal(logits, self.logits().flatten(1, 2))
+        return runs, taken, int(total) - 5
+
+    def logits(self) -> Tensor:
+        grouped = self.query.unflatten(1, (-1, self.group))
+        return window_logits(grouped, self.mean_keys, self.log_counts, 0.25)
+
+    def expected(self, budget: list[int], head_reduce: str) -> Tensor:
+        """Which regions the twin takes."""
+        scores = region_scores(self.logits().softmax(-1), self.windows, head_reduce)
+        scores = scores.masked_fill((self.length == 0)[:, None, None], -1.0)
+        taken = torch.zeros_like(scores, dtype=torch.bool)
+        for row, count in enumerate(budget):
+            taken[row].scatter_(-1, torch_select(scores[row], count), True)
+        return taken
+
+
+@pytest.mark.parametrize("head_reduce", ["mean", "max", "none"])
+@pytest.mark.parametrize("regions", [1, 35, 36, 63, 100])
+def test_selection_among_ties(regions: int, head_reduce: str) -> None:
+    # One window a region and heads that agree: equal scores are equal to the bit here as in the twin.
+    case = Selection(regions, windows=1, group=4 if regions > 36 else 1, distinct=2)
+    if head_reduce != "none":
+        case.query = case.query[:, :: case.group].repeat_interleave(case.group, 1)
+    for share in (0.0, 0.3, 1.0):
+        budget = [round(share * regions), round(share * (regions // 2))]
+        if max(budget):
+            runs, taken, total = case.run(budget, head_reduce, splits=3)
+            expected = case.expected(budget, head_reduce)
+            assert torch.equal(taken.bool(), expected)
+            assert_runs(runs, expected, case)
+            assert total == int((expected * case.length[:, None, None]).sum())
+
+
+def assert_runs(runs: Tensor, taken: Tensor, case: Selection) -> None:
+    for row, head, group in torch.cartesian_prod(*map(torch.arange, taken.shape[:3])).view(-1, 3).tolist():
+        numbers = taken[row, head, group].nonzero()[:, 0]
+        held = torch.stack([case.start[row, numbers], case.length[row, numbers]], -1)
+        unused = held.new_zeros(runs.shape[3] - len(numbers), 2)
+        assert torch.equal(runs[row, head, group], torch.cat([held, unused]))
+
+
+@pytest.mark.parametrize(("regions", "windows"), [(36, 4), (63, 9), (5, 100)], ids=str)
+@pytest.mark.parametrize("group", [1, 7])
+def test_selection_by_windows(regions: int, windows: int, group: int) -> None:
+    case = Selection(regions, windows, group, distinct=7)
+    case.mean_keys += torch.randn_like(case.mean_keys).round(decimals=1) / 8
+    case.mean_keys = (case.mean_keys * 256).round() / 256
+    case.mean_keys = case.mean_keys.mT.contiguous().mT  # as on CPU
+    budget = [regions // 3, 1]
+    _, taken, _ = case.run(budget, "mean", splits=2)
+    assert torch.equal(taken.bool(), case.expected(budget, "mean"))
+
+
+def test_a_row_without_budget_selects_nothing() -> None:
+    case = Selection(36, windows=1, group=4, distinct=3)
+    runs, taken, _ = case.run([9, 0], "mean", splits=1)
+    assert taken[0].sum() == 9 * 2 and not taken[1].any() and not runs[1].any()
+
+
+def test_many_regions() -> None:
+    case = Selection(5000, windows=1, group=1, distinct=2, rows=1)
+    case.length[:] = 1
+    _, taken, _ = case.run([500], "mean", splits=1)
+    assert torch.equal(taken.bool(), case.expected([500], "mean"))
+
+
+# ---- means
+
+
+@pytest.mark.parametrize("dim", [1, 16, 80])
+@pytest.mark.parametrize("grids", [[(1, 5, 7)], [(1, 9, 7), (3, 4, 3)], [(1, 1, 1)]], ids=str)
+def test_means(grids: list[tuple[int, int, int]], dim: int) -> None:
+    spans = [Span(row, 0, h * w * t, (t, h, w), 0) for row, (t, h, w) in enumerate(grids)]
+    chunk = sort_chunk(spans, len(spans), 0, max(span.stop for span in spans), BASE).to(DEVICE)
+    entries = chunk.visual_entries(torch.randn(len(spans), 2, chunk.tokens, dim, device=DEVICE))
+    means = means_of(chunk, entries, KERNELS)
+    torch.testing.assert_close(means, chunk.means(entries), atol=1e-6, rtol=0)
+
+
+# ---- operators
+
+
+def decode_arguments(splits: int) -> tuple[Any, ...]:
+    query, key = torch.randn(1, 4, 16, device=DEVICE), torch.randn(1, 2, 5, 16, device=DEVICE)
+    store = torch.randn(1, 2, 80, 16, device=DEVICE)
+    runs = (
+        torch.tensor([[0, 9], [20, 0], [64, 16]], dtype=torch.int32, device=DEVICE).expand(1, 2, 1, 3, 2).contiguous()
+    )
+    scratch = torch.empty(2, splits, 2, 16, device=DEVICE), torch.empty(2, splits, 2, 2, device=DEVICE)
+    arrived = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    return query, key, key, None, store, store, runs, None, None, None, *scratch, arrived, 0.25, 16, splits
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5])
+def test_splits_do_not_matter(splits: int) -> None:
+    query, key, _, _, store, *rest = arguments = decode_arguments(splits)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query[:, :, None],
+        *[torch.cat([key, store[:, :, :9], store[:, :, 64:80]], 2).repeat_interleave(2, 1)] * 2,
+        scale=0.25,
+    )
+    torch.testing.assert_close(decode(*arguments), expected[:, :, 0], atol=1e-5, rtol=0)
+    assert not rest[7].any()
+
+
+def test_operators_are_sound() -> None:
+    # Without the poison, so that both runs of a check leave the same in memory that nobody reads.
+    lengths = torch.tensor([[9, 7]], dtype=torch.int32, device=DEVICE)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(
+        window_means,
+        (torch.randn(1, 2, 16, 8, device=DEVICE), lengths.cumsum(-1).int() - lengths, lengths, 9),
+        test_utils=tests,
+    )
+    torch.library.opcheck(decode, decode_arguments(2), test_utils=tests)
+
+
+def test_operators_are_traced() -> None:
+    arguments = decode_arguments(2)
+    compiled = torch.compile(lambda *given: decode(*given) + 1, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*arguments), decode(*arguments) + 1)
+
+
+# ---- a whole model
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+@torch.no_grad()
+def test_a_patched_model(family: str) -> None:
+    found = {}
+    for backend in ("torch", "triton"):
+        torch.manual_seed(0)
+        case = batch(tiny(family))
+        model = case.model.to(DEVICE)
+        inputs = {name: x.to(DEVICE) if torch.is_tensor(x) else x for name, x in case.inputs.items()}
+        with patched(model, KERNELS, backend=backend):
+            ran = model.generate(
+                **inputs,
+                max_new_tokens=4,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+            found[backend] = ran.sequences, torch.stack(ran.logits), stats(model)
+    assert torch.equal(found["torch"][0], found["triton"][0])
+    torch.testing.assert_close(found["triton"][1], found["torch"][1], atol=2e-5, rtol=1e-4)
+    assert found["torch"][2] == found["triton"][2] and found["torch"][2].read_share < 1
+
+
+# ---- the choice
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    return tiny("llava")
+
+
+def test_auto_is_torch_on_cpu(case: Case) -> None:
+    assert choose("auto", torch.device("cpu")).name == "torch"
+    assert choose("auto", torch.device("cuda")) == ("triton", "kernels, as the model is on CUDA")
+    assert inspect(case.model).backend == "torch: plain PyTorch, as the model is on cpu"
+
+
+def test_forcing_kernels_on_cpu_is_an_error(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError, match="needs a model on a GPU, got one on cpu"):
+        choose("triton", torch.device("cpu"))
+    if not GPU:
+        with pytest.raises(ConfigError, match="set TRITON_INTERPRET=1"):
+            apply(case.model, backend="triton")
+    choose("triton", torch.device("cuda"))
+
+
+@torch.no_grad()
+def test_what_the_kernels_do_not_take(sequences: Make) -> None:
+    sequence = sequences([LAYOUTS["divisible"]], dim=16)
+    sequence = replace(
+        sequence, query=sequence.query.double(), key=sequence.key.double(), value=sequence.value.double()
+    )
+    filled = Filled(on_device(sequence), KERNELS)
+    filled.read(0, sequence.stops[0])
+    with pytest.raises(UnsupportedModelError, match="needs one type among bfloat16, float16, float32, got float64"):
+        filled.decode(sequence.stops[0])
+
+
+def test_gradients_are_left_to_the_twin(sequences: Make) -> None:
+    filled = Filled(on_device(sequences([LAYOUTS["divisible"]])), KERNELS)
+    filled.read(0, filled.sequence.stops[0])
+    filled.begin(filled.sequence.stops[0], filled.sequence.stops[0] + 1)
+    entries = filled.layer.entries()
+    query = filled.sequence.query[:, :, :1].clone().requires_grad_()
+    plan = filled.state.plan(query, entries)
+    assert isinstance(plan, KernelPlan) and plan.unfit(query, entries) == "has no gradients of decode steps"
+    plan.config = replace(KERNELS, backend="auto")
+    plan.decode(query, entries, 0.25).output.sum().backward()
+    assert query.grad is not None and query.grad.abs().sum() > 0
+
+
+def test_importing_the_package_does_not_import_triton() -> None:
+    code = "import sys, gazepatch.ops.plan, gazepatch.backend; print('gazepatch.kernels.ops' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.strip() == "False", run.stderr
+
+
+def test_a_kernel_compiles_without_a_gpu() -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "compile_kernels.py"
+    arguments = ["--kernel", "decode", "--target", "cuda90", "--dtype", "bf16", "--dim", "128", "--json", "--jobs", "1"]
+    run = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    (row,) = json.loads(run.stdout)["kernels"]
+    assert row["spilled_bytes"] == 0 and 32 <= row["registers"] <= 255 and 0 < row["shared_bytes"] <= 227 * 1024
+
+
+# ---- only on a GPU
+
+
+@pytest.mark.gpu
+@needs_gpu
+@torch.no_grad()
+def test_a_step_in_a_graph(sequences: Make) -> None:
+    sequence = on_device(sequences([LAYOUTS["rows of different images"]], dim=64, steps=2)).to(torch.bfloat16)
+    filled = Filled(sequence, KERNELS)
+    filled.read(0, sequence.stops[0])
+    filled.begin(sequence.stops[0], sequence.stops[0] + 1)
+    entries, position = filled.layer.entries(), sequence.stops[0]
+    query = sequence.query[:, :, position : position + 1].clone()
+    plan = filled.state.plan(query, entries)
+    bias = filled.state.bias(sequence.mask(position))
+    total = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    plan.decode(query, entries, sequence.scale, bias, total)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = plan.decode(query, entries, sequence.scale, bias, total).output
+    for other in range(3):
+        query.copy_(sequence.query[:, :, other : other + 1])
+        graph.replay()
+        torch.testing.assert_close(captured, plan.decode(query, entries, sequence.scale, bias, total).output)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_auto_is_kernels_on_a_gpu() -> None:
+    chunk = sort_chunk([Span(0, 0, 36, (1, 6, 6), 0)], 1, 0, 40, BASE).to(DEVICE)
+    assert isinstance(plan_for(chunk.regions, BASE, 1, 8, 2), KernelPlan)

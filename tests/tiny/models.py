@@ -1,0 +1,80 @@
+"""Parts of tiny models: text decoders, vision towers, random weights and pictures."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from tiny.prompts import BOS, PAD
+
+VOCAB = 1000
+
+
+@torch.no_grad()
+def redraw(model: nn.Module, generator: torch.Generator) -> None:
+    """Draw larger weights: with the usual ones attention is uniform, and nothing would notice what is left out."""
+    for weight in model.parameters():
+        if weight.dim() >= 2:
+            fan_in = weight[0].numel()
+            weight.copy_(torch.randn(weight.shape, generator=generator) * min(0.5, 1.5 / math.sqrt(fan_in)))
+
+
+def text(kind: type = transformers.LlamaConfig, **settings: Any) -> Any:
+    """Configuration of a text decoder: two query heads share a key head."""
+    sizes = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 1024}
+    special = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": 2}
+    return kind(**{**sizes, **heads, **special, **settings})
+
+
+def tower(kind: type, image_size: Any, patch_size: Any = 4, **settings: Any) -> Any:
+    """Configuration of a vision tower for square images of `image_size` pixels."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return kind(**{**sizes, "image_size": image_size, "patch_size": patch_size, **settings})
+
+
+def pixels(*shape: int) -> Tensor:
+    """A picture of noise."""
+    return torch.randn(shape)
+
+
+class StubTower(transformers.PreTrainedModel):
+    """Stands in for a vision tower of timm, which the tests do without: mixes colours, and pools as `features` says."""
+
+    config_class = transformers.SiglipVisionConfig
+    _supports_sdpa = True
+
+    def __init__(self, features: Callable[[Tensor], Tensor], dim: int) -> None:
+        super().__init__(transformers.SiglipVisionConfig(hidden_size=dim))
+        self.features, self.colours = features, nn.Parameter(torch.randn(3, dim))
+
+    def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
+        mixed = torch.einsum("bchw,cd->bdhw", pixel_values, self.colours)
+        return BaseModelOutputWithPooling(last_hidden_state=self.features(mixed))
+
+
+@contextmanager
+def stub_tower(family: str, features: Callable[[Tensor], Tensor], dim: int) -> Iterator[None]:
+    """Models of a family made inside have a `StubTower`."""
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    real = module.AutoModel
+
+    class Instead:
+        @staticmethod
+        def from_config(config: Any, **settings: Any) -> Any:
+            timm = isinstance(config, (transformers.TimmWrapperConfig, transformers.Gemma3nVisionConfig))
+            return StubTower(features, dim) if timm else real.from_config(config, **settings)
+
+    module.AutoModel = Instead
+    try:
+        yield
+    finally:
+        module.AutoModel = real

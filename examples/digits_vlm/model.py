@@ -23,6 +23,13 @@ from transformers import (
     Qwen2Config,
 )
 
+#: A conversation as the model knows it: images and questions up to their `=`, answers up to their full stop.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %} "
+    "{% endfor %}{% endfor %}"
+)
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -185,6 +192,7 @@ def make_processor(preset: Preset) -> LlavaProcessor:
         vision_feature_select_strategy="default",
         image_token=IMAGE,
         num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
     )
 
 

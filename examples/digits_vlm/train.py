@@ -42,7 +42,7 @@ import gazepatch
 Wrapper = Callable[[Batch], AbstractContextManager[Any]]
 
 BATCH = {"cpu": 32, "full": 64}
-STEPS = {"cpu": (1200, 1700), "full": (4000, 20000)}
+STEPS = {"cpu": (1200, 2000), "full": (4000, 20000)}
 SEVERAL = 0.3  # share of the steps with several frames
 #: Questions of a sequence: to learn to find a cell, then everything.
 FIRST = {"digit": 6, "colour": 6}

@@ -29,8 +29,9 @@ from triton.compiler import ASTSource
 
 from gazepatch.kernels.device.decode import decode_kernel
 from gazepatch.kernels.device.means import means_kernel
+from gazepatch.kernels.device.prefill import forward_kernel, key_gradient_kernel, query_gradient_kernel
 from gazepatch.kernels.device.selection import select_kernel
-from gazepatch.kernels.launches import SCORED, decode_launch, padded
+from gazepatch.kernels.launches import decode_launch, padded, prefill_launch, scored_regions
 
 TARGETS = {
     "cuda80": GPUTarget("cuda", 80, 32),
@@ -39,7 +40,7 @@ TARGETS = {
 }
 DTYPES = {"fp16": 2, "bf16": 2, "fp32": 4}
 DIMS = (64, 80, 96, 128, 256)
-KERNELS = ("decode", "select", "means")
+KERNELS = ("decode", "select", "means", "prefill", "query_gradient", "key_gradient")
 GROUP, WINDOWS, REGIONS = 7, 4, 4096
 
 #: Arguments whose values are multiples of 16 wherever a head dim is: pointers, and strides but for those of tables.
@@ -53,7 +54,7 @@ def build(kernel: str, target: str, dtype: str, dim: int) -> dict[str, Any]:
     for i, name in enumerate(function.arg_names):
         scalar = "fp32" if name == "scale" else "i32"
         signature[name] = "constexpr" if name in constants else pointers.get(name, scalar)
-        if name in pointers or ALIGNED.fullmatch(name):
+        if signature[name] != "constexpr" and (name in pointers or ALIGNED.fullmatch(name)):
             attributes[(i,)] = [["tt.divisibility", 16]]
     values = {(function.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(function, signature, values, attributes)
@@ -100,7 +101,7 @@ def _select(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
         "PERIPHERY": True,
         "COUNTS": True,
         "BLOCK_M": padded(GROUP),
-        "BLOCK_R": SCORED // WINDOWS,
+        "BLOCK_R": scored_regions(WINDOWS, dim, DTYPES[dtype]),
         "BLOCK_C": WINDOWS,
         "BLOCK_D": padded(dim),
         "BLOCK_ALL": REGIONS,
@@ -112,6 +113,28 @@ def _select(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
 def _means(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
     pointers = {"entries": f"*{dtype}", "means": f"*{dtype}", "start": "*i32", "length": "*i32"}
     return means_kernel, pointers, {"DIM": dim, "BLOCK_W": 16, "BLOCK_D": padded(dim)}, 4, 3
+
+
+def _prefill(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
+    return forward_kernel, *_routed(dtype, dim, "output")
+
+
+def _query_gradient(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
+    return query_gradient_kernel, *_routed(dtype, dim, "gradient", "query_gradient")
+
+
+def _key_gradient(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
+    return key_gradient_kernel, *_routed(dtype, dim, "gradient", "key_gradient", "value_gradient")
+
+
+def _routed(dtype: str, dim: int, *more: str) -> tuple[Any, ...]:
+    pointers = dict.fromkeys(("query", "key", "value", *more), f"*{dtype}")
+    pointers |= dict.fromkeys(("bias", "weight", "delta"), "*fp32")
+    pointers |= {"region_of": "*i32", "taken": "*i8", "positions": "*i32"}
+    settings = prefill_launch(dim, dim, DTYPES[dtype])
+    warps, stages = settings.pop("num_warps"), settings.pop("num_stages")
+    constants = {"GROUP": GROUP, "SELECTIONS": 1, "DIM": dim, "VALUE_DIM": dim, "HAS_BIAS": True}
+    return pointers, constants | settings, warps, stages
 
 
 def _nvidia(cubin: bytes) -> dict[str, int]:

@@ -30,7 +30,7 @@ Settings = tuple[int, int, int, int]
 def candidates(dim: int, size: int) -> list[Settings]:
     """Tiles, warps, stages and programs per multiprocessor that may be good."""
     blocks = [block for block in (16, 32, 64, 128) if 4096 <= block * dim * size <= 32768]
-    return list(itertools.product(blocks, (2, 4, 8), (2, 3, 4, 5), (1, 2, 3, 4)))
+    return list(itertools.product(blocks, (4, 8), (2, 3, 4), (1, 2, 3)))
 
 
 def tune(dim: int, size: int, device: torch.device) -> tuple[Settings, list[tuple[float, Settings]]]:

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 # Commands in the order of `gazepatch --help`, each in the module of the same name. Their docstrings are the help texts.
-COMMANDS = ("inspect", "convert", "push", "verify", "ask", "train", "eval", "bench", "families", "demo")
+COMMANDS = ("inspect", "convert", "push", "verify", "ask", "look", "train", "eval", "bench", "families", "demo")
 
 
 class Commands(click.Group):

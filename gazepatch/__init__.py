@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from gazepatch.patch import restore as restore
     from gazepatch.patch import set_budget as set_budget
     from gazepatch.patch import stats as stats
+    from gazepatch.patch import trace as trace
     from gazepatch.training.run import train as train
     from gazepatch.training.settings import TrainConfig as TrainConfig
     from gazepatch.verification import verify as verify
@@ -69,6 +70,7 @@ _MODULE_OF = {
     "save": "artefact",
     "set_budget": "patch",
     "stats": "patch",
+    "trace": "patch",
     "train": "training.run",
     "verify": "verification",
 }

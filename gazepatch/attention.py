@@ -90,8 +90,10 @@ class GazeAttention:
         entries, state = _layer(forward, self.runtime.store_of.get(layer, layer)).entries(), forward.state
         plan = state.plan(query, entries)
         total = state.counters.on_device(layer, query.device) if plan.counts_itself else None
-        decoded = plan.decode(query, entries, scale, forward.bias(_as_4d(mask)), total)
+        decoded = plan.decode(query, entries, scale, forward.bias(_as_4d(mask), query.device), total)
         forward.count(layer, query.shape[1], entries.key.shape[1], plan.visual_entries, decoded.read)
+        if forward.trace is not None:
+            forward.reads[layer] = None if decoded.selected is None else plan.numbers(decoded.selected)
         return decoded.output.transpose(1, 2)
 
     def _own_image(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -56,3 +57,13 @@ def _check_forced(installed: bool, device: torch.device | None) -> None:
 
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+#: What the kernels take.
+DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
+MOST_DIM = 256
+
+
+def kernels_fit(dtypes: Collection[torch.dtype], *dims: int) -> bool:
+    """Whether the kernels take tensors of these types, which must all be one, and heads of these dims."""
+    return len(set(dtypes)) == 1 and set(dtypes) <= DTYPES and max(dims) <= MOST_DIM

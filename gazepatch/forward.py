@@ -27,6 +27,7 @@ from gazepatch.layout import Span
 from gazepatch.splice import lengthen, shorten
 from gazepatch.state import GazeState
 from gazepatch.stats import Counters
+from gazepatch.trace import Trace
 
 logger = logging.getLogger("gazepatch")
 
@@ -51,6 +52,8 @@ class Forward:
         insertion: Where its context tokens are; None without any.
         routed: Columns of the new tokens whose queries gaze, `[Q]`; None when no query of a prompt does.
         routed_rows: `[B, Q]` which rows those are text in.
+        trace: Who wants to know what this decode step reads; None: nobody.
+        reads: For `trace`: by layer, what `DecodePlan.numbers` says; None where everything was read.
     """
 
     state: GazeState
@@ -60,14 +63,16 @@ class Forward:
     insertion: Insertion | None = None
     routed: Tensor | None = None
     routed_rows: Tensor | None = None
+    trace: Trace | None = None
+    reads: dict[int, Tensor | None] = field(default_factory=dict)
     _own_images: dict[torch.device, OwnImage] = field(default_factory=dict)
-    _bias: tuple[Tensor | None, Tensor | None] | None = None
+    _bias: tuple[Tensor | None, torch.device, Tensor | None] | None = None
 
-    def bias(self, mask: Tensor | None) -> Tensor | None:
-        """`GazeState.bias`, worked out once for the layers that share a mask."""
-        if self._bias is None or self._bias[0] is not mask:
-            self._bias = (mask, self.state.bias(mask))
-        return self._bias[1]
+    def bias(self, mask: Tensor | None, device: torch.device) -> Tensor | None:
+        """`GazeState.bias`, worked out once for the layers that share a mask and a device."""
+        if self._bias is None or self._bias[0] is not mask or self._bias[1] != device:
+            self._bias = (mask, device, self.state.bias(mask, device))
+        return self._bias[2]
 
     def own_image(self, device: torch.device) -> OwnImage | None:
         """`Insertion.own_image`, made once a device."""
@@ -85,6 +90,7 @@ class Forward:
         selections = heads if self.state.config.head_reduce == "none" else key_heads
         entries = selections * sum(span.tokens for span in self.state.spans)
         self.count(layer, heads, key_heads, entries, entries)
+        self.reads[layer] = None
 
 
 class _Running(threading.local):
@@ -97,6 +103,7 @@ class _Running(threading.local):
         self.capturing = False
         self.dense = False
         self.forward: Forward | None = None
+        self.trace: Trace | None = None
 
 
 class Runtime:
@@ -116,6 +123,7 @@ class Runtime:
         self.adapter, self.model_config, self.config = adapter, model_config, config
         self.text_config = adapter.text_config(model_config)
         self.gaze_layers = tuple(gaze_layers)
+        self.flash = str(decoder.config._attn_implementation).startswith("flash")  # type: ignore[union-attr]
         self.store_of = adapter.store_layers(model_config)
         #: Layers whose entries are kept region by region.
         self.stores = tuple(sorted({self.store_of.get(layer, layer) for layer in gaze_layers}))
@@ -190,8 +198,10 @@ class Runtime:
         if state.slots.inserted:
             embeddings = getattr(module, CONTEXT_TOKENS)
             kwargs = lengthen(kwargs, state, forward.insertion, embeddings, cache)
-        if kwargs.get("logits_to_keep") and (forward.insertion is not None or kwargs["logits_to_keep"] != 1):
-            # Layers that share keys drop all queries but the last ones, which must then be tokens, and have a mask.
+        kept = kwargs.get("logits_to_keep")
+        if self.store_of and isinstance(kept, int) and (kept > 1 or self.flash or forward.insertion is not None):
+            # Layers that share keys drop all queries but these last ones. Without a mask of four dimensions only a
+            # single one can go without the others, and it must be a token.
             kwargs["logits_to_keep"] = 0
         if self._runs_again(module) and (forward.insertion is not None or forward.routed is not None):
             kwargs[OF_FORWARD] = forward
@@ -203,6 +213,8 @@ class Runtime:
         if forward is None:
             return None
         forward.state.finish(completed=output is not None)
+        if forward.trace is not None and output is not None:
+            forward.trace.add(forward.reads)
         return output if output is None or forward.insertion is None else shorten(output, forward.insertion)
 
     def _runs_again(self, decoder: nn.Module) -> bool:
@@ -235,6 +247,8 @@ class Runtime:
         spans = [replace(span, start=span.start + past, stop=span.stop + past) for span in spans]
         state.begin(spans, rows, tokens, insertion)
         forward = Forward(state, cache, past, tokens, insertion)
+        if self.running.trace is not None:
+            self.running.trace.follow(state, rows, prompt)
         if prompt:
             self.counters = state.counters
             state.counters.clear()
@@ -242,6 +256,7 @@ class Runtime:
                 forward.routed, forward.routed_rows = _routed(text, insertion, past, state)
         elif state.spans:
             state.counters.steps += 1
+            forward.trace = self.running.trace
         return forward
 
     def _ids(self, rows: int, tokens: int) -> list[list[int]] | None:

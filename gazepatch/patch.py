@@ -23,6 +23,7 @@ from gazepatch.forward import CONTEXT_TOKENS, MODALITIES, Runtime
 from gazepatch.layers import gaze_layers
 from gazepatch.registry import adapter_for
 from gazepatch.stats import Stats
+from gazepatch.trace import Trace
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -88,10 +89,9 @@ def apply(
         )
     hidden_size = adapter.text_config(root.config).hidden_size
     config, tokens = with_context_tokens(config, context_tokens, root.config.model_type, hidden_size)
-    if tokens is not None and adapter.no_context:
+    if tokens is not None and (reason := adapter.context_reason(root.config)):
         raise UnsupportedModelError(
-            f"a {root.config.model_type} takes no context tokens, because {adapter.no_context}: "
-            "patch it with context_tokens=0"
+            f"this {root.config.model_type} takes no context tokens, because {reason}: patch it with context_tokens=0"
         )
     if tokens is not None and original.startswith("flash") and _has_local_layers(adapter, root.config):
         raise UnsupportedModelError(
@@ -171,6 +171,26 @@ def dense(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         running.dense = before
+
+
+@contextmanager
+def trace(model: nn.Module) -> Iterator[Trace]:
+    """Record which regions a patched model reads, for the length of a `with` block.
+
+    Holds for the calling thread. The trace is of the last prompt and the decode steps behind it; what queries of the
+    prompt itself read (`prefill="gaze"`) is not in it. It stays readable when the block is over.
+
+    Raises:
+        PatchError: The model is not patched, or a trace of it is on already.
+    """
+    running = patch_of(model).runtime.running
+    if running.trace is not None:
+        raise PatchError("expected one trace of this model at a time, and one is on already: leave its block first")
+    running.trace = made = Trace()
+    try:
+        yield made
+    finally:
+        running.trace = None
 
 
 def set_budget(model: nn.Module, budget: float | int) -> None:

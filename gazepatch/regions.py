@@ -6,6 +6,7 @@ order. So a region is one run of slots, and a selected region is read without lo
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -61,10 +62,29 @@ def _ravel(axes: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
 
 def tile_span(span: Span, config: GazeConfig) -> Tiling:
     """Cut a span; one without a grid is cut into runs as long as a region has tokens."""
+    return tile(*_cut(span, config))
+
+
+class Cells(NamedTuple):
+    """A half-open box of a span's grid, `(t, h, w)`."""
+
+    start: Grid
+    stop: Grid
+
+
+def region_cells(span: Span, config: GazeConfig) -> list[Cells]:
+    """What each region of a span covers, in the order of `tile_span`; a span without a grid is a single row."""
+    grid, (h, w, t), _ = _cut(span, config)
+    corners = itertools.product(*(range(0, n, step) for n, step in zip(grid, (t, h, w), strict=True)))
+    return [Cells((i, j, k), (min(i + t, grid[0]), min(j + h, grid[1]), min(k + w, grid[2]))) for i, j, k in corners]
+
+
+def _cut(span: Span, config: GazeConfig) -> tuple[Grid, Block, Block]:
+    """Grid, region and window."""
     if span.grid is not None:
-        return tile(span.grid, config.region, config.window_size)
+        return span.grid, config.region, config.window_size
     run, window = math.prod(config.region), math.prod(config.window_size)
-    return tile((1, 1, span.tokens), (1, run, 1), (1, window, 1))
+    return (1, 1, span.tokens), (1, run, 1), (1, window, 1)
 
 
 @dataclass(frozen=True)

@@ -181,11 +181,12 @@ class GazeState:
         plan: DecodePlan = self._devices[key]
         return plan
 
-    def bias(self, mask: Tensor | None) -> Tensor | None:
+    def bias(self, mask: Tensor | None, device: torch.device) -> Tensor | None:
         """`[b, 1, 1, T]` for the scores of a decode query with the other entries, from its mask over all positions.
 
         Args:
             mask: `[B, 1, 1, L]`, boolean (True: visible) or to be added; or None when everything is visible.
+            device: Of the layer.
         """
         positions = self.other_positions()
         assert positions is not None
@@ -193,8 +194,9 @@ class GazeState:
         if mask is None and not padded:
             return None
         if mask is None:
-            return torch.where(positions < 0, ABSENT, 0.0)[:, None, None]
-        positions = positions.to(mask.device).expand(mask.shape[0], -1)
+            return torch.where(positions < 0, ABSENT, 0.0)[:, None, None].to(device)
+        mask = mask.to(device)
+        positions = positions.to(device).expand(mask.shape[0], -1)
         row = mask[:, 0, -1].gather(1, positions.clamp(min=0))
         row = torch.where(row, 0.0, ABSENT) if row.dtype == torch.bool else row.float().clamp(min=ABSENT)
         return row.masked_fill(positions < 0, ABSENT)[:, None, None]

@@ -321,7 +321,8 @@ def features_moved(case: Case, inputs: Mapping[str, torch.Tensor], cells: Sequen
     @torch.no_grad()
     def features(pixels: torch.Tensor) -> torch.Tensor:
         output = case.model.base_model.get_image_features(**{**inputs, "pixel_values": pixels}, return_dict=True)
-        return torch.cat(list(output.pooler_output))
+        pooled = output.last_hidden_state if output.pooler_output is None else output.pooler_output
+        return torch.cat(list(pooled))
 
     before, moved = features(inputs["pixel_values"]), []
     for index in cells:
@@ -336,11 +337,40 @@ def share(found: Sequence[int], expected: Sequence[int]) -> float:
     return sum(a == b for a, b in zip(found, expected, strict=True)) / len(expected)
 
 
-@pytest.mark.parametrize("name", ["llava", "llava_full", "llava_pixtral", "gemma3", "idefics3", "internvl", "mistral3"])
+#: Families whose pictures go to the model whole, so that a cell of the picture is a token.
+RASTER = (
+    "aya_vision",
+    "cohere2_vision",
+    "deepseek_vl",
+    "deepseek_vl_hybrid",
+    "fast_vlm",
+    "gemma3",
+    "gemma3n",
+    "got_ocr2",
+    "granite_docling",
+    "idefics3",
+    "internvl",
+    "janus",
+    "lighton_ocr",
+    "llama4",
+    "llava",
+    "llava_full",
+    "llava_pixtral",
+    "mistral3",
+    "ovis2",
+    "paligemma",
+    "qianfan_ocr",
+    "smolvlm",
+    "step3p7",
+    "vipllava",
+)
+
+
+@pytest.mark.parametrize("name", RASTER)
 def test_features_come_row_by_row(cases: Callable[[str, bool], Case], name: str) -> None:
     case = cases(name, False)
-    single = next(media for media in case.rows[0] if len(media.inputs["pixel_values"]) == 1)
-    ((_, h, w),) = [part.grid for part in single.parts if not isinstance(part, int)]
+    grids = [[part.grid for part in media.parts if not isinstance(part, int)] for media in case.rows[0]]
+    single, (_, h, w) = next((m, grids[0]) for m, grids in zip(case.rows[0], grids, strict=True) if len(grids) == 1)
     inputs = {key: value[None] if case.stacked else value for key, value in single.inputs.items()}
     cells = [(y, x) for y in range(h) for x in range(w) if y != x]
     moved = features_moved(case, inputs, [cell(y, x, inputs["pixel_values"].shape[-1] // w) for y, x in cells])
@@ -444,3 +474,36 @@ def test_a_configuration_may_lack_a_token_id() -> None:
     assert adapter.token_ids(SimpleNamespace(image_token_id=4, video_token_id=None), "image") == (4,)
     assert adapter.token_ids(SimpleNamespace(image_token_id=4, video_token_id=None), "video") == ()
     assert adapter.token_ids(SimpleNamespace(image_token_id=4), "audio") == ()
+
+
+# ---- what single families do
+
+
+def test_a_compressed_video_has_no_grid(cases: Callable[[str, bool], Case]) -> None:
+    case = cases("video_llama_3", True)
+    ids = id_lists(case)[0]
+    compressed = [token for i, token in enumerate(ids) if not (token == VIDEO_TOKEN and i % 7 == 0)]
+    captured = {"video": {name: value for name, value in case.inputs.items() if name.startswith("video")}}
+    spans = adapter_of(case).locate(case.model.config, [compressed], captured)
+    assert spans and all(span.grid is None for span in spans)
+    assert sum(span.tokens for span in spans) == compressed.count(VIDEO_TOKEN)
+
+
+def test_fine_tiles_of_granite_docling_have_twice_the_side(cases: Callable[[str, bool], Case]) -> None:
+    config, adapter = cases("granite_docling", False).model.config, adapter_for("granite_docling")
+    ids = [[1, *[IMAGE] * 16, 2, *[IMAGE] * 64, 2, *[IMAGE] * 32, 2]]
+    grids = [span.grid for span in adapter.locate(config, ids, {})]
+    assert grids == [(1, 4, 4), (1, 8, 8), (1, 4, 4), (1, 4, 4)]
+
+
+def test_rows_of_fuyu_that_differ_have_no_grid(cases: Callable[[str, bool], Case]) -> None:
+    config, adapter = cases("fuyu", False).model.config, adapter_for("fuyu")
+    spans = adapter.locate(config, [[*[IMAGE] * 5, BREAK, *[IMAGE] * 5, BREAK, *[IMAGE] * 4, 7, 8]], {})
+    assert [(span.start, span.stop, span.grid) for span in spans] == [(0, 5, None), (6, 11, None), (12, 16, None)]
+
+
+def test_images_and_videos_with_the_same_token(cases: Callable[[str, bool], Case]) -> None:
+    image, video = cases("glm4v", False), cases("glm4v", True)
+    mixed = filled(replace(image, rows=[[image.rows[0][0], *video.rows[0], image.rows[0][1]]]))
+    captured = {kind: {f"{kind}_grid_thw": mixed.inputs[f"{kind}_grid_thw"]} for kind in ("image", "video")}
+    assert located(mixed, captured) == mixed.spans

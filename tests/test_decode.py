@@ -87,7 +87,7 @@ class Filled:
         query, scale = self.sequence.query[:, :, position : position + 1], self.sequence.scale
         if self.state.decoding:
             entries = self.layer.entries()
-            decoded = self.state.plan(query, entries).decode(query, entries, scale, self.state.bias(mask))
+            decoded = self.state.plan(query, entries).decode(query, entries, scale, self.state.bias(mask, query.device))
         else:
             group = query.shape[1] // key.shape[1]
             key, value = (x.repeat_interleave(group, 1) for x in (key, value))

@@ -106,6 +106,30 @@ def test_turns(turns: str, sequences: Make) -> None:
 
 
 @pytest.mark.parametrize(
+    ("turns", "settings"),
+    [
+        ([LAYOUTS["rows alike"]], "none"),
+        ([LAYOUTS["a row without an image"]], "share, no periphery"),
+        ([LAYOUTS["rows of different images"]], "few tokens in some rows"),
+        (TURNS["images in one row, then in the other"], "share"),
+    ],
+    ids=["rows alike", "a row without an image", "rows of different images", "images in one row, then in the other"],
+)
+@torch.no_grad()
+def test_numbers_of_what_was_read(turns: Any, settings: str, sequences: Make) -> None:
+    sequence, config = sequences(turns), replace(BASE, **SETTINGS[settings])
+    numbers = []
+    for made, of in ((replace(config, backend="triton"), on_device(sequence)), (config, sequence)):
+        filled = Filled(of, made)
+        *_, (position, decoded) = steps(filled)
+        plan = filled.state.plan(of.query[:, :, :1], filled.layer.entries())
+        numbers.append(plan.numbers(decoded.selected).cpu().sort(-1).values)
+        assert isinstance(plan, KernelPlan) == (made.backend == "triton")
+        assert len(numbers[-1].unique()) > 1 and position == sequence.stops[-1]
+    assert torch.equal(*numbers)
+
+
+@pytest.mark.parametrize(
     "dtype",
     # The interpreter multiplies bfloat16 as if it were integers.
     [torch.float16, pytest.param(torch.bfloat16, marks=[pytest.mark.gpu, needs_gpu])],
@@ -148,26 +172,29 @@ class Selection:
         self.group, self.windows, self.regions = group, windows, regions
         self.shape = (rows, key_heads)
 
-    def run(self, budget: list[int], head_reduce: str, splits: int) -> tuple[Tensor, Tensor, int]:
-        """Runs, taken regions and tokens that were counted."""
+    def arguments(self, budget: list[int], head_reduce: str, splits: int) -> tuple[Any, ...]:
+        """Of `select`."""
         selections = self.group if head_reduce == "none" else 1
         rows, key_heads = self.shape
-        places, heads = max(budget), key_heads * self.group
-        logits = torch.empty(rows, heads, self.regions * self.windows, device=DEVICE)
-        region_logits = torch.empty(rows, heads, self.regions, device=DEVICE)
-        runs = torch.empty(rows, key_heads, selections, places, 2, dtype=torch.int32, device=DEVICE)
-        taken = torch.empty(rows, key_heads, selections, self.regions, dtype=torch.int8, device=DEVICE)
-        total = torch.tensor([5], device=DEVICE)
-        arrived = torch.zeros(rows * key_heads, dtype=torch.int32, device=DEVICE)
-        budgets = torch.tensor(budget, dtype=torch.int32, device=DEVICE)
-        tables = (self.log_counts, self.start, self.length, budgets)
-        by_max = head_reduce == "max"
-        select(
-            *(self.query, self.mean_keys, *tables, logits, region_logits, runs, taken, total, arrived),
-            *(0.25, by_max, True, splits),
+        heads, whole = key_heads * self.group, {"dtype": torch.int32, "device": DEVICE}
+        return (
+            *(self.query, self.mean_keys, self.log_counts, self.start, self.length, torch.tensor(budget, **whole)),
+            torch.empty(rows, heads, self.regions * self.windows, device=DEVICE),
+            torch.empty(rows, heads, self.regions, device=DEVICE),
+            torch.empty(rows, key_heads, selections, max(budget), 2, **whole),
+            torch.empty(rows, key_heads, selections, self.regions, dtype=torch.int8, device=DEVICE),
+            torch.tensor([5], device=DEVICE),
+            torch.zeros(rows * key_heads, **whole),
+            *(0.25, head_reduce == "max", True, splits),
         )
+
+    def run(self, budget: list[int], head_reduce: str, splits: int) -> tuple[Tensor, Tensor, int]:
+        """Runs, taken regions and tokens that were counted."""
+        arguments = self.arguments(budget, head_reduce, splits)
+        select(*arguments)
+        logits, _, runs, taken, total, arrived = arguments[6:12]
         assert not arrived.any()
-        assert torch.equal(logits, self.logits().flatten(1, 2))
+        torch.testing.assert_close(logits, self.logits().flatten(1, 2), atol=1e-5, rtol=0)
         return runs, taken, int(total) - 5
 
     def logits(self) -> Tensor:
@@ -209,12 +236,11 @@ def assert_runs(runs: Tensor, taken: Tensor, case: Selection) -> None:
         assert torch.equal(runs[row, head, group], torch.cat([held, unused]))
 
 
-@pytest.mark.parametrize(("regions", "windows"), [(36, 4), (63, 9), (5, 100)], ids=str)
+@pytest.mark.parametrize(("regions", "windows"), [(36, 4), (63, 9), (5, 50)], ids=str)
 @pytest.mark.parametrize("group", [1, 7])
 def test_selection_by_windows(regions: int, windows: int, group: int) -> None:
     case = Selection(regions, windows, group, distinct=7)
-    case.mean_keys += torch.randn_like(case.mean_keys).round(decimals=1) / 8
-    case.mean_keys = (case.mean_keys * 256).round() / 256
+    case.mean_keys += torch.randn_like(case.mean_keys)  # no two scores alike
     case.mean_keys = case.mean_keys.mT.contiguous().mT  # as on CPU
     budget = [regions // 3, 1]
     _, taken, _ = case.run(budget, "mean", splits=2)
@@ -274,7 +300,6 @@ def test_splits_do_not_matter(splits: int) -> None:
 
 
 def test_operators_are_sound() -> None:
-    # Without the poison, so that both runs of a check leave the same in memory that nobody reads.
     lengths = torch.tensor([[9, 7]], dtype=torch.int32, device=DEVICE)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(
@@ -283,6 +308,8 @@ def test_operators_are_sound() -> None:
         test_utils=tests,
     )
     torch.library.opcheck(decode, decode_arguments(2), test_utils=tests)
+    case = Selection(36, windows=1, group=4, distinct=2)
+    torch.library.opcheck(select, case.arguments([9, 3], "mean", 2), test_utils=tests)
 
 
 def test_operators_are_traced() -> None:
@@ -349,7 +376,10 @@ def test_what_the_kernels_do_not_take(sequences: Make) -> None:
     )
     filled = Filled(on_device(sequence), KERNELS)
     filled.read(0, sequence.stops[0])
-    with pytest.raises(UnsupportedModelError, match="needs one type among bfloat16, float16, float32, got float64"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"needs one type among .*, got float64",
+    ):
         filled.decode(sequence.stops[0])
 
 
@@ -395,7 +425,7 @@ def test_a_step_in_a_graph(sequences: Make) -> None:
     entries, position = filled.layer.entries(), sequence.stops[0]
     query = sequence.query[:, :, position : position + 1].clone()
     plan = filled.state.plan(query, entries)
-    bias = filled.state.bias(sequence.mask(position))
+    bias = filled.state.bias(sequence.mask(position), DEVICE)
     total = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     plan.decode(query, entries, sequence.scale, bias, total)  # compiles
     torch.cuda.synchronize()

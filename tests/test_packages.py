@@ -35,7 +35,7 @@ def test_every_package_has_an_init() -> None:
 
 
 def test_types_are_shipped() -> None:
-    assert SETUPTOOLS["package-data"] == {"gazepatch": ["py.typed"]}
+    assert SETUPTOOLS["package-data"] == {"gazepatch": ["py.typed", "viewer.html"]}
     assert (ROOT / "gazepatch" / "py.typed").is_file()
 
 

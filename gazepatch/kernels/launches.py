@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from gazepatch.kernels.tuned import DECODE
 
-#: Windows that a program of the selection scores at a time, counting the padding of regions.
-SCORED = 64
+#: Bytes of mean keys that a program of the selection scores at a time.
+SCORED_BYTES = 1 << 15
 #: Multiprocessors to plan for where kernels are interpreted.
 INTERPRETED = 4
 
@@ -26,16 +28,46 @@ class Launch(NamedTuple):
 
 def padded(dim: int) -> int:
     """The power of two that a head dim is padded to; products need 16 at least."""
-    return max(16, 1 << (dim - 1).bit_length())
+    return max(16, power(dim))
 
 
 def decode_launch(architecture: str, dim: int, bytes_per_element: int) -> Launch:
     """The row of the table, for the next larger head dim of the next older architecture that it has."""
     if architecture not in {key[0] for key in DECODE}:
-        architecture = "gfx942" if architecture.startswith("gfx") else "cuda90" if architecture > "cuda90" else "cuda80"
+        known = "cuda90" if architecture.startswith("cuda") and int(architecture[4:]) > 90 else "cuda80"
+        architecture = "gfx942" if architecture.startswith("gfx") else known
     dims = sorted(key[1] for key in DECODE if key[0] == architecture and key[2] == max(bytes_per_element, 2))
     fitting = next(known for known in dims if known >= min(padded(dim), dims[-1]))
     return Launch(*DECODE[architecture, fitting, max(bytes_per_element, 2)])
+
+
+def prefill_launch(dim: int, value_dim: int, bytes_per_element: int) -> dict[str, int]:
+    """Settings of the kernels for a prompt: small enough for the two accumulators of the gradients. UNMEASURED."""
+    sizes = {"BLOCK_D": padded(dim), "BLOCK_V": padded(value_dim)}
+    row = max(sizes.values()) * bytes_per_element
+    block = 64 if row <= 128 else 32 if row <= 512 else 16
+    return {"BLOCK_M": block, "BLOCK_N": block, "num_warps": 4 if row == 256 else 8, "num_stages": 2, **sizes}
+
+
+def scored_regions(windows: int, dim: int, bytes_per_element: int) -> int:
+    """Regions that a program of the selection scores at a time: a power of two, for at least 16 windows."""
+    cells = max(16, min(64, SCORED_BYTES // (padded(dim) * bytes_per_element)))
+    return max(1, cells // power(windows))
+
+
+def power(n: int) -> int:
+    """The next power of two."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device: make it this one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def row_stride(table: Tensor) -> int:
+    """Of a `[b, ...]` table; 0 where one row serves all."""
+    return table.stride(0) if len(table) > 1 else 0
 
 
 @functools.cache

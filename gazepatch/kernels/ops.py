@@ -6,28 +6,22 @@ can be captured in a CUDA graph. What they need between launches is handed in (`
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
 from gazepatch.kernels.device.decode import decode_kernel
 from gazepatch.kernels.device.means import means_kernel
 from gazepatch.kernels.device.selection import select_kernel
-from gazepatch.kernels.launches import SCORED, Launch, architecture, decode_launch, padded
-
-
-def _next_power(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _row_stride(table: Tensor) -> int:
-    return table.stride(0) if len(table) > 1 else 0
+from gazepatch.kernels.launches import (
+    Launch,
+    architecture,
+    decode_launch,
+    on,
+    padded,
+    power,
+    row_stride,
+    scored_regions,
+)
 
 
 @torch.library.custom_op(
@@ -78,8 +72,7 @@ def select(
     batch, heads, dim = query.shape
     key_heads, regions = mean_keys.shape[1], length.shape[1]
     group, windows = heads // key_heads, log_counts.shape[1] // max(regions, 1)
-    columns = _next_power(windows)
-    with _on(query.device):
+    with on(query.device):
         select_kernel[batch * key_heads, splits](
             query,
             mean_keys,
@@ -101,9 +94,9 @@ def select(
             query.stride(0),
             query.stride(1),
             *mean_keys.stride(),
-            _row_stride(log_counts),
-            _row_stride(length),
-            _row_stride(budget),
+            row_stride(log_counts),
+            row_stride(length),
+            row_stride(budget),
             GROUP=group,
             DIM=dim,
             WINDOWS=windows,
@@ -112,10 +105,10 @@ def select(
             PERIPHERY=periphery,
             COUNTS=total is not None,
             BLOCK_M=padded(group),
-            BLOCK_R=max(1, SCORED // columns),
-            BLOCK_C=columns,
+            BLOCK_R=scored_regions(windows, dim, query.element_size()),
+            BLOCK_C=power(windows),
             BLOCK_D=padded(dim),
-            BLOCK_ALL=max(16, _next_power(regions)),
+            BLOCK_ALL=max(16, power(regions)),
             num_warps=8 if regions > 2048 else 4,
             num_stages=2,
         )
@@ -176,7 +169,7 @@ def decode(
     output = query.new_empty(batch, heads, value_dim)
     periphery = logits is not None and taken is not None and mean_values is not None
     launch = launch_for(query, value_dim)
-    with _on(query.device):
+    with on(query.device):
         decode_kernel[batch * key_heads * selections, splits](
             query,
             key,
@@ -203,7 +196,7 @@ def decode(
             query.stride(1),
             *key.stride()[:3],
             *value.stride()[:3],
-            0 if bias is None else _row_stride(bias),
+            0 if bias is None else row_stride(bias),
             *visual_key.stride()[:2],
             *visual_value.stride()[:2],
             *((0, 0) if mean_values is None else mean_values.stride()[:2]),
@@ -219,7 +212,7 @@ def decode(
             BLOCK_N=launch.block,
             BLOCK_D=padded(dim),
             BLOCK_V=padded(value_dim),
-            BLOCK_S=_next_power(max(splits, weights.shape[1])),
+            BLOCK_S=power(max(splits, weights.shape[1])),
             num_warps=launch.warps,
             num_stages=launch.stages,
         )
@@ -257,7 +250,7 @@ def window_means(entries: Tensor, start: Tensor, length: Tensor, longest: int) -
     entries = entries if entries.stride(-1) == 1 else entries.contiguous()
     means = entries.new_empty(batch, heads, windows, dim)
     block = 16
-    with _on(entries.device):
+    with on(entries.device):
         means_kernel[batch * heads, -(-windows // block)](
             entries,
             start,
@@ -267,7 +260,7 @@ def window_means(entries: Tensor, start: Tensor, length: Tensor, longest: int) -
             windows,
             longest,
             *entries.stride()[:3],
-            _row_stride(length),
+            row_stride(length),
             DIM=dim,
             BLOCK_W=block,
             BLOCK_D=padded(dim),

@@ -5,18 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gazepatch.backend import DTYPES, MOST_DIM, kernels_fit
 from gazepatch.config import GazeConfig
 from gazepatch.errors import UnsupportedModelError
-from gazepatch.kernels.launches import SCORED, most_splits, multiprocessors
+from gazepatch.kernels.launches import most_splits, multiprocessors, scored_regions
 from gazepatch.kernels.ops import decode, launch_for, select
 from gazepatch.ops.decode import Decoded, DecodePlan, Entries
 from gazepatch.regions import Regions
 
 #: One program holds the scores of all regions of a row in its registers.
-MOST_REGIONS = 16384
-MOST_WINDOWS = 1024  # of a region
-MOST_DIM = 256
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MOST_REGIONS = 8192
+MOST_WINDOWS = 64  # of a region
 
 
 class KernelPlan(DecodePlan):
@@ -42,8 +41,6 @@ class KernelPlan(DecodePlan):
             self.region_logits = torch.empty(batch, heads, count, device=device)
             self.logits = torch.empty(batch, heads, windows if config.periphery else 0, device=device)
             self.taken = torch.empty(*self.shape, count if config.periphery else 0, dtype=torch.int8, device=device)
-        tiles = -(-count // max(1, SCORED // padded_windows(regions)))
-        self.select_splits = min(tiles, most_splits(self.pairs, self.programs))
         self._combining: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def decode(
@@ -61,12 +58,26 @@ class KernelPlan(DecodePlan):
         if not self.whole:
             read = self._select(flat, entries, scale, far, total)
         output = self._attend(flat, entries, scale, bias, far)
-        return Decoded(output[:, :, None], read)
+        return Decoded(output[:, :, None], read, None if self.whole else self.runs)
+
+    def numbers(self, selected: Tensor) -> Tensor:
+        """As of the base, out of `runs`, which the next layer will overwrite."""
+        if selected is not self.runs:
+            return super().numbers(selected)
+        start, length = selected.unbind(-1)
+        # Regions that only other rows have start nowhere: in a column of their own.
+        first = self.start_table.masked_fill(self.length_table == 0, self.regions.slots).long()
+        region_at = first.new_full((len(first), self.regions.slots + 1), -1)
+        region_at.scatter_(1, first, torch.arange(first.shape[1], device=first.device).expand_as(first))
+        found = region_at[:, None, None].expand(*self.shape, -1).gather(-1, start.long())
+        return found.masked_fill(length == 0, -1)
 
     def _select(self, query: Tensor, entries: Entries, scale: float, far: bool, total: Tensor | None) -> int | Tensor:
         counter = None
         if not self.regions.even:
             counter = torch.zeros(1, dtype=torch.int64, device=query.device) if total is None else total
+        tile = scored_regions(self.regions.windows, query.shape[2], query.element_size())
+        tiles = -(-self.regions.start.shape[1] // tile)
         select(
             query,
             entries.mean_keys,
@@ -83,7 +94,7 @@ class KernelPlan(DecodePlan):
             scale,
             self.config.head_reduce == "max",
             far,
-            self.select_splits,
+            min(tiles, most_splits(self.pairs, self.programs)),
         )
         if counter is None:
             return self.pairs * self.selections * self.count * self.regions.max_length
@@ -132,20 +143,15 @@ class KernelPlan(DecodePlan):
         tensors = [query, *(entry for entry in entries if entry is not None)]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return "has no gradients of decode steps"
-        if query.dtype not in DTYPES or any(tensor.dtype != query.dtype for tensor in tensors):
-            return f"needs one type among {_names(DTYPES)}, got {_names({tensor.dtype for tensor in tensors})}"
-        if max(query.shape[-1], entries.value.shape[-1]) > MOST_DIM:
-            return f"takes heads of up to {MOST_DIM}, got {query.shape[-1]} and {entries.value.shape[-1]}"
+        dtypes, dims = {tensor.dtype for tensor in tensors}, (query.shape[-1], entries.value.shape[-1])
+        if not kernels_fit(dtypes, *dims):
+            wanted = f"one type among {_names(DTYPES)}, head dims up to {MOST_DIM}"
+            return f"needs {wanted}, got {_names(dtypes)}, {dims}"
         if not self.whole and self.regions.start.shape[1] > MOST_REGIONS:
             return f"selects among up to {MOST_REGIONS} regions, got {self.regions.start.shape[1]}"
         if not self.whole and self.regions.windows > MOST_WINDOWS:
             return f"scores up to {MOST_WINDOWS} windows a region, got {self.regions.windows}"
         return None
-
-
-def padded_windows(regions: Regions) -> int:
-    """Windows of a region, as the selection counts them."""
-    return 1 << max(regions.windows - 1, 0).bit_length()
 
 
 def _names(dtypes: object) -> str:

@@ -1,7 +1,7 @@
 """Launch settings of the decode kernel, by architecture, padded head dim and bytes per element.
 
-UNMEASURED: reasoned from shared memory, registers and the bytes that must be in flight, on no GPU yet.
-`benchmarks/tune.py` writes this file from measurements.
+UNMEASURED, but for architectures that a note below says more of: reasoned from shared memory, registers and the bytes
+that must be in flight. `benchmarks/tune.py --write` puts measured ones here.
 """
 
 from __future__ import annotations

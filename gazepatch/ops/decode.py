@@ -39,10 +39,17 @@ class Entries(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """Attention output `[B, H, 1, D_v]`, and the visual entries it read, summed over rows and selections."""
+    """What a decode step gives.
+
+    Attributes:
+        output: Attention `[B, H, 1, D_v]`.
+        read: Visual entries it read, summed over rows and selections.
+        selected: `[B, H_kv, g, S]`, for `DecodePlan.numbers`; None where every region was read.
+    """
 
     output: Tensor
     read: int | Tensor
+    selected: Tensor | None = None
 
 
 class DecodePlan:
@@ -110,6 +117,10 @@ class DecodePlan:
         out = scratch[:size].view(len(rows), -1)
         return torch.index_select(source, 0, rows, out=out).view(groups, -1, dim)
 
+    def numbers(self, selected: Tensor) -> Tensor:
+        """`[B, H_kv, g, S]` numbers of the regions that were read, -1 where a row reads fewer than others."""
+        return selected if self.within is None else selected.masked_fill(~self.within, -1)
+
     def chunks(self, groups: int, group_bytes: int) -> int:
         """How many groups to read at a time, so that what is copied is still in the processor's cache when used."""
         return max(torch.get_num_threads(), CHUNK_BYTES // max(group_bytes, 1)) if self.on_cpu else groups
@@ -130,6 +141,7 @@ def gaze_decode(query: Tensor, entries: Entries, plan: DecodePlan, scale: float,
     grouped = query.view(batch, key_heads, heads // key_heads, dim)
     parts = [attend(grouped, entries.key, entries.value, scale, bias)]
     read: int | Tensor = plan.visual_entries
+    selected: Tensor | None = None
     if plan.whole:
         parts.append(attend(grouped, entries.visual_key, entries.visual_value, scale, plan.padding))
     else:
@@ -140,7 +152,7 @@ def gaze_decode(query: Tensor, entries: Entries, plan: DecodePlan, scale: float,
         parts.append(part)
         if plan.config.periphery and entries.mean_values is not None:
             parts.append(_attend_periphery(logits, weights, entries.mean_values, selected, plan))
-    return Decoded(combine(parts).reshape(batch, heads, 1, -1), read)
+    return Decoded(combine(parts).reshape(batch, heads, 1, -1), read, selected)
 
 
 def _select(weights: Tensor, plan: DecodePlan) -> Tensor:

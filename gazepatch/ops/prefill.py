@@ -1,6 +1,7 @@
-"""Text queries of a prompt that gaze: each selects its regions among the images before it. Plain, differentiable torch.
+"""Text queries of a prompt that gaze: each selects its regions among the images before it. Differentiable.
 
-Every routed query gets a row of a mask over all keys, in blocks of queries so that memory stays bounded. Axes as in
+In plain torch every routed query gets a row of a mask over all keys, in blocks of queries so that memory stays bounded;
+a kernel needs no mask. Axes as in
 `gazepatch.ops.decode`; Q are the routed queries, L the positions of the sequence.
 """
 
@@ -9,9 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gazepatch.backend import choose, kernels_fit
 from gazepatch.config import GazeConfig
 from gazepatch.ops.decode import periphery
-from gazepatch.ops.partial import attend, combine
+from gazepatch.ops.partial import Part, attend, combine
 from gazepatch.regions import ABSENT, Regions
 from gazepatch.selection import region_scores, select, window_logits
 
@@ -49,13 +51,11 @@ def gaze_prefill(
     """
     batch, heads, queries, _ = query.shape
     length = key.shape[2]
-    if mask is None:
-        mask = (torch.arange(length, device=key.device) <= positions[:, None])[None, None]
     block = max(1, BLOCK_ELEMENTS // (batch * heads * length))
     outputs = []
     for first in range(0, queries, block):
         part = slice(first, first + block)
-        bias = _as_bias(mask[:, :, part])
+        bias = None if mask is None else _as_bias(mask[:, :, part])
         outputs.append(
             _block(query[:, :, part], key, value, means, regions, region_of, positions[part], bias, config, scale)
         )
@@ -70,7 +70,7 @@ def _block(
     regions: Regions,
     region_of: Tensor,
     positions: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     config: GazeConfig,
     scale: float,
 ) -> Tensor:
@@ -87,16 +87,42 @@ def _block(
     logits = logits.masked_fill(~windows_seen, ABSENT)
     weights = logits.softmax(-1)
     taken = _taken(weights.detach(), seen, regions, config)  # [B, H_kv, Q, 1 or G, R]
-    reads = taken.gather(-1, region_of.clamp(min=0)[:, None, None, None].expand(*taken.shape[:-1], -1))
-    allowed = reads | (region_of < 0)[:, None, None, None]
-    full = torch.where(allowed, 0.0, ABSENT) + bias[:, :, :, None]
-    full = full.expand(batch, key_heads, queries, group, -1).reshape(batch, key_heads, queries * group, -1)
-    parts = [attend(grouped, key, value, scale, full.clamp(min=ABSENT))]
+    parts = [_attend_taken(grouped, key, value, region_of, taken, positions, bias, scale, config.backend)]
     if config.periphery and means[1] is not None:
         far = weights.unflatten(-1, (-1, regions.windows)).masked_fill(taken[..., None], 0.0).flatten(-2)
         parts.append(periphery(far.flatten(2, 3), logits.logsumexp(-1).flatten(2, 3), means[1]))
     output = combine(parts).view(batch, key_heads, queries, group, -1)
     return output.transpose(2, 3).reshape(batch, heads, queries, -1)
+
+
+def _attend_taken(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    region_of: Tensor,
+    taken: Tensor,
+    positions: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    backend: str,
+) -> Part:
+    """Attention of `query` `[B, H_kv, Q * G, D]` over the keys that are no visual tokens and those of regions taken."""
+    dtypes = {query.dtype, key.dtype, value.dtype}
+    if choose(backend, query.device).name == "triton" and kernels_fit(dtypes, query.shape[3], value.shape[3]):
+        from gazepatch.kernels.routed import routed  # imports triton
+
+        of_queries = None if bias is None else bias[:, 0].contiguous()
+        tables = region_of.int(), taken.view(torch.int8), positions.int()
+        return Part(*routed(query, key, value, *tables, of_queries, scale))
+    batch, key_heads, rows, _ = query.shape
+    queries, length = len(positions), key.shape[2]
+    if bias is None:
+        bias = _as_bias((torch.arange(length, device=key.device) <= positions[:, None])[None, None])
+    reads = taken.gather(-1, region_of.clamp(min=0)[:, None, None, None].expand(*taken.shape[:-1], -1))
+    allowed = reads | (region_of < 0)[:, None, None, None]
+    full = torch.where(allowed, 0.0, ABSENT) + bias[:, :, :, None]
+    full = full.expand(batch, key_heads, queries, rows // queries, length).reshape(batch, key_heads, rows, length)
+    return attend(query, key, value, scale, full.clamp(min=ABSENT))
 
 
 def _taken(weights: Tensor, seen: Tensor, regions: Regions, config: GazeConfig) -> Tensor:

@@ -16,7 +16,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3e38)
 
 
-@triton.jit
+# What differs from prompt to prompt, or step to step, is not specialised: compiling again would take seconds.
+@triton.jit(do_not_specialize=["others", "places", "longest", "windows", "splits", "bias_row"])
 def decode_kernel(
     query,  # [B, H, D], last axis dense
     key,  # [B, H_kv, T, D], last axis dense, as are those of all that follow

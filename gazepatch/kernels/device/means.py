@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["windows", "longest", "table_row"])
 def means_kernel(
     entries,  # [B, H, N, D] in slot order, last axis dense
     start,  # [b, W] int32 first slot of a window

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+# What differs from prompt to prompt is not specialised: compiling again would take longer than an answer.
+@triton.jit(do_not_specialize=["regions", "places", "splits", "count_row", "table_row", "budget_row"])
 def select_kernel(
     query,  # [B, H, D], last axis dense
     mean_keys,  # [B, H_kv, R * C, D], any strides

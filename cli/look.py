@@ -1,0 +1,70 @@
+"""`gazepatch look`."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from pathlib import Path
+
+import click
+
+from gazepatch.cli.output import json_option
+
+PAGE = Path("gaze.html")
+
+
+@click.command("look")
+@click.argument("model")
+@click.argument("images", metavar="IMAGE...", nargs=-1, type=click.Path(exists=True, dir_okay=False))
+@click.argument("prompt")
+@click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(min=1), metavar="N")
+@click.option(
+    "-o",
+    "--out",
+    metavar="FILE.html",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help=f"Page to write, in the place of the one that is there.  [default: {PAGE}]",
+)
+@json_option
+def command(
+    model: str, images: tuple[str, ...], prompt: str, max_new_tokens: int, out: Path | None, as_json: bool
+) -> None:
+    """Show where MODEL looks while it answers, as a page for a browser.
+
+    For every token of the answer, the page shows which regions of the images were read, in all layers or in one. It
+    holds all it needs, the images too. With --json the same is printed; a page is then written only with --out.
+    """
+    from PIL import Image
+
+    import gazepatch
+    from gazepatch.answering import answer
+    from gazepatch.cli.opening import open_model, prompt_inputs
+    from gazepatch.viewer import answer_trace, render
+
+    out = PAGE if out is None and not as_json else out
+    if out is not None and not out.parent.is_dir():
+        raise click.UsageError(f"no folder {out.parent} to write {out.name} to", click.get_current_context())
+    patched, processor = open_model(model)
+    pictures = [Image.open(image).convert("RGB") for image in images]
+    inputs = prompt_inputs(patched, processor, pictures, prompt)
+    show = None if as_json else lambda text: click.echo(text, nl=False)
+    with gazepatch.trace(patched) as trace:
+        given = answer(patched, processor.tokenizer, inputs, max_new_tokens=max_new_tokens, show=show)
+    traced = {"model": model, "prompt": prompt, **answer_trace(given, trace, processor.tokenizer)}
+    if out is not None:
+        _write(out, render(traced, pictures, getattr(processor, "image_processor", None)))
+    if as_json:
+        click.echo(json.dumps(traced))  # a line for each of so many numbers would be long to read
+    else:
+        share = "no" if given.read_share is None else f"{given.read_share:.1%} of the"
+        click.echo(f"\n[{share} visual entries read: {out}]")
+
+
+def _write(path: Path, text: str) -> None:
+    new = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        new.write_text(text, encoding="utf-8")
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)

@@ -1,0 +1,152 @@
+"""Attention of the routed queries of a prompt as an operator of torch, `torch.ops.gazepatch.routed`, with gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gazepatch.kernels.device.prefill import forward_kernel, key_gradient_kernel, query_gradient_kernel
+from gazepatch.kernels.launches import on, prefill_launch, row_stride
+
+
+@torch.library.custom_op(
+    "gazepatch::routed",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor region_of, Tensor taken, Tensor positions, Tensor? bias, "
+    "float scale) -> (Tensor, Tensor)",
+)
+def routed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    region_of: Tensor,
+    taken: Tensor,
+    positions: Tensor,
+    bias: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the keys that are no visual tokens and those of the regions taken. One launch; two backward.
+
+    Args:
+        query: `[B, H_kv, Q * G, D]`, the heads of a query next to each other.
+        key, value: `[B, H_kv, L, D]` and `[B, H_kv, L, D_v]`, the sequence in its own order.
+        region_of: `[b, L]` int32 region of every position, -1 where there is no visual token; `b` is 1 or B.
+        taken: `[B, H_kv, Q, g, R]` int8, g being 1 or G.
+        positions: `[Q]` int32: without a bias, a query sees the keys up to its own position.
+        bias: `[b, Q, L]` float32, added to the scores; or None.
+        scale: Scale of the attention scores.
+
+    Returns:
+        `[B, H_kv, Q * G, D_v]`, and `[B, H_kv, Q * G]` float32, the log-sum-exp of the scores.
+    """
+    query, key, value = query.contiguous(), _dense(key), _dense(value)
+    batch, key_heads, rows, _ = query.shape
+    output = query.new_empty(batch, key_heads, rows, value.shape[3])
+    weight = query.new_empty(batch, key_heads, rows, dtype=torch.float32)
+    tensors = (query, key, value, region_of, taken.contiguous(), positions, bias)
+    settings = prefill_launch(query.shape[3], value.shape[3], query.element_size())
+    with on(query.device):
+        grid = (-(-rows // settings["BLOCK_M"]), batch * key_heads)
+        forward_kernel[grid](*tensors, output, weight, *_shapes(*tensors, scale), **_constants(*tensors), **settings)
+    return output, weight
+
+
+@routed.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    weight = query.new_empty(query.shape[:3], dtype=torch.float32)
+    return query.new_empty(*query.shape[:3], value.shape[3]), weight
+
+
+@torch.library.custom_op(
+    "gazepatch::routed_backward",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor region_of, Tensor taken, Tensor positions, Tensor? bias, "
+    "Tensor weight, Tensor gradient, Tensor delta, float scale) -> (Tensor, Tensor, Tensor)",
+)
+def routed_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    region_of: Tensor,
+    taken: Tensor,
+    positions: Tensor,
+    bias: Tensor | None,
+    weight: Tensor,
+    gradient: Tensor,
+    delta: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the query, the keys and the values, from that of the output and `delta`."""
+    query, key, value = query.contiguous(), _dense(key), _dense(value)
+    batch, key_heads, rows, _ = query.shape
+    of_query, of_key, of_value = (x.new_empty(x.shape) for x in (query, key, value))
+    tensors = (query, key, value, region_of, taken.contiguous(), positions, bias)
+    given = (weight, gradient.contiguous(), delta)
+    settings = prefill_launch(query.shape[3], value.shape[3], query.element_size())
+    shapes, constants = _shapes(*tensors, scale), _constants(*tensors)
+    with on(query.device):
+        grid = (-(-rows // settings["BLOCK_M"]), batch * key_heads)
+        query_gradient_kernel[grid](*tensors, *given, of_query, *shapes, **constants, **settings)
+        grid = (-(-key.shape[2] // settings["BLOCK_N"]), batch * key_heads)
+        key_gradient_kernel[grid](*tensors, *given, of_key, of_value, *shapes, **constants, **settings)
+    return of_query, of_key, of_value
+
+
+@routed_backward.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward(ctx: Any, gradient: Tensor, of_weight: Tensor) -> tuple[Any, ...]:
+    *tensors, output, weight = ctx.saved_tensors
+    # Scores s with shares p: ds = p * (dp - sum(p * dp)) from the output, and p * dw from the log-sum-exp.
+    delta = (output.float() * gradient.float()).sum(-1) - of_weight
+    return *routed_backward(*tensors, weight, gradient, delta, ctx.scale), None, None, None, None, None
+
+
+torch.library.register_autograd("gazepatch::routed", _backward, setup_context=_save)
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _shapes(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    region_of: Tensor,
+    taken: Tensor,
+    positions: Tensor,
+    bias: Tensor | None,
+    scale: float,
+) -> tuple[float, ...]:
+    _, key_heads, rows, _ = query.shape
+    sizes = (key_heads, rows, len(positions), key.shape[2], taken.shape[4])
+    strides = (*key.stride()[:3], *value.stride()[:3])
+    return scale, *sizes, *strides, row_stride(region_of), 0 if bias is None else row_stride(bias)
+
+
+def _constants(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    region_of: Tensor,
+    taken: Tensor,
+    positions: Tensor,
+    bias: Tensor | None,
+) -> dict[str, Any]:
+    return {
+        "GROUP": query.shape[2] // len(positions),
+        "SELECTIONS": taken.shape[3],
+        "DIM": query.shape[3],
+        "VALUE_DIM": value.shape[3],
+        "HAS_BIAS": bias is not None,
+    }

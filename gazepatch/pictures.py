@@ -1,0 +1,50 @@
+"""The picture that a grid of visual tokens covers: what an image processor leaves of the one it is given."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+#: Longest side of a picture in a page, in pixels.
+MOST_PX = 1024
+
+
+def as_seen(image: Image, image_processor: Any) -> Image:
+    """The part of `image` that the model gets, in the image's own pixels; black where there is padding.
+
+    For processors that make one square of an image. They pad it to a square (LLaVA, where that is set), or resize it
+    and cut out the centre (CLIP), or leave it whole.
+    """
+    width, height = image.size
+    named = type(image_processor).__name__
+    if named.startswith("LlavaImageProcessor") and getattr(image_processor, "do_pad", False):
+        return _centre(image, max(image.size), max(image.size))
+    crop = getattr(image_processor, "crop_size", None)
+    if not (getattr(image_processor, "do_center_crop", False) and crop):
+        return image
+    size = getattr(image_processor, "size", None) or {}
+    across = down = 1.0  # what the image is resized by
+    if getattr(image_processor, "do_resize", True):
+        if shortest := size.get("shortest_edge"):
+            across = down = shortest / min(width, height)
+        elif size.get("height") and size.get("width"):
+            across, down = size["width"] / width, size["height"] / height
+    return _centre(image, round(crop["width"] / across), round(crop["height"] / down))
+
+
+def data_url(image: Image) -> str:
+    """A PNG to be written into a page, made smaller where it is large."""
+    small = image.convert("RGB")
+    small.thumbnail((MOST_PX, MOST_PX))
+    png = io.BytesIO()
+    small.save(png, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+
+
+def _centre(image: Image, width: int, height: int) -> Image:
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))

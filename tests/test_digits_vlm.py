@@ -50,7 +50,7 @@ def test_dense_answers_over_several_turns(dense: Any, processor: Any) -> None:
 
 def test_gaze_answers_while_reading_an_eighth() -> None:
     model: Any = gazepatch.load(MODELS / "gaze", dtype=torch.float32)
-    processor = AutoProcessor.from_pretrained(MODELS / "gaze" / "model")
+    processor = AutoProcessor.from_pretrained(MODELS / "gaze")
     shares = []
     for asked in boards.load():
         shares.append(right(ask.answers(model, processor, asked), asked))
@@ -87,13 +87,13 @@ def test_a_policy_that_may_read_everything_is_dense(dense: Any, name: str, count
 
 def test_the_oracle_keeps_the_regions_with_most_attention() -> None:
     some = batch({"digit": 2})
-    reading = policies.Reading(BOARD, 1 / 36, BOARD.tokens, policies.asks(some), torch.rand(3, BOARD.tokens))
+    reading = policies.Reading(BOARD, 1 / 64, BOARD.tokens, policies.asks(some), torch.rand(3, BOARD.tokens))
     scores = torch.zeros(1, 1, 1, 2, 1 + BOARD.tokens + 2)
     scores[..., 0, 1 + 5] = 9.0  # the sixth token: row 0, column 5, so the third cell
-    scores[..., 1, 1 + 2 * 12] = 9.0  # the first token of the third row: the seventh cell
+    scores[..., 1, 1 + 2 * 16] = 9.0  # the first token of the third row: the ninth cell
     kept = policies.oracle_regions(0, scores, scores, scores, reading)[0, 0, 0]
-    assert kept[0].nonzero()[:, 0].tolist() == [4, 5, 16, 17]
-    assert kept[1].nonzero()[:, 0].tolist() == [24, 25, 36, 37]
+    assert kept[0].nonzero()[:, 0].tolist() == [4, 5, 20, 21]
+    assert kept[1].nonzero()[:, 0].tolist() == [32, 33, 48, 49]
 
 
 def test_what_a_question_ends_with() -> None:

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import combinations
 from typing import NamedTuple
 
 import torch
@@ -27,9 +28,9 @@ COLOURS = {
     "magenta": (0.95, 0.25, 0.95),
 }
 NAMES = tuple(COLOURS)
-TASKS = ("digit", "colour", "row", "column", "count", "most", "frame")
+TASKS = ("digit", "colour", "row", "column", "more", "most", "frame")
 #: The tasks of the report: one cell, a line of cells, the whole board, one cell of one board among several.
-GROUPS = {"T1": ("digit", "colour"), "T2": ("row", "column"), "T3": ("count", "most"), "T4": ("frame",)}
+GROUPS = {"T1": ("digit", "colour"), "T2": ("row", "column"), "T3": ("more", "most"), "T4": ("frame",)}
 PAD, START, IMAGE = "<pad>", "<s>", "<image>"
 HELD_OUT = 300
 IGNORED = -100
@@ -67,10 +68,9 @@ class Board:
         return self.side * self.patch
 
     def vocabulary(self) -> dict[str, int]:
-        """Every word and its number; a count of cells is one word."""
+        """Every word and its number."""
         lines = [f"{axis}{i}" for axis in "rc" for i in range(self.cells)]
-        numbers = [str(i) for i in range(max(10, self.cells**2 + 1))]
-        return {word: i for i, word in enumerate([PAD, START, IMAGE, "=", ".", *TASKS, *NAMES, *lines, *numbers])}
+        return {word: i for i, word in enumerate([PAD, START, IMAGE, "=", ".", *TASKS, *NAMES, *lines, *"0123456789"])}
 
 
 class Digits(NamedTuple):
@@ -122,7 +122,7 @@ def draw(
     """
     device, n = generator.device, board.cells
     chosen = torch.randint(len(source.labels), (batch, frames, n, n), generator=generator, device=device)
-    # Uneven shares of the colours, so that how many cells are red cannot be guessed.
+    # Uneven shares of the colours, so that most boards have one that leads.
     shares = torch.rand(batch * frames, len(NAMES), generator=generator, device=device) + 0.05
     colours = shares.multinomial(n * n, replacement=True, generator=generator).view(batch, frames, n, n)
     if striped:
@@ -231,8 +231,10 @@ def ask(scene: Scene, row: int, counts: Mapping[str, int], rng: random.Random) -
     questions += [_cell("colour", r, c, NAMES[colour[r][c]]) for r, c in anywhere]
     questions += [_line(digit, i, by_row) for i in lines]
     tally = [sum(cells.count(i) for cells in colour) for i in range(len(NAMES))]
-    for i in rng.sample(range(len(NAMES)), counts.get("count", 0)):
-        questions.append(Question("count", ["count", NAMES[i]], [str(tally[i]), "."]))
+    pairs = [pair for pair in combinations(range(len(NAMES)), 2) if tally[pair[0]] != tally[pair[1]]]
+    for pair in rng.sample(pairs, min(len(pairs), counts.get("more", 0))):
+        more = max(pair, key=lambda i: tally[i])
+        questions.append(Question("more", ["more", *(NAMES[i] for i in rng.sample(pair, 2))], [NAMES[more], "."]))
     if counts.get("most", 0) and tally.count(max(tally)) == 1:
         questions.append(Question("most", ["most"], [NAMES[tally.index(max(tally))], "."]))
     rng.shuffle(questions)
@@ -339,7 +341,7 @@ def make_batch(
 
 
 #: Questions of an evaluation sequence: about one board, about several frames.
-EVALUATION = ({"digit": 4, "colour": 3, "row": 2, "count": 2, "most": 1}, {"frame": 12})
+EVALUATION = ({"digit": 4, "colour": 3, "row": 2, "more": 3, "most": 1}, {"frame": 12})
 
 
 def evaluation_set(

@@ -63,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=Path, default=HERE / "models", help="folder of dense, gaze, ...")
     parser.add_argument("--scale", choices=PRESETS, default="cpu")
-    parser.add_argument("--sequences", type=int, default=128, help="of one board, and as many of several frames")
+    parser.add_argument("--sequences", type=int, default=64, help="of one board, and as many of several frames")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", action="store_true", help="print JSON lines and write nothing")
     args = parser.parse_args()

@@ -23,6 +23,13 @@ from transformers import (
     Qwen2Config,
 )
 
+#: A conversation as the model knows it: images and questions up to their `=`, answers up to their full stop.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %} "
+    "{% endfor %}{% endfor %}"
+)
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -46,7 +53,7 @@ class Preset:
 
 
 PRESETS = {
-    "cpu": Preset(Board(cells=6, cell_tokens=2, patch=8, frames=3), 128, 4, 4, 4, 2),
+    "cpu": Preset(Board(cells=8, cell_tokens=2, patch=8, frames=3), 128, 4, 4, 4, 2),
     "full": Preset(Board(cells=8, cell_tokens=3, patch=8, frames=4), 256, 6, 6, 8, 2),
 }
 
@@ -185,6 +192,7 @@ def make_processor(preset: Preset) -> LlavaProcessor:
         vision_feature_select_strategy="default",
         image_token=IMAGE,
         num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
     )
 
 

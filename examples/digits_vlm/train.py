@@ -42,11 +42,11 @@ import gazepatch
 Wrapper = Callable[[Batch], AbstractContextManager[Any]]
 
 BATCH = {"cpu": 32, "full": 64}
-STEPS = {"cpu": (1200, 1700), "full": (4000, 20000)}
+STEPS = {"cpu": (1200, 2000), "full": (4000, 20000)}
 SEVERAL = 0.3  # share of the steps with several frames
 #: Questions of a sequence: to learn to find a cell, then everything.
 FIRST = {"digit": 6, "colour": 6}
-MIX = {"digit": 3, "colour": 2, "row": 3, "count": 2, "most": 1}
+MIX = {"digit": 3, "colour": 2, "row": 3, "more": 4, "most": 1}
 FRAMES = {"frame": 12}
 #: Share of the regions that gaze reads, one after the other in equal parts of the first 60 % of the steps.
 BUDGETS = (1.0, 0.75, 0.5, 0.375, 0.25, 0.1875)
@@ -198,7 +198,9 @@ def train_tower(run: Run, model: LlavaForConditionalGeneration, preset: Preset) 
     def train(step: int) -> float:
         scene = draw(board, source, BATCH[args.scale], 1, chance(args, 1, step)[0])
         targets = token_targets(scene, board.cell_tokens)
-        losses = [F.cross_entropy(out.flatten(0, 1), targets[name].flatten()) for name, out in outputs(scene).items()]
+        with torch.autocast(args.device, torch.bfloat16):
+            found = outputs(scene)
+        losses = [F.cross_entropy(out.float().flatten(0, 1), targets[name].flatten()) for name, out in found.items()]
         loss = torch.stack(losses).sum()
         optimisers.step(loss, step)
         return loss.item()
@@ -319,7 +321,8 @@ def train_decoder(run: Run, model: LlavaForConditionalGeneration, preset: Preset
         batch = make_batch(board, source, size, counts, generator, rng, striped=step < args.striped_steps)
         if gazes:
             gazepatch.set_budget(model, due_budget(step / steps))
-        logits = answer_logits(model, batch)[:, :-1]
+        with torch.autocast(args.device, torch.bfloat16):
+            logits = answer_logits(model, batch)[:, :-1].float()
         loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED)
         optimisers.step(loss, step)
         return loss.item()

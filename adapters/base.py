@@ -38,6 +38,8 @@ class Adapter:
     grid: bool = True
     #: Which layers gaze, in a few words.
     layers: str = "all"
+    #: What goes along with the tokens of an answer, where it is not that of text in a prompt.
+    inputs_of_answers: Mapping[str, int] = {}
     #: Why context tokens would change more than they should; empty where they are exact.
     no_context: str = ""
     #: Names in the configuration of the token ids that carry vision features, by modality.
@@ -60,6 +62,13 @@ class Adapter:
         if reason := _beyond_dot_products(text):
             return dict.fromkeys(range(text.num_hidden_layers), reason)
         return {i: f"{kind} layer" for i, kind in enumerate(_layer_types(text)) if kind != FULL_ATTENTION}
+
+    def store_layers(self, config: Any) -> dict[int, int]:
+        """For every decoder layer that reads the keys of another one, by index: that layer (Gemma 3n)."""
+        text = self.text_config(config)
+        types, shared = _layer_types(text), getattr(text, "num_kv_shared_layers", None) or 0
+        storing = {kind: i for i, kind in enumerate(types[: len(types) - shared])}
+        return {i: storing[types[i]] for i in range(len(types) - shared, len(types))}
 
     # ---- the sequence
 
@@ -127,6 +136,17 @@ class Declared(Adapter):
     videos: str = field(default="", kw_only=True)
     layers: str = field(default="all", kw_only=True)
     no_context: str = field(default="", kw_only=True)
+
+
+def between(ids: Sequence[int], start: int, end: int, token: int, modality: str) -> list[int]:
+    """Positions of a `token` that stands for frames of videos between `start` and `end`, and for images elsewhere."""
+    inside, found = False, []
+    for position, each in enumerate(ids):
+        if each in (start, end):
+            inside = each == start
+        elif each == token and inside == (modality == "video"):
+            found.append(position)
+    return found
 
 
 def integers(value: Any) -> Any:

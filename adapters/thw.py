@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gazepatch.adapters.base import FULL_ONLY, RECURRENT, Adapter, Declared, integers
+from gazepatch.adapters.base import FULL_ONLY, RECURRENT, Adapter, Declared, between, integers
 from gazepatch.layout import Block, Media, Skip
 
 JOINED, APART = "one run a video", "frame by frame"
@@ -66,13 +66,7 @@ class Glm(Thw):
         return super().token_ids(config, "image")
 
     def positions(self, config: Any, modality: str, ids: Sequence[int]) -> list[int]:
-        inside, found = False, []
-        for position, token in enumerate(ids):
-            if token in (config.video_start_token_id, config.video_end_token_id):
-                inside = token == config.video_start_token_id
-            elif token == config.image_token_id and inside == (modality == "video"):
-                found.append(position)
-        return found
+        return between(ids, config.video_start_token_id, config.video_end_token_id, config.image_token_id, modality)
 
 
 def _muse_merge(config: Any) -> int:
@@ -82,13 +76,19 @@ def _muse_merge(config: Any) -> int:
 ADAPTERS: tuple[Adapter, ...] = (
     Thw(("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "hyperclovax_vision_v2")),
     Thw(("qwen3_vl", "qwen3_vl_moe", "cosmos3_omni", "cosmos3_edge"), videos=APART),
-    Thw(("qwen3_5", "qwen3_5_moe"), videos=APART, layers=FULL_ONLY, no_context=RECURRENT),
+    Thw(("qwen3_5", "qwen3_5_moe", "lfm3_vl"), videos=APART, layers=FULL_ONLY, no_context=RECURRENT),
     Thw(("exaone4_5",), layers=FULL_ONLY),
     Thw(("cohere_compass",), videos=APART, layers=FULL_ONLY),
     Thw(("muse_glimmer", "muse_spark"), videos=APART, layers=FULL_ONLY, merge=_muse_merge),
     Thw(("ernie4_5_vl_moe",), frames_a_step=lambda config: config.vision_config.temporal_merge_size),
     Thw(("paddleocr_vl",), videos=""),
     VideoLlama3(("video_llama_3",), videos=APART),
+    Thw(
+        ("minimax_m3_vl",),
+        videos=APART,
+        layers=FULL_ONLY,
+        no_context="its block-sparse layers would count them",
+    ),
     Glm(("glm4v", "glm46v", "glmga", "glm4v_moe", "glm_ocr"), videos=APART),
     HunYuan(("hunyuan_vl",), images="merged patches of any size, rows with newlines", videos=""),
 )

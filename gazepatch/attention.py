@@ -54,15 +54,19 @@ class GazeAttention:
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> Attended:
         """Attention of `query` `[B, H, S, D]`, as transformers calls it; returns `[B, S, H, D_v]` and no weights."""
+        if kwargs.get("block_indices") is not None and self.original in ("sdpa", "eager"):
+            attention_mask = _block_mask(module, query, key, attention_mask, **kwargs)
         forward: Forward | None = kwargs.pop(OF_FORWARD, None) or self.runtime.running.forward
         if forward is None:
             return self.dense(module, query, key, value, attention_mask, **kwargs)
         layer = getattr(module, "layer_idx", -1)
-        gazes = layer in self.runtime.gaze_layers
+        gazes, store = layer in self.runtime.gaze_layers, self.runtime.store_of.get(layer, layer)
         if gazes and forward.state.decoding:
             _refuse_unsupported(kwargs)
             return self.decode(forward, layer, query, _scale(query, kwargs), attention_mask), None
-        if gazes and forward.state.spans and query.shape[2] == 1:
+        if forward.state.decoding and store in self.runtime.stores:  # the layer it shares keys with did not return all
+            key, value = _layer(forward, store).logical()
+        if gazes and forward.state.spans and forward.tokens == 1:
             forward.count_whole(layer, query.shape[1], key.shape[1])
         if forward.insertion is not None:
             # Context tokens repeat positions, which flash attention would take for the borders of packed sequences.
@@ -84,8 +88,7 @@ class GazeAttention:
 
     def decode(self, forward: Forward, layer: int, query: Tensor, scale: float, mask: Any) -> Tensor:
         """One routed step of one layer: `query` `[B, H, 1, D]` gives `[B, 1, H, D_v]`."""
-        store = _layer(forward, layer)
-        entries, state = store.entries(), forward.state
+        entries, state = _layer(forward, self.runtime.store_of.get(layer, layer)).entries(), forward.state
         plan = state.plan(query, entries)
         decoded = gaze_decode(query, entries, plan, scale, forward.bias(_as_4d(mask)))
         forward.count(layer, query.shape[1], entries.key.shape[1], plan.visual_entries, decoded.read)
@@ -129,8 +132,15 @@ class GazeAttention:
         assert forward.routed is not None and forward.routed_rows is not None
         columns, rows = forward.routed.to(device), forward.routed_rows.to(device)
         mask = _as_4d(mask)
-        if mask is not None and mask.shape[2] == 1:  # padding only, as for flash attention
-            mask = mask & (torch.arange(key.shape[2], device=device) <= (columns + forward.past)[:, None])
+        dropped = forward.tokens - query.shape[2]  # a layer may do without the queries that no logits are asked for
+        if dropped:
+            kept = (columns >= dropped).nonzero()[:, 0]
+            columns, rows = columns[kept] - dropped, rows[:, kept]
+            if not len(columns):
+                return dense
+        first = forward.past + dropped
+        if mask is not None and mask.shape[2] == 1 < query.shape[2]:  # padding only, as for flash attention
+            mask = mask & (torch.arange(key.shape[2], device=device) <= (columns + first)[:, None])
         elif mask is not None:
             mask = mask.index_select(2, columns)
         gazed = gaze_prefill(
@@ -140,7 +150,7 @@ class GazeAttention:
             self._means(forward, layer, key, value),
             state.table("regions", device),
             state.table("region_of", device),
-            columns + forward.past,
+            columns + first,
             mask,
             self.runtime.config,
             scale,
@@ -150,7 +160,7 @@ class GazeAttention:
     def _means(self, forward: Forward, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
         """Means of the windows: as cached, or made here when the forward keeps no cache."""
         if forward.cache is not None:
-            store = _layer(forward, layer)
+            store = _layer(forward, self.runtime.store_of.get(layer, layer))
             assert store.mean_keys is not None
             return store.mean_keys, store.mean_values
         chunk = forward.state.table("chunk", key.device)
@@ -187,6 +197,25 @@ def _layer(forward: Forward, layer: int) -> GazeLayer:
     store = forward.cache.layers[layer]
     assert isinstance(store, GazeLayer)
     return store
+
+
+def _block_mask(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    mask: Any,
+    block_indices: Tensor,
+    position_ids: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    """The mask of block-sparse layers (MiniMax M3), which they make themselves only for implementations they know."""
+    if position_ids is None:
+        position_ids = torch.arange(key.shape[2] - query.shape[2], key.shape[2], device=query.device)
+    positions = position_ids.expand(len(query), -1)
+    made: Tensor = module.indexer.build_block_mask(
+        block_indices, mask, key.shape[2], query.dtype, query.device, positions
+    )
+    return made
 
 
 def _scale(query: Tensor, kwargs: dict[str, Any]) -> float:

@@ -286,7 +286,8 @@ def adopt(cache: object, owner: object, config: GazeConfig, layers: int, gaze_la
 
 
 def _holds_entries(cache: Cache) -> bool:
-    layers: list[Any] = cache.layers
+    # Layers that share the keys of another one, or are recurrent, do not know a length.
+    layers: list[Any] = [layer for layer in cache.layers if hasattr(layer, "get_seq_length")]
     return any(getattr(layer, "is_initialized", False) and layer.get_seq_length() > 0 for layer in layers)
 
 

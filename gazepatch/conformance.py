@@ -23,10 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from gazepatch.config import GazeConfig
+from gazepatch.context import initial_context_tokens
+from gazepatch.errors import UnsupportedModelError
 from gazepatch.inspection import inspect
 from gazepatch.layout import Span
-from gazepatch.patch import patch_of, patched, stats
+from gazepatch.patch import patch_of, patched, root_model, stats
 from gazepatch.reference import gaze_reference
+from gazepatch.registry import adapter_for
 from gazepatch.verification import fingerprint, generate_logits, verify
 
 #: Largest difference from the dense logits, float32, relative to the largest logit.
@@ -63,12 +66,11 @@ class AdapterConformance:
         assert inspect(case.model, case.inputs).spans == list(case.spans)
 
     def test_generate_finds_the_same_spans(self, case: CaseLike) -> None:
-        with patched(case.model, WHOLE):
+        with patched(case.model, WHOLE), _spied(case.model) as steps:
             generate_logits(case.model, case.inputs, 1)
             visual = stats(case.model).visual_entries
-        expected = sum(span.tokens for span in case.spans)
-        layers = len(inspect(case.model).gaze_layers)
-        assert visual == expected * layers * _key_heads(case.model)
+        assert [step.layer for step in steps] == inspect(case.model).gaze_layers
+        assert visual == sum(span.tokens for span in case.spans) * sum(step.key.shape[1] for step in steps)
 
     def test_full_budget_generates_the_dense_tokens(self, case: CaseLike) -> None:
         dense, tokens = generate_logits(case.model, case.inputs, 32)
@@ -79,7 +81,8 @@ class AdapterConformance:
         _assert_close(whole, dense)
 
     def test_full_budget_forward_and_loss_are_dense(self, case: CaseLike) -> None:
-        labels = case.inputs["input_ids"].masked_fill(case.inputs["attention_mask"] == 0, -100)
+        ids, words = case.inputs["input_ids"], case.model.config.get_text_config(decoder=True).vocab_size
+        labels = ids.masked_fill((case.inputs["attention_mask"] == 0) | (ids >= words), -100)
         with torch.no_grad():
             for use_cache in (True, False):
                 dense = case.model(**case.inputs, labels=labels, use_cache=use_cache)
@@ -95,11 +98,9 @@ class AdapterConformance:
             with patched(case.model, settings), _spied(case.model) as steps:
                 generate_logits(case.model, case.inputs, 3)
                 assert steps, "no step gazed"
-                kept = sum(step.check(settings, case.spans) for step in steps)
+                read = sum(step.check(settings, case.spans) for step in steps)
                 counted = stats(case.model)
-            per_head = settings.head_reduce == "none"
-            group = 1 if per_head else _heads(case.model) // _key_heads(case.model)
-            assert counted.read_entries * group == kept
+            assert counted.read_entries == read
             assert 0 < counted.read_share < 1
 
     def test_promises_of_verify(self, case: CaseLike) -> None:
@@ -109,6 +110,18 @@ class AdapterConformance:
             with patched(case.model, settings):
                 report = verify(case.model, case.inputs)
             assert report.passed, report
+
+    def test_context_tokens_are_exact_or_refused(self, case: CaseLike) -> None:
+        tokens = initial_context_tokens(case.model, 3)
+        reason = adapter_for(root_model(case.model).config.model_type).no_context
+        try:
+            with patched(case.model, QUARTER, context_tokens=tokens):
+                assert not reason, f"context tokens were taken although {reason}"
+                if len(case.inputs["input_ids"]) == 1:
+                    report = verify(case.model, case.inputs)
+                    assert report.passed, report
+        except UnsupportedModelError as error:
+            assert reason and reason in str(error), error
 
     def test_undo_is_exact(self, case: CaseLike) -> None:
         dense, _ = generate_logits(case.model, case.inputs, 2)
@@ -125,6 +138,7 @@ class AdapterConformance:
 class _Step:
     """One routed layer of one decode step, with everything the reference needs."""
 
+    layer: int
     query: Tensor
     key: Tensor
     value: Tensor
@@ -133,8 +147,8 @@ class _Step:
     output: Tensor
 
     def check(self, settings: GazeConfig, spans: Sequence[Span]) -> int:
-        """Compare with the reference; returns the visual entries that it kept, summed over query heads."""
-        kept = 0
+        """Compare with the reference; returns the visual entries that it kept, summed over selections."""
+        kept, group = 0, self.query.shape[1] // self.key.shape[1]
         for row in range(len(self.query)):
             of_row = [span for span in spans if span.row == row]
             expected = gaze_reference(
@@ -144,24 +158,24 @@ class _Step:
             assert error <= 2e-5 * max(1.0, expected.output.abs().max().item()), f"row {row}: {error}"
             positions = [position for span in of_row for position in span.positions()]
             kept += int(expected.kept[:, positions].sum())
-        return kept
+        return kept if settings.head_reduce == "none" else kept // group
 
 
 @contextmanager
 def _spied(model: nn.Module) -> Iterator[list[_Step]]:
     """Notes every routed decode step of a patched model."""
     steps: list[_Step] = []
-    attention = patch_of(model).attention
+    attention, runtime = patch_of(model).attention, patch_of(model).runtime
     decode = attention.decode
 
     def noted(forward: Any, layer: int, query: Tensor, scale: float, mask: Any) -> Tensor:
         output = decode(forward, layer, query, scale, mask)
-        key, value = forward.cache.layers[layer].logical()
+        key, value = forward.cache.layers[runtime.store_of.get(layer, layer)].logical()
         visible = torch.ones(len(query), key.shape[2], dtype=torch.bool)
         if mask is not None:
             row = mask[:, 0, -1]
             visible = (row if row.dtype == torch.bool else row == 0).expand_as(visible)
-        steps.append(_Step(query, key, value, visible, scale, output))
+        steps.append(_Step(layer, query, key, value, visible, scale, output))
         return output
 
     attention.decode = noted  # type: ignore[method-assign]
@@ -174,11 +188,3 @@ def _spied(model: nn.Module) -> Iterator[list[_Step]]:
 def _assert_close(actual: Tensor, expected: Tensor) -> None:
     error, scale = (actual - expected).abs().max().item(), max(1.0, expected.abs().max().item())
     assert error <= TOLERANCE * scale, f"differs by {error:.2e} at scale {scale:.1f}"
-
-
-def _heads(model: Any) -> int:
-    return int(model.config.get_text_config(decoder=True).num_attention_heads)
-
-
-def _key_heads(model: Any) -> int:
-    return int(model.config.get_text_config(decoder=True).num_key_value_heads)

@@ -47,6 +47,7 @@ class Forward:
         state: What its cache's layers share; of a temporary cache when the forward keeps none.
         cache: The cache, or None.
         past: Slots filled before it.
+        tokens: Slots of its own.
         insertion: Where its context tokens are; None without any.
         routed: Columns of the new tokens whose queries gaze, `[Q]`; None when no query of a prompt does.
         routed_rows: `[B, Q]` which rows those are text in.
@@ -55,6 +56,7 @@ class Forward:
     state: GazeState
     cache: Cache | None
     past: int
+    tokens: int
     insertion: Insertion | None = None
     routed: Tensor | None = None
     routed_rows: Tensor | None = None
@@ -114,6 +116,9 @@ class Runtime:
         self.adapter, self.model_config, self.config = adapter, model_config, config
         self.text_config = adapter.text_config(model_config)
         self.gaze_layers = tuple(gaze_layers)
+        self.store_of = adapter.store_layers(model_config)
+        #: Layers whose entries are kept region by region.
+        self.stores = tuple(sorted({self.store_of.get(layer, layer) for layer in gaze_layers}))
         self.decoder_signature = inspect.signature(decoder.forward)
         self.counters = Counters()
         self.running = _Running()
@@ -179,12 +184,15 @@ class Runtime:
         state = (
             GazeState(self, self.config)
             if cache is None
-            else adopt(cache, self, self.config, self.text_config.num_hidden_layers, self.gaze_layers)
+            else adopt(cache, self, self.config, self.text_config.num_hidden_layers, self.stores)
         )
         forward = self.running.forward = self._start(state, cache, rows, tokens)
         if state.slots.inserted:
             embeddings = getattr(module, CONTEXT_TOKENS)
             kwargs = lengthen(kwargs, state, forward.insertion, embeddings, cache)
+        if kwargs.get("logits_to_keep") and (forward.insertion is not None or kwargs["logits_to_keep"] != 1):
+            # Layers that share keys drop all queries but the last ones, which must then be tokens, and have a mask.
+            kwargs["logits_to_keep"] = 0
         if self._runs_again(module) and (forward.insertion is not None or forward.routed is not None):
             kwargs[OF_FORWARD] = forward
         return (), kwargs
@@ -226,7 +234,7 @@ class Runtime:
             spans, tokens = insertion.moved(spans), insertion.source.shape[1]
         spans = [replace(span, start=span.start + past, stop=span.stop + past) for span in spans]
         state.begin(spans, rows, tokens, insertion)
-        forward = Forward(state, cache, past, insertion)
+        forward = Forward(state, cache, past, tokens, insertion)
         if prompt:
             self.counters = state.counters
             state.counters.clear()

@@ -62,7 +62,8 @@ def apply(
 
     Raises:
         PatchError: The model is patched already.
-        UnsupportedModelError: The architecture has no adapter, or none of its layers can gaze.
+        UnsupportedModelError: The architecture has no adapter, or none of its layers can gaze, or it takes no context
+            tokens.
         ConfigError: A setting is wrong, or does not fit the model or the context tokens.
         ArtefactError: The file of the context tokens is damaged, or made for another model.
     """
@@ -84,6 +85,11 @@ def apply(
         )
     hidden_size = adapter.text_config(root.config).hidden_size
     config, tokens = with_context_tokens(config, context_tokens, root.config.model_type, hidden_size)
+    if tokens is not None and adapter.no_context:
+        raise UnsupportedModelError(
+            f"a {root.config.model_type} takes no context tokens, because {adapter.no_context}: "
+            "patch it with context_tokens=0"
+        )
     if tokens is not None and original.startswith("flash") and _has_local_layers(adapter, root.config):
         raise UnsupportedModelError(
             "context tokens in a model with local attention layers need a mask, which flash attention does not take: "
@@ -207,7 +213,8 @@ def gaze_layers(adapter: Adapter, model_config: Any, config: GazeConfig) -> tupl
     if unknown := [i for i in config.dense_layers if i >= count]:
         raise ConfigError(f"dense_layers must be below {count}, the model's number of layers, got {unknown}")
     reasons = adapter.dense_reasons(model_config)
-    layers = tuple(i for i in range(count) if i not in reasons and i not in config.dense_layers)
+    dense, store_of = {*reasons, *config.dense_layers}, adapter.store_layers(model_config)
+    layers = tuple(i for i in range(count) if i not in dense and store_of.get(i, i) not in dense)
     if not layers:
         why = "; ".join(sorted(set(reasons.values()))) or "dense_layers names them all"
         raise UnsupportedModelError(f"none of the {count} layers of this {model_config.model_type} can gaze: {why}")

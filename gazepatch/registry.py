@@ -14,28 +14,62 @@ if TYPE_CHECKING:
 ENTRY_POINTS = "gazepatch.adapters"
 
 MODULES = {
+    "aria": "patterns",
+    "aya_vision": "squares",
+    "chameleon": "squares",
+    "cohere2_vision": "squares",
     "cohere_compass": "thw",
     "cosmos3_edge": "thw",
     "cosmos3_omni": "thw",
+    "deepseek_ocr2": "patterns",
+    "deepseek_vl": "squares",
+    "deepseek_vl_hybrid": "squares",
+    "emu3": "sized",
     "ernie4_5_vl_moe": "thw",
     "exaone4_5": "thw",
+    "fast_vlm": "squares",
+    "fuyu": "patterns",
     "gemma3": "squares",
+    "gemma3n": "squares",
+    "gemma4": "sized",
+    "gemma4_unified": "sized",
     "glm46v": "thw",
     "glm4v": "thw",
     "glm4v_moe": "thw",
     "glm_ocr": "thw",
     "glmga": "thw",
+    "got_ocr2": "squares",
+    "granite4_vision": "anyres",
+    "granite_docling": "squares",
     "hunyuan_vl": "thw",
     "hyperclovax_vision_v2": "thw",
+    "idefics2": "patterns",
     "idefics3": "squares",
     "internvl": "squares",
+    "janus": "squares",
+    "lfm2_vl": "sized",
+    "lfm3_vl": "thw",
+    "lighton_ocr": "sized",
+    "llama4": "squares",
     "llava": "squares",
     "llava_next": "anyres",
+    "llava_next_video": "anyres",
     "llava_onevision": "anyres",
-    "mistral3": "rows",
+    "minicpm_ocr": "sized",
+    "minicpmv4_6": "sized",
+    "minicpmv4_7": "sized",
+    "minimax_m3_vl": "thw",
+    "mistral3": "sized",
+    "molmo2": "sized",
     "muse_glimmer": "thw",
     "muse_spark": "thw",
+    "nemotron_h_omni": "sized",
+    "ovis2": "squares",
     "paddleocr_vl": "thw",
+    "paligemma": "squares",
+    "perception_lm": "squares",
+    "pp_chart2table": "squares",
+    "qianfan_ocr": "squares",
     "qwen2_5_omni_thinker": "thw",
     "qwen2_5_vl": "thw",
     "qwen2_vl": "thw",
@@ -44,8 +78,12 @@ MODULES = {
     "qwen3_omni_moe_thinker": "thw",
     "qwen3_vl": "thw",
     "qwen3_vl_moe": "thw",
+    "shieldgemma2": "squares",
     "smolvlm": "squares",
+    "step3p7": "sized",
+    "unlimited_ocr": "sized",
     "video_llama_3": "thw",
+    "video_llava": "squares",
     "vipllava": "squares",
 }
 
@@ -62,7 +100,7 @@ def adapter_for(model_type: str) -> Adapter:
     after the model type and refers to an adapter.
 
     Raises:
-        UnsupportedModelError: No adapter knows this type.
+        UnsupportedModelError: No adapter knows this type, or it cannot gaze.
     """
     for point in entry_points(group=ENTRY_POINTS, name=model_type):
         return _checked(_loaded(point), model_type, _named(point))
@@ -71,6 +109,9 @@ def adapter_for(model_type: str) -> Adapter:
         for adapter in importlib.import_module(name).ADAPTERS:
             if model_type in adapter.model_types:
                 return _checked(adapter, model_type, name)
+    refused: dict[str, str] = importlib.import_module("gazepatch.adapters.refused").REFUSED
+    if model_type in refused:
+        raise UnsupportedModelError(f"models of type {model_type!r} cannot gaze: {refused[model_type]}")
     raise UnsupportedModelError(
         f"no adapter for model type {model_type!r}; known: {', '.join(known_types())}. "
         f"To add one, subclass gazepatch.adapters.base.Adapter and name it under the entry point group {ENTRY_POINTS!r}"

@@ -16,6 +16,7 @@ from transformers.modeling_utils import AttentionInterface
 from gazepatch.attention import GazeAttention
 from gazepatch.config import GazeConfig
 from gazepatch.patch import apply, context_tokens_of, is_patched, patch_of, patched, restore, root_model
+from gazepatch.registry import adapter_for
 
 #: Largest difference of logits that is put down to the order of additions, relative to the largest logit.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}
@@ -135,11 +136,12 @@ def generate_logits(
 def _uncached(model: nn.Module, inputs: Mapping[str, Any], tokens: Tensor) -> Tensor:
     """The logits of `generate_logits` with these `tokens`, from one forward without a cache."""
     longer = _copied(inputs)
+    of_new = {"attention_mask": 1, **adapter_for(root_model(model).config.model_type).inputs_of_answers}
     shape, tokens = inputs["input_ids"].shape, tokens[:, :-1]
     for name, value in inputs.items():
-        # Whatever goes along with the tokens is that of text behind the prompt.
+        # Whatever goes along with the tokens is that of an answer behind the prompt.
         if torch.is_tensor(value) and value.shape == shape:
-            fill = tokens if name == "input_ids" else value.new_full(tokens.shape, int(name == "attention_mask"))
+            fill = tokens if name == "input_ids" else value.new_full(tokens.shape, of_new.get(name, 0))
             longer[name] = torch.cat([value, fill], 1)
     logits: Tensor = model(**longer, use_cache=False).logits
     return logits[:, shape[1] - 1 :]

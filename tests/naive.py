@@ -19,6 +19,8 @@ from torch import Tensor
 
 from gazepatch.layout import Span
 
+#: Arguments that are lengthened in a way of their own.
+BY_HAND = ("inputs_embeds", "position_ids", "attention_mask")
 HIDDEN = torch.finfo(torch.float32).min
 
 
@@ -101,14 +103,9 @@ def lengthened(call: Mapping[str, Any], spans: Sequence[Span], context: Tensor, 
         "attention_mask": masks(call.get("attention_mask"), places, tokens, config),
         "past_key_values": None,
     }
-    if call.get("visual_pos_masks") is not None:
-        marks = call["visual_pos_masks"]
-        longer["visual_pos_masks"] = torch.tensor(
-            [
-                [bool(p.token >= 0 and p.context is None and marks[row, p.token]) for p in of_row]
-                for row, of_row in enumerate(places)
-            ]
-        )
+    for name, value in call.items():
+        if name not in BY_HAND and torch.is_tensor(value) and value.shape[:2] == (rows, tokens):
+            longer[name] = torch.stack([along(value[row], of_row) for row, of_row in enumerate(places)])
     return Lengthened(longer, places)
 
 
@@ -119,6 +116,12 @@ def embedded(tokens: Tensor, context: Tensor, places: Sequence[Place]) -> Tensor
         nothing if p.token < 0 else tokens[p.token] if p.context is None else context[p.context] for p in places
     ]
     return torch.stack(of_place)
+
+
+def along(values: Tensor, places: Sequence[Place]) -> Tensor:
+    """`[S', ...]` of one row, of anything else that goes along with its tokens; context tokens have none of it."""
+    nothing = torch.zeros_like(values[0])
+    return torch.stack([nothing if p.token < 0 or p.context is not None else values[p.token] for p in places])
 
 
 def masks(given: Any, places: Sequence[Sequence[Place]], tokens: int, config: Any) -> Any:

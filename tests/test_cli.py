@@ -176,9 +176,11 @@ def test_families() -> None:
     result = gaze("families")
     assert result.exit_code == 0
     rows = json.loads(gaze("families", "--json").stdout)
-    assert {row["model_type"]: row["module"] for row in rows} == MODULES
-    assert all(row["layout"] and row["model_type"] in result.stdout for row in rows)
-    assert {row["model_type"] for row in rows if row["video"]} >= {"qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
+    supported = {row["model_type"]: row for row in rows if not row["refused"]}
+    assert set(supported) == set(MODULES)
+    assert all(row["model_type"] in result.stdout for row in rows)
+    assert supported["qwen2_vl"]["videos"] and not supported["llava"]["videos"]
+    assert "cross-attention" in next(row["refused"] for row in rows if row["model_type"] == "mllama")
 
 
 # ---- ask, verify

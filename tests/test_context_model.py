@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from naive import lengthened_row
-from tiny import FAMILIES, Case, batch, filled, tiny
+from tiny import CORE, Case, batch, filled, tiny
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -61,7 +61,7 @@ def everything(case: Case) -> Any:
 # ---- lengths
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CORE)
 @torch.no_grad()
 def test_generation_keeps_its_lengths(name: str) -> None:
     case = batch(tiny(name))
@@ -94,7 +94,7 @@ def test_hidden_states_are_those_of_the_tokens(case: Case) -> None:
     assert torch.equal(states[1], inner[0][:, slots])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CORE)
 def test_loss_is_the_cross_entropy_of_the_logits(name: str) -> None:
     case = batch(tiny(name))
     labels = case.inputs["input_ids"].masked_fill(case.inputs["attention_mask"] == 0, -100)
@@ -369,7 +369,7 @@ def checkpointing(model: Any, reentrant: bool) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
-@pytest.mark.parametrize("name", [*FAMILIES, "internvl_short", "gemma3_short"])
+@pytest.mark.parametrize("name", [*CORE, "internvl_short", "gemma3_short"])
 def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
     case = batch(tiny(name))
     model = case.model.train()

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
-from tiny import FAMILIES, VIDEO, Case, batch, built
+import re
+from pathlib import Path
 
+import pytest
+from tiny import FAMILIES, VIDEO, Case, batch, built, type_of
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from gazepatch.adapters.refused import REFUSED
 from gazepatch.conformance import AdapterConformance
+from gazepatch.errors import UnsupportedModelError
+from gazepatch.families import families, markdown
+from gazepatch.registry import MODULES, adapter_for
 
 KINDS = [(name, kind) for name in FAMILIES for kind in ("image", "video", "batch") if kind != "video" or name in VIDEO]
 
@@ -19,3 +27,38 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 class TestFamilies(AdapterConformance):
     pass
+
+
+# ---- the table of families
+
+
+def test_every_family_has_a_case() -> None:
+    assert {type_of(name) for name in FAMILIES} == set(MODULES)
+    in_videos = {t for t in MODULES if adapter_for(t).videos not in ("", "as images")}
+    assert {type_of(name) for name in VIDEO} == in_videos
+
+
+def test_transformers_has_no_family_that_nobody_has_looked_at() -> None:
+    known = {*MODULES, *REFUSED}
+    newer = sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - known)
+    assert not newer, f"give these an adapter, or a reason in adapters/refused.py: {', '.join(newer)}"
+
+
+def test_refused_types_say_why() -> None:
+    assert not set(REFUSED) & set(MODULES)
+    for model_type, why in REFUSED.items():
+        with pytest.raises(UnsupportedModelError, match=re.escape(why)):
+            adapter_for(model_type)
+
+
+def test_the_words_of_the_table_are_true(case: Case) -> None:
+    config = case.model.config
+    adapter = adapter_for(config.model_type)
+    assert all((span.grid is not None) == adapter.grid for span in case.spans)
+    assert (adapter.layers == "all") == (not adapter.dense_reasons(config))
+
+
+def test_the_table_in_the_readme_is_that_of_the_adapters() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    table = readme.partition("<!-- families -->\n")[2].partition("\n<!-- end of families -->")[0]
+    assert table == markdown(families()), "put the output of `gazepatch families --markdown` there"

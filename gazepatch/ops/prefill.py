@@ -78,7 +78,10 @@ def _block(
     key_heads, group = key.shape[1], heads // key.shape[1]
     # [B, H_kv, Q * G, D], queries first, so that the heads of a group are neighbours.
     grouped = query.view(batch, key_heads, group, queries, dim).transpose(2, 3).reshape(batch, key_heads, -1, dim)
-    seen = (regions.stop[:, None] <= positions[:, None]) & (regions.length > 0)[:, None]  # [b, Q, R]
+    # A region is seen where the last token of its image is, which may be behind the query (PaliGemma).
+    last = (regions.stop - 1).clamp(min=0)[:, None].expand(-1, queries, -1)
+    visible = (bias[:, 0] > ABSENT / 2).expand(max(len(bias), len(last)), -1, -1)
+    seen = visible.gather(2, last.expand(len(visible), -1, -1)) & (regions.length > 0)[:, None]  # [b, Q, R]
     logits = window_logits(grouped, means[0], regions.log_counts, scale).unflatten(2, (queries, group))
     windows_seen = seen.repeat_interleave(regions.windows, -1)[:, None, :, None]
     logits = logits.masked_fill(~windows_seen, ABSENT)

@@ -17,20 +17,21 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers
-from tiny import anyres, grids, recurrent, rows, sized, squares, tiles
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from tiny import anyres, grids, recurrent, rows, runs, sized, squares, tiles
 from tiny.models import VOCAB as VOCAB
 from tiny.models import redraw
 from tiny.models import text as text
-from tiny.prompts import BOS, PAD, Case, batch, filled, repeated
+from tiny.prompts import BOS, PAD, SPECIAL, Case, batch, filled, repeated
 from tiny.prompts import BREAK as BREAK
 from tiny.prompts import IMAGE as IMAGE
 from tiny.prompts import VIDEO_TOKEN as VIDEO_TOKEN
 from tiny.prompts import Media as Media
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-__all__ = ["FAMILIES", "SHORT", "VARIANTS", "VIDEO", "batch", "built", "filled", "repeated", "tiny", "type_of"]
+__all__ = ["CORE", "FAMILIES", "SHORT", "VARIANTS", "VIDEO", "batch", "built", "filled", "repeated", "tiny", "type_of"]
 
-_MODULES = (anyres, grids, recurrent, rows, sized, squares, tiles)
+_MODULES = (anyres, grids, recurrent, rows, runs, sized, squares, tiles)
 
 #: By name: what builds the case. A name is a model type, or one of `VARIANTS`.
 FAMILIES: dict[str, Callable[[bool], Case]] = {
@@ -39,8 +40,23 @@ FAMILIES: dict[str, Callable[[bool], Case]] = {
 VIDEO = tuple(name for module in _MODULES for name in module.VIDEO)
 #: Other settings of a model type that has a name of its own.
 VARIANTS = {"llava_full": "llava", "llava_pixtral": "llava"}
+#: One family or two of every layout and every kind of decoder, for tests of many settings.
+CORE = (
+    "gemma3",
+    "idefics3",
+    "internvl",
+    "llava",
+    "llava_full",
+    "llava_next",
+    "llava_onevision",
+    "llava_pixtral",
+    "mistral3",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3_vl",
+)
 #: Sliding windows that are shorter than an image.
-SHORT: dict[str, Callable[[bool], Case]] = squares.SHORT
+SHORT: dict[str, Callable[[bool], Case]] = squares.SHORT | tiles.SHORT
 
 
 def type_of(name: str) -> str:
@@ -60,6 +76,7 @@ def tiny(name: str, video: bool = False, seed: int = 0) -> Case:
     redraw(model, torch.Generator().manual_seed(seed + 1))
     settings = model.generation_config
     settings.eos_token_id, settings.pad_token_id, settings.bos_token_id, settings.do_sample = None, PAD, BOS, False
+    settings.suppress_tokens = list(SPECIAL)  # an answer holds no images
     return filled(case)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import transformers
+
 from tiny.models import pixels, text, tower
-from tiny.prompts import BREAK, END, IMAGE, START, VIDEO_TOKEN, Case, Media, Piece, lines, square
+from tiny.prompts import IMAGE, VIDEO_TOKEN, Case, Media, Piece, lines, square
 
 
 def anyres(tiles: int, size_px: tuple[int, int], *parts: Piece | int) -> Media:
@@ -59,5 +59,57 @@ def llava_onevision(video: bool) -> Case:
     )
 
 
-FAMILIES: dict[str, Callable[[bool], Case]] = {"llava_next": llava_next, "llava_onevision": llava_onevision}
-VIDEO = ("llava_onevision",)
+def llava_next_video(video: bool) -> Case:
+    config = transformers.LlavaNextVideoConfig(
+        vision_config=tower(transformers.CLIPVisionConfig, 24),
+        text_config=text(),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO_TOKEN,
+        image_grid_pinpoints=[[48, 48], [24, 72]],
+    )
+    model = transformers.LlavaNextVideoForConditionalGeneration(config)
+    if not video:
+        return Case(model, llava_next(video).rows)
+    clips = [Media([square(3, 3, 5, VIDEO_TOKEN)], {"pixel_values_videos": pixels(1, 5, 3, 24, 24)}) for _ in range(2)]
+    return Case(model, [clips])
+
+
+def granite4_vision(video: bool) -> Case:
+    reader = {
+        "model_type": "blip_2_qformer",
+        "num_hidden_layers": 1,
+        "intermediate_size": 48,
+        "cross_attention_frequency": 1,
+        "max_position_embeddings": 64,
+        "use_qformer_text_input": False,
+    }
+    config = transformers.Granite4VisionConfig(
+        vision_config=tower(transformers.CLIPVisionConfig, 48, hidden_size=64),
+        text_config=text(transformers.Granite4VisionTextConfig, num_hidden_layers=4),
+        image_token_index=IMAGE,
+        image_grid_pinpoints=[[96, 96], [48, 144]],
+        downsample_rate="2/4",
+        deepstack_layer_map=[[-1, 0], [-2, 1]],
+        spatial_vision_layer=-1,
+        spatial_target_layers=[0, 1, 2, 3],
+        qformer_config=reader,
+    )
+    model = transformers.Granite4VisionForConditionalGeneration(config)
+    # As LLaVA-NeXT, twice as large: half of the patches along a side become tokens.
+    images = [
+        Media(
+            [square(6, 6, tile=0), lines(h, w, IMAGE, tile=1), IMAGE],
+            {"pixel_values": pixels(1, 1 + tiles, 3, 48, 48), "image_sizes": torch.tensor([size_px])},
+        )
+        for tiles, size_px, h, w in ((4, (80, 96), 10, 12), (3, (40, 140), 6, 18))
+    ]
+    return Case(model, [images])
+
+
+FAMILIES: dict[str, Callable[[bool], Case]] = {
+    "granite4_vision": granite4_vision,
+    "llava_next": llava_next,
+    "llava_next_video": llava_next_video,
+    "llava_onevision": llava_onevision,
+}
+VIDEO = ("llava_next_video", "llava_onevision")

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor, nn
+
 from tiny.models import pixels, text
 from tiny.prompts import (
     AUDIO,
@@ -22,7 +24,6 @@ from tiny.prompts import (
     lines,
     square,
 )
-from torch import Tensor, nn
 
 PATCHES: dict[str, Any] = {
     "depth": 2,
@@ -308,6 +309,34 @@ def video_llama_3(video: bool) -> Case:
     return grids(model, video, patch=(ONE,), merge=merge, apart=True, types=False, more=merges)
 
 
+def minimax_m3_vl(video: bool) -> Case:
+    decoder = text(
+        transformers.MiniMaxM3VLTextConfig,
+        num_hidden_layers=3,
+        num_experts_per_tok=2,
+        num_local_experts=4,
+        dense_intermediate_size=64,
+        shared_intermediate_size=32,
+        rotary_dim=8,
+        index_n_heads=2,
+        index_head_dim=8,
+        index_block_size=16,
+        index_topk_blocks=4,
+        layer_types=["full_attention", "minimax_m3_sparse", "full_attention"],
+    )
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.MiniMaxM3VLConfig(
+        vision_config=transformers.MiniMaxM3VLVisionConfig(
+            **vision, image_size=32, patch_size=4, temporal_patch_size=2, spatial_merge_size=2
+        ),
+        text_config=decoder,
+        image_token_index=IMAGE,
+        video_token_index=VIDEO_TOKEN,
+        projector_hidden_size=64,
+    )
+    return grids(transformers.MiniMaxM3SparseForConditionalGeneration(config), video, apart=True, types=False)
+
+
 def muse(name: str, video: bool, decoder: dict[str, Any], **settings: Any) -> Case:
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     places = {"pos_emb_height": 8, "pos_emb_width": 8, "max_position_embeddings": 64}
@@ -431,6 +460,7 @@ FAMILIES: dict[str, Callable[[bool], Case]] = {
     "glmga": glmga,
     "hunyuan_vl": hunyuan_vl,
     "hyperclovax_vision_v2": hyperclovax_vision_v2,
+    "minimax_m3_vl": minimax_m3_vl,
     "muse_glimmer": muse_glimmer,
     "muse_spark": muse_spark,
     "paddleocr_vl": paddleocr_vl,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
-from tiny.prompts import BOS, PAD
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from tiny.prompts import BOS, PAD
 
 VOCAB = 1000
 
@@ -39,3 +44,37 @@ def tower(kind: type, image_size: Any, patch_size: Any = 4, **settings: Any) -> 
 def pixels(*shape: int) -> Tensor:
     """A picture of noise."""
     return torch.randn(shape)
+
+
+class StubTower(transformers.PreTrainedModel):
+    """Stands in for a vision tower of timm, which the tests do without: mixes colours, and pools as `features` says."""
+
+    config_class = transformers.SiglipVisionConfig
+    _supports_sdpa = True
+
+    def __init__(self, features: Callable[[Tensor], Tensor], dim: int) -> None:
+        super().__init__(transformers.SiglipVisionConfig(hidden_size=dim))
+        self.features, self.colours = features, nn.Parameter(torch.randn(3, dim))
+
+    def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
+        mixed = torch.einsum("bchw,cd->bdhw", pixel_values, self.colours)
+        return BaseModelOutputWithPooling(last_hidden_state=self.features(mixed))
+
+
+@contextmanager
+def stub_tower(family: str, features: Callable[[Tensor], Tensor], dim: int) -> Iterator[None]:
+    """Models of a family made inside have a `StubTower`."""
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    real = module.AutoModel
+
+    class Instead:
+        @staticmethod
+        def from_config(config: Any, **settings: Any) -> Any:
+            timm = isinstance(config, (transformers.TimmWrapperConfig, transformers.Gemma3nVisionConfig))
+            return StubTower(features, dim) if timm else real.from_config(config, **settings)
+
+    module.AutoModel = Instead
+    try:
+        yield
+    finally:
+        module.AutoModel = real

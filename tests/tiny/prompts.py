@@ -14,6 +14,8 @@ from gazepatch.layout import Grid, Span
 PAD, BOS = 0, 1
 IMAGE, VIDEO_TOKEN, START, END, BREAK, OTHER = 990, 991, 992, 993, 994, 995
 VIDEO_START, VIDEO_END, AUDIO = 996, 997, 998
+#: No words have these ids.
+SPECIAL = range(900, 1000)
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Piece:
     """One expected span: its token ids from the first visual token to the last one, and what the span says of them."""
 
     ids: Sequence[int]
-    grid: Grid
+    grid: Grid | None
     row_gap: int = 0
     tile: int | None = None
     frame: int | None = None
@@ -45,6 +47,7 @@ class Case:
         extra: Further inputs, made from the token ids `[B, S]` and the rows.
         stacked: Inputs have a batch axis before that of the images (Idefics 3), padded with zeros.
         axes: Axis along which an input is joined, where it is not the first.
+        fill: What an input is padded with, where it is not zero.
     """
 
     model: Any = field(repr=False)
@@ -54,6 +57,7 @@ class Case:
     extra: Callable[[Tensor, Sequence[Sequence[Media]]], dict[str, Tensor]] = lambda ids, rows: {}
     stacked: bool = False
     axes: Mapping[str, int] = field(default_factory=dict)
+    fill: Mapping[str, int] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)
     spans: list[Span] = field(default_factory=list)
 
@@ -113,14 +117,15 @@ def joined(case: Case, name: str, of_rows: Sequence[Sequence[Any]]) -> Any:
         return [item for part in everything for item in part]
     if name in case.axes:
         return torch.cat(everything, case.axes[name])
-    rows = [joined_with_padding(of_row) for of_row in of_rows]
-    return joined_with_padding([row[None] for row in rows] if case.stacked else rows)
+    fill = case.fill.get(name, 0)
+    rows = [joined_with_padding(of_row, fill) for of_row in of_rows]
+    return joined_with_padding([row[None] for row in rows] if case.stacked else rows, fill)
 
 
-def joined_with_padding(tensors: Sequence[Tensor]) -> Tensor:
-    """Concatenation on the first axis; the others are padded with zeros, behind, to the largest."""
+def joined_with_padding(tensors: Sequence[Tensor], fill: int = 0) -> Tensor:
+    """Concatenation on the first axis; the others are padded, behind, to the largest."""
     largest = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
-    enlarged = [tensor.new_zeros(len(tensor), *largest) for tensor in tensors]
+    enlarged = [tensor.new_full((len(tensor), *largest), fill) for tensor in tensors]
     for room, tensor in zip(enlarged, tensors, strict=True):
         room[tuple(map(slice, tensor.shape))] = tensor
     return torch.cat(enlarged)

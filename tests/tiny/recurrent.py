@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import transformers
+
 from tiny.grids import DEEP, EXPERTS, MARKS, MROPE, grids
-from tiny.models import text
-from tiny.prompts import Case
+from tiny.models import pixels, text, tower
+from tiny.prompts import AUDIO, BREAK, END, IMAGE, START, VIDEO_TOKEN, Case, Media, square
+from tiny.sized import SIZES
 
 LINEAR: dict[str, Any] = {
     "linear_key_head_dim": 8,
@@ -34,5 +38,143 @@ def qwen3_5_moe(video: bool) -> Case:
     return grids(transformers.Qwen3_5MoeForConditionalGeneration(config), video, apart=True)
 
 
-FAMILIES: dict[str, Callable[[bool], Case]] = {"qwen3_5": qwen3_5, "qwen3_5_moe": qwen3_5_moe}
-VIDEO = tuple(FAMILIES)
+def lfm2_vl(video: bool) -> Case:
+    decoder = text(transformers.Lfm2Config, block_multiple_of=32, layer_types=["conv", "full_attention"])
+    vision = tower(transformers.Siglip2VisionConfig, None, num_patches=324, vision_use_head=False)
+    del vision.image_size
+    config = transformers.Lfm2VlConfig(
+        vision_config=vision,
+        text_config=decoder,
+        image_token_id=IMAGE,
+        projector_hidden_size=64,
+        downsample_factor=2,
+    )
+    tiles = [
+        Media(
+            [START, square(h, w), END],
+            {
+                "pixel_values": pixels(1, 4 * h * w, 48),
+                "spatial_shapes": torch.tensor([[2 * h, 2 * w]]),
+                "pixel_attention_mask": torch.ones(1, 4 * h * w, dtype=torch.long),
+            },
+        )
+        for h, w in SIZES
+    ]
+    return Case(transformers.Lfm2VlForConditionalGeneration(config), [tiles])
+
+
+def lfm3_vl(video: bool) -> Case:
+    kinds = ["conv", "full_attention", "sliding_attention"]
+    decoder = text(transformers.Lfm3Config, num_hidden_layers=3, sliding_window=48, layer_types=kinds)
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.Lfm3VlConfig(
+        vision_config=transformers.Lfm3VlVisionConfig(
+            **vision, num_key_value_heads=2, patch_size=4, spatial_merge_size=2, temporal_patch_size=2
+        ),
+        text_config=decoder,
+        projector_hidden_size=64,
+        **MARKS,
+    )
+    return grids(transformers.Lfm3VlForConditionalGeneration(config), video, apart=True, types=False)
+
+
+def minicpm(model_type: str, name: str, video: bool, mode: str = "16x", types: bool = False, **settings: Any) -> Case:
+    module = importlib.import_module(f"transformers.models.{model_type}.configuration_{model_type}")
+    vision = tower(getattr(module, f"{name}VisionConfig"), 64, **({} if mode == "4x" else {"insert_layer_id": 0}))
+    config = getattr(transformers, f"{name}Config")(
+        vision_config=vision,
+        text_config=text(transformers.Qwen3_5TextConfig, **LINEAR),
+        image_token_id=IMAGE,
+        video_token_id=VIDEO_TOKEN,
+        insert_layer_id=0,
+        downsample_mode=mode,
+        **settings,
+    )
+    side, suffix, token = (2 if mode == "4x" else 4), "_videos" if video else "", VIDEO_TOKEN if video else IMAGE
+    # Images are cut into slices, each an image of its own; so are the frames of a video.
+    media = [
+        Media(
+            [START, square(h, w, 1, token), END],
+            {
+                f"pixel_values{suffix}": pixels(1, 3, 4, 4 * h * w * side**2),
+                f"target_sizes{suffix}": torch.tensor([[h * side, w * side]], dtype=torch.int32),
+            },
+        )
+        for h, w in ((6, 6) if video else (6, 10), (6, 6) if video else (8, 7))
+    ]
+
+    def types_of(ids: Any, rows: Any) -> dict[str, Any]:
+        visual = (ids == IMAGE).long() + 2 * (ids == VIDEO_TOKEN).long()
+        return {"mm_token_type_ids": visual} if types else {}
+
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
+    return Case(model, [media], extra=types_of, axes={f"pixel_values{suffix}": 3})
+
+
+def minicpmv4_6(video: bool) -> Case:
+    return minicpm("minicpmv4_6", "MiniCPMV4_6", video)
+
+
+def minicpmv4_7(video: bool) -> Case:
+    marks = {"image_start_id": START, "image_end_id": END, "slice_start_id": 980, "slice_end_id": 981}
+    return minicpm("minicpmv4_7", "MiniCPMV4_7", video, types=True, newline_id=BREAK, **marks)
+
+
+def minicpm_ocr(video: bool) -> Case:
+    return minicpm("minicpm_ocr", "MiniCPMOcr", video, mode="4x")
+
+
+def nemotron_h_omni(video: bool) -> Case:
+    settings = text(
+        dict,
+        layers_block_type=["mamba", "attention", "mlp", "attention"],
+        ssm_state_size=8,
+        mamba_num_heads=4,
+        mamba_head_dim=16,
+        n_groups=1,
+        chunk_size=8,
+        mlp_hidden_act="relu2",
+        use_mamba_kernels=False,
+    )
+    del settings["num_hidden_layers"]
+    vision = tower(
+        transformers.RadioConfig,
+        32,
+        max_img_size=64,
+        num_cls_tokens=1,
+        num_registers=1,
+        video_temporal_patch_size=2,
+        summary_idxs=[0],
+    )
+    vision.torch_dtype = torch.float32
+    config = transformers.NemotronH_Omni_Reasoning_V3_Config(
+        vision_config=vision,
+        text_config=transformers.NemotronHConfig(**settings),
+        audio_config=None,
+        projector_hidden_size=64,
+        vision_hidden_size=32,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO_TOKEN,
+        audio_token_id=AUDIO,
+    )
+    images = [
+        Media(
+            [START, square(h, w), END],
+            {"pixel_values": pixels(4 * h * w, 48), "image_grid_hw": torch.tensor([[2 * h, 2 * w]])},
+        )
+        for h, w in ((6, 7), (8, 7))
+    ]
+    return Case(transformers.NemotronH_Omni_Reasoning_V3(config), [images])
+
+
+FAMILIES: dict[str, Callable[[bool], Case]] = {
+    "lfm2_vl": lfm2_vl,
+    "lfm3_vl": lfm3_vl,
+    "minicpm_ocr": minicpm_ocr,
+    "minicpmv4_6": minicpmv4_6,
+    "minicpmv4_7": minicpmv4_7,
+    "nemotron_h_omni": nemotron_h_omni,
+    "qwen3_5": qwen3_5,
+    "qwen3_5_moe": qwen3_5_moe,
+}
+VIDEO = ("lfm3_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "qwen3_5", "qwen3_5_moe")

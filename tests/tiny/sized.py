@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -221,16 +222,19 @@ def gemma(name: str, video: bool, vision: dict[str, Any], decoder: dict[str, Any
         eoi_token_id=END,
         audio_token_id=AUDIO,
     )
-    media = []
+    model, media = getattr(transformers, f"{name}ForConditionalGeneration")(config), []
     for h, w in SIZES:
         values, places = patches_of(3 if video else 1, h, w, patch_px, pooled)
         if video:
             frames = [p for f in range(3) for p in (10, START, square(h, w, 1, VIDEO_TOKEN, frame=f), END)]
-            inputs = {
+            inputs: dict[str, Any] = {
                 "pixel_values_videos": values,
                 "video_position_ids": places,
                 "num_frames_per_video": torch.tensor([3]),
             }
+            if "num_frames_per_video" not in inspect.signature(model.model.get_video_features).parameters:
+                # transformers 5.16 has an axis of videos instead.
+                inputs = {"pixel_values_videos": values[None], "video_position_ids": places[None]}
             media.append(Media(frames, inputs))
         else:
             media.append(Media([START, square(h, w), END], {"pixel_values": values, "image_position_ids": places}))
@@ -239,7 +243,7 @@ def gemma(name: str, video: bool, vision: dict[str, Any], decoder: dict[str, Any
         return {"mm_token_type_ids": (ids == IMAGE).long() + 2 * (ids == VIDEO_TOKEN).long()}
 
     fill = {"image_position_ids": -1, "video_position_ids": -1}
-    return Case(getattr(transformers, f"{name}ForConditionalGeneration")(config), [media], extra=types, fill=fill)
+    return Case(model, [media], extra=types, fill=fill)
 
 
 def gemma4(video: bool) -> Case:

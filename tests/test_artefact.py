@@ -289,7 +289,7 @@ def test_damaged_context_tokens(
 # ---- refusals of convert
 
 
-@pytest.mark.parametrize("model_type", ["llama", "blip", "never_heard_of"])
+@pytest.mark.parametrize("model_type", ["llama", "bert", "never_heard_of"])
 def test_other_architectures_are_refused(model_type: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     with pytest.raises(UnsupportedModelError, match=f"no adapter for model type '{model_type}'; known: "):

@@ -40,9 +40,9 @@ def test_no_module_knows_types_that_the_table_does_not() -> None:
 
 def test_unknown_type_says_what_is_known_and_how_to_add_one() -> None:
     with pytest.raises(UnsupportedModelError) as caught:
-        adapter_for("florence2")
+        adapter_for("bert")
     message = str(caught.value)
-    assert "'florence2'" in message and ", ".join(known_types()) in message
+    assert "'bert'" in message and ", ".join(known_types()) in message
     assert "gazepatch.adapters.base.Adapter" in message and "'gazepatch.adapters'" in message
 
 

@@ -33,7 +33,7 @@ from gazepatch.registry import adapter_for
 from gazepatch.verification import fingerprint, generate_logits, verify
 
 #: Largest difference from the dense logits, float32, relative to the largest logit.
-TOLERANCE = 1e-5
+TOLERANCE = 2e-5
 #: Settings that leave nothing to chance: small regions, windows inside them, edges that do not fit.
 WHOLE = GazeConfig(region=(3, 3, 2), window=(3, 1, 1), budget=1.0, periphery=False, min_visual_tokens=0)
 QUARTER = dataclasses.replace(WHOLE, budget=0.25)

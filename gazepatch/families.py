@@ -64,4 +64,4 @@ def markdown(rows: Iterable[Family]) -> str:
         "|---|---|",
         *(f"| {', '.join(types)} | {why} |" for why, types in refused.items()),
     ]
-    return "\n".join(line.replace("|  |", "| |").replace("|  |", "| |") for line in lines)
+    return "\n".join(line.replace("|  |", "| |") for line in lines)

@@ -116,6 +116,7 @@ class Runtime:
         self.adapter, self.model_config, self.config = adapter, model_config, config
         self.text_config = adapter.text_config(model_config)
         self.gaze_layers = tuple(gaze_layers)
+        self.flash = str(decoder.config._attn_implementation).startswith("flash")  # type: ignore[union-attr]
         self.store_of = adapter.store_layers(model_config)
         #: Layers whose entries are kept region by region.
         self.stores = tuple(sorted({self.store_of.get(layer, layer) for layer in gaze_layers}))
@@ -190,8 +191,10 @@ class Runtime:
         if state.slots.inserted:
             embeddings = getattr(module, CONTEXT_TOKENS)
             kwargs = lengthen(kwargs, state, forward.insertion, embeddings, cache)
-        if kwargs.get("logits_to_keep") and (forward.insertion is not None or kwargs["logits_to_keep"] != 1):
-            # Layers that share keys drop all queries but the last ones, which must then be tokens, and have a mask.
+        kept = kwargs.get("logits_to_keep")
+        if self.store_of and isinstance(kept, int) and (kept > 1 or self.flash or forward.insertion is not None):
+            # Layers that share keys drop all queries but these last ones. Without a mask of four dimensions only a
+            # single one can go without the others, and it must be a token.
             kwargs["logits_to_keep"] = 0
         if self._runs_again(module) and (forward.insertion is not None or forward.routed is not None):
             kwargs[OF_FORWARD] = forward

@@ -82,6 +82,9 @@ def _report(
     in_force = settings or GazeConfig()
     for layer in in_force.dense_layers:
         reasons.setdefault(layer, "named in dense_layers")
+    for layer, store in adapter.store_layers(config).items():
+        if store in reasons:
+            reasons.setdefault(layer, f"reads the keys of layer {store}, which stays dense")
     spans = locate(adapter, root, inputs) if inputs is not None else []
     path = ""
     if root is not None:

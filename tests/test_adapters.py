@@ -362,7 +362,6 @@ RASTER = (
     "qianfan_ocr",
     "smolvlm",
     "step3p7",
-    "video_llava",
     "vipllava",
 )
 

@@ -6,14 +6,18 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import FAMILIES, VIDEO, Case, batch, built, type_of
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from gazepatch.adapters.refused import REFUSED
-from gazepatch.conformance import AdapterConformance
+from gazepatch.conformance import WHOLE, AdapterConformance
 from gazepatch.errors import UnsupportedModelError
 from gazepatch.families import families, markdown
+from gazepatch.inspection import inspect
+from gazepatch.patch import patched
 from gazepatch.registry import MODULES, adapter_for
+from gazepatch.verification import generate_logits
 
 KINDS = [(name, kind) for name in FAMILIES for kind in ("image", "video", "batch") if kind != "video" or name in VIDEO]
 
@@ -27,6 +31,26 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 class TestFamilies(AdapterConformance):
     pass
+
+
+# ---- layers that read the keys of another one
+
+
+def test_a_dense_layer_may_share_the_keys_of_one_that_gazes() -> None:
+    case = batch(built("gemma3n"))  # layer 3 reads the keys of layer 1
+    dense, tokens = generate_logits(case.model, case.inputs, 4)
+    with patched(case.model, WHOLE, dense_layers=(3,)):
+        assert inspect(case.model).gaze_layers == [1]
+        whole, _ = generate_logits(case.model, case.inputs, 4, tokens)
+    torch.testing.assert_close(whole, dense, rtol=0, atol=2e-5)
+
+
+def test_a_layer_that_shares_the_keys_of_a_dense_one_is_dense() -> None:
+    case = built("gemma4")
+    with pytest.raises(UnsupportedModelError, match="none of the 4 layers"), patched(case.model, dense_layers=(1,)):
+        pass
+    adapter = adapter_for("gemma4")
+    assert adapter.store_layers(case.model.config) == {2: 0, 3: 1}
 
 
 # ---- the table of families

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,6 +45,12 @@ def tower(kind: type, image_size: Any, patch_size: Any = 4, **settings: Any) -> 
 def pixels(*shape: int) -> Tensor:
     """A picture of noise."""
     return torch.randn(shape)
+
+
+def pixels_name(model: nn.Module, *older: str) -> str:
+    """What the model calls the pixels of images; transformers 5.16 had `older` names in some families."""
+    names = inspect.signature(model.forward).parameters
+    return next(name for name in (*older, "pixel_values") if name in names)
 
 
 class StubTower(transformers.PreTrainedModel):

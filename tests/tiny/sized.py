@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from tiny.models import pixels, text, tower
+from tiny.models import pixels, pixels_name, text, tower
 from tiny.prompts import (
     AUDIO,
     BREAK,
@@ -88,8 +88,10 @@ def fuyu(video: bool) -> Case:
         text_config=transformers.PersimmonConfig(**settings),
         image_token_id=IMAGE,
     )
-    images = [Media([lines(h, w, BREAK), BREAK], {"pixel_values": pixels(1, h * w, 48)}) for h, w in SIZES]
-    return Case(transformers.FuyuForCausalLM(config), [images], axes={"pixel_values": 1})
+    model = transformers.FuyuForCausalLM(config)
+    name = pixels_name(model, "image_patches")
+    images = [Media([lines(h, w, BREAK), BREAK], {name: pixels(1, h * w, 48)}) for h, w in SIZES]
+    return Case(model, [images], axes={name: 1})
 
 
 def molmo2(video: bool) -> Case:

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from tiny.models import pixels, stub_tower, text, tower
+from tiny.models import pixels, pixels_name, stub_tower, text, tower
 from tiny.prompts import AUDIO, END, IMAGE, START, VIDEO_TOKEN, Case, Media, square
 from tiny.rows import pixtral_images
 
@@ -230,8 +230,8 @@ def video_llava(video: bool) -> Case:
     )
     model = transformers.VideoLlavaForConditionalGeneration(config)
     if not video:
-        # The name of its pixels differs from everybody else's.
-        images = whole(model, 7, 28).rows[0]
+        name = pixels_name(model, "pixel_values_images")
+        images = [replace(image, inputs={name: image.inputs["pixel_values"]}) for image in whole(model, 7, 28).rows[0]]
         return Case(model, [images])
     frames = [part for frame in range(8) for part in (VIDEO_TOKEN, square(7, 7, 1, VIDEO_TOKEN, frame=frame))]
     videos = [Media(frames, {"pixel_values_videos": pixels(1, 8, 3, 28, 28)}) for _ in range(2)]

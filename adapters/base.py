@@ -73,6 +73,14 @@ class Adapter:
         storing = {kind: i for i, kind in enumerate(types[: len(types) - shared])}
         return {i: storing[types[i]] for i in range(len(types) - shared, len(types))}
 
+    def context_reason(self, config: Any) -> str:
+        """Why context tokens would change more than they should in a model of this configuration; empty: they do not.
+
+        Besides the family itself its text decoder may not take them: any can be put under a LLaVA.
+        """
+        others = sorted(set(_layer_types(self.text_config(config))) - {FULL_ATTENTION, "sliding_attention"})
+        return self.no_context or (f"its {' and '.join(others)} layers would count them" if others else "")
+
     # ---- the sequence
 
     def token_ids(self, config: Any, modality: str) -> tuple[int, ...]:

@@ -113,7 +113,8 @@ class AdapterConformance:
 
     def test_context_tokens_are_exact_or_refused(self, case: CaseLike) -> None:
         tokens = initial_context_tokens(case.model, 3)
-        reason = adapter_for(root_model(case.model).config.model_type).no_context
+        config = root_model(case.model).config
+        reason = adapter_for(config.model_type).context_reason(config)
         try:
             with patched(case.model, QUARTER, context_tokens=tokens):
                 assert not reason, f"context tokens were taken although {reason}"

@@ -85,10 +85,9 @@ def apply(
         )
     hidden_size = adapter.text_config(root.config).hidden_size
     config, tokens = with_context_tokens(config, context_tokens, root.config.model_type, hidden_size)
-    if tokens is not None and adapter.no_context:
+    if tokens is not None and (reason := adapter.context_reason(root.config)):
         raise UnsupportedModelError(
-            f"a {root.config.model_type} takes no context tokens, because {adapter.no_context}: "
-            "patch it with context_tokens=0"
+            f"this {root.config.model_type} takes no context tokens, because {reason}: patch it with context_tokens=0"
         )
     if tokens is not None and original.startswith("flash") and _has_local_layers(adapter, root.config):
         raise UnsupportedModelError(

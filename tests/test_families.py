@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 
@@ -53,6 +54,16 @@ def test_a_layer_that_shares_the_keys_of_a_dense_one_is_dense() -> None:
     assert adapter.store_layers(case.model.config) == {2: 0, 3: 1}
 
 
+# ---- context tokens
+
+
+def test_a_recurrent_decoder_takes_no_context_tokens_in_any_family() -> None:
+    config = copy.copy(built("llava").model.config)
+    config.text_config = built("lfm2_vl").model.config.text_config
+    assert "conv layers" in adapter_for("llava").context_reason(config)
+    assert not adapter_for("llava").context_reason(built("llava").model.config)
+
+
 # ---- the table of families
 
 
@@ -80,6 +91,7 @@ def test_the_words_of_the_table_are_true(case: Case) -> None:
     adapter = adapter_for(config.model_type)
     assert all((span.grid is not None) == adapter.grid for span in case.spans)
     assert (adapter.layers == "all") == (not adapter.dense_reasons(config))
+    assert adapter.context_reason(config) == adapter.no_context
 
 
 def test_the_table_in_the_readme_is_that_of_the_adapters() -> None:

@@ -50,7 +50,7 @@ def pixels(*shape: int) -> Tensor:
 def pixels_name(model: nn.Module, *older: str) -> str:
     """What the model calls the pixels of images; transformers 5.16 had `older` names in some families."""
     names = inspect.signature(model.forward).parameters
-    return next(name for name in (*older, "pixel_values") if name in names)
+    return next(name for name in ("pixel_values", *older) if name in names)
 
 
 class StubTower(transformers.PreTrainedModel):

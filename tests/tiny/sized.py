@@ -85,6 +85,7 @@ def fuyu(video: bool) -> Case:
         image_size=32,
         patch_size=4,
         num_channels=3,
+        hidden_size=64,
         text_config=transformers.PersimmonConfig(**settings),
         image_token_id=IMAGE,
     )

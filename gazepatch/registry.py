@@ -111,7 +111,7 @@ def adapter_for(model_type: str) -> Adapter:
                 return _checked(adapter, model_type, name)
     refused: dict[str, str] = importlib.import_module("gazepatch.adapters.refused").REFUSED
     if model_type in refused:
-        raise UnsupportedModelError(f"models of type {model_type!r} cannot gaze: {refused[model_type]}")
+        raise UnsupportedModelError(f"a model of type {model_type!r} cannot gaze: {refused[model_type]}")
     raise UnsupportedModelError(
         f"no adapter for model type {model_type!r}; known: {', '.join(known_types())}. "
         f"To add one, subclass gazepatch.adapters.base.Adapter and name it under the entry point group {ENTRY_POINTS!r}"

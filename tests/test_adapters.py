@@ -474,3 +474,36 @@ def test_a_configuration_may_lack_a_token_id() -> None:
     assert adapter.token_ids(SimpleNamespace(image_token_id=4, video_token_id=None), "image") == (4,)
     assert adapter.token_ids(SimpleNamespace(image_token_id=4, video_token_id=None), "video") == ()
     assert adapter.token_ids(SimpleNamespace(image_token_id=4), "audio") == ()
+
+
+# ---- what single families do
+
+
+def test_a_compressed_video_has_no_grid(cases: Callable[[str, bool], Case]) -> None:
+    case = cases("video_llama_3", True)
+    ids = id_lists(case)[0]
+    compressed = [token for i, token in enumerate(ids) if not (token == VIDEO_TOKEN and i % 7 == 0)]
+    captured = {"video": {name: value for name, value in case.inputs.items() if name.startswith("video")}}
+    spans = adapter_of(case).locate(case.model.config, [compressed], captured)
+    assert spans and all(span.grid is None for span in spans)
+    assert sum(span.tokens for span in spans) == compressed.count(VIDEO_TOKEN)
+
+
+def test_fine_tiles_of_granite_docling_have_twice_the_side(cases: Callable[[str, bool], Case]) -> None:
+    config, adapter = cases("granite_docling", False).model.config, adapter_for("granite_docling")
+    ids = [[1, *[IMAGE] * 16, 2, *[IMAGE] * 64, 2, *[IMAGE] * 32, 2]]
+    grids = [span.grid for span in adapter.locate(config, ids, {})]
+    assert grids == [(1, 4, 4), (1, 8, 8), (1, 4, 4), (1, 4, 4)]
+
+
+def test_rows_of_fuyu_that_differ_have_no_grid(cases: Callable[[str, bool], Case]) -> None:
+    config, adapter = cases("fuyu", False).model.config, adapter_for("fuyu")
+    spans = adapter.locate(config, [[*[IMAGE] * 5, BREAK, *[IMAGE] * 5, BREAK, *[IMAGE] * 4, 7, 8]], {})
+    assert [(span.start, span.stop, span.grid) for span in spans] == [(0, 5, None), (6, 11, None), (12, 16, None)]
+
+
+def test_images_and_videos_with_the_same_token(cases: Callable[[str, bool], Case]) -> None:
+    image, video = cases("glm4v", False), cases("glm4v", True)
+    mixed = filled(replace(image, rows=[[image.rows[0][0], *video.rows[0], image.rows[0][1]]]))
+    captured = {kind: {f"{kind}_grid_thw": mixed.inputs[f"{kind}_grid_thw"]} for kind in ("image", "video")}
+    assert located(mixed, captured) == mixed.spans

@@ -98,3 +98,15 @@ def test_the_table_in_the_readme_is_that_of_the_adapters() -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     table = readme.partition("<!-- families -->\n")[2].partition("\n<!-- end of families -->")[0]
     assert table == markdown(families()), "put the output of `gazepatch families --markdown` there"
+
+
+def test_the_page_on_adding_a_family_shows_what_is_there() -> None:
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "adding-a-family.md").read_text(encoding="utf-8")
+    files = ("adapters/squares.py", "gazepatch/registry.py", "tests/tiny/tiles.py")
+    there = {line.strip() for name in files for line in (root / name).read_text(encoding="utf-8").splitlines()}
+    shown = [
+        line.strip() for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) for line in block.splitlines()
+    ]
+    assert len([line for line in shown if line]) < 30
+    assert [line for line in shown if line not in there and not line.startswith("FAMILIES")] == []

@@ -315,12 +315,17 @@ def cell(y: int, x: int, size_px: int) -> Cell:
     return (..., *(slice(at * size_px, (at + 1) * size_px) for at in (y, x)))
 
 
-def features_moved(case: Case, inputs: Mapping[str, torch.Tensor], cells: Sequence[Cell]) -> list[int]:
+def features_moved(case: Case, inputs: Mapping[str, Any], cells: Sequence[Cell]) -> list[int]:
     """For each cell of the pixels: which feature moves most when that cell changes."""
+
+    function = case.model.base_model.get_image_features
+    strategy = inspect.signature(function).parameters.get("vision_feature_select_strategy")
+    if strategy is not None and strategy.default is strategy.empty:  # Llama 4 in transformers 5.16
+        inputs = {**inputs, "vision_feature_select_strategy": "default"}
 
     @torch.no_grad()
     def features(pixels: torch.Tensor) -> torch.Tensor:
-        output = case.model.base_model.get_image_features(**{**inputs, "pixel_values": pixels}, return_dict=True)
+        output = function(**{**inputs, "pixel_values": pixels}, return_dict=True)
         pooled = output.last_hidden_state if output.pooler_output is None else output.pooler_output
         return torch.cat(list(pooled))
 

@@ -104,7 +104,8 @@ def test_cached_equals_uncached(case: Case, settings: GazeConfig) -> None:
     for count in COUNTS:
         with patched(case.model, settings, context_tokens=context(case, count)):
             cached, tokens = generate_logits(case.model, case.inputs, 3)
-            assert_close(cached, _uncached(case.model, case.inputs, tokens))
+            # Unpatched models differ by 1e-5 themselves.
+            assert_close(cached, _uncached(case.model, case.inputs, tokens), limit=4e-5)
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -114,7 +115,7 @@ def test_images_leave_a_sliding_window(name: str, settings: GazeConfig) -> None:
     case = made(name, "batch")
     with patched(case.model, settings, context_tokens=context(case, 4)):
         cached, tokens = generate_logits(case.model, case.inputs, 30)
-        assert_close(cached, _uncached(case.model, case.inputs, tokens))
+        assert_close(cached, _uncached(case.model, case.inputs, tokens), limit=4e-5)
 
 
 @torch.no_grad()

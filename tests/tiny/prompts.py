@@ -15,7 +15,7 @@ PAD, BOS = 0, 1
 IMAGE, VIDEO_TOKEN, START, END, BREAK, OTHER = 990, 991, 992, 993, 994, 995
 VIDEO_START, VIDEO_END, AUDIO = 996, 997, 998
 #: No words have these ids.
-SPECIAL = range(900, 1000)
+SPECIAL = range(970, 1000)
 
 
 @dataclass(frozen=True)

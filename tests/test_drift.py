@@ -18,7 +18,7 @@ from transformers import AutoConfig
 
 from gazepatch.registry import adapter_for
 
-#: Parameters of functions that are called or replaced. `...` where only the name counts.
+#: Parameters of functions that are called or replaced; None where only the name counts.
 SYMBOLS: dict[str, Any] = {
     "cache_utils.Cache.layers": None,
     "cache_utils.DynamicCache": ("config",),
@@ -26,7 +26,7 @@ SYMBOLS: dict[str, Any] = {
     "cache_utils.DynamicLayer.lazy_initialization": ("key_states", "value_states"),
     "cache_utils.DynamicLayer.get_seq_length": (),
     "cache_utils.DynamicLayer.get_mask_sizes": ("query_length",),
-    "cache_utils.DynamicLayer.crop": ...,
+    "cache_utils.DynamicLayer.crop": None,
     "cache_utils.DynamicLayer.reset": (),
     "cache_utils.DynamicLayer.reorder_cache": ("beam_idx",),
     "cache_utils.DynamicLayer.batch_repeat_interleave": ("repeats",),

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from gazepatch.config import GazeConfig
-from gazepatch.ops.decode import DecodePlan
+from gazepatch.ops.decode import DecodePlan, Entries
 
 HEADS, KEY_HEADS, DIM = 32, 8, 128
 #: Frames of 24 x 24 tokens, which regions of 6 x 6 and of 8 x 8 divide: 8,064, 32,832 and 131,328 tokens
@@ -128,21 +128,21 @@ def _appended(q: Tensor, k: Tensor, v: Tensor, new: Tensor) -> Callable[[], obje
 # ---- the tables
 
 
-def check(device: torch.device) -> list[Row]:
-    """The kernels against their twin on this very machine, before anything is timed."""
-    rows = []
-    for name, config in SETTINGS.items():
-        for grid in ((14, 24, 24), (5, 23, 25)):
-            like = torch.empty(0, device=device)
-            layers = Layers(grid, config, (2, HEADS, KEY_HEADS, DIM), 1, like)
-            ours, twin = (
-                layers.plan(kind).decode(layers.queries[0], layers.entries[0], DIM**-0.5) for kind in (None, DecodePlan)
-            )
-            error = (ours.output - twin.output).abs().max().item()
-            rows.append({"settings": name, "grid": str(grid), "max_error_float32": error, "read": int(ours.read)})
-            if not error < 1e-4 or int(ours.read) != int(twin.read):
-                raise SystemExit(f"the kernels are wrong here: {rows[-1]}, the twin read {int(twin.read)}")
-    return rows
+def check(device: torch.device) -> Iterator[Row]:
+    """The kernels against their twin in float32 on this very machine, before anything is timed."""
+    limits = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
+    for (name, config), grid, dtype in itertools.product(SETTINGS.items(), ((14, 24, 24), (5, 23, 25)), limits):
+        like = torch.empty(0, dtype=dtype, device=device)
+        layers = Layers(grid, config, (2, HEADS, KEY_HEADS, DIM), 1, like)
+        query, entries = layers.queries[0], layers.entries[0]
+        exact = Entries(*(None if entry is None else entry.float() for entry in entries))
+        ours = layers.plan().decode(query, entries, DIM**-0.5)
+        twin = layers.plan(DecodePlan).decode(query.float(), exact, DIM**-0.5)
+        error = (ours.output.float() - twin.output).abs().max().item()
+        row = {"settings": name, "grid": str(grid), "dtype": str(dtype), "max_error": error, "read": int(ours.read)}
+        if not error < limits[dtype] or int(ours.read) != int(twin.read):
+            raise SystemExit(f"the kernels are wrong here: {row}, their twin read {int(twin.read)}")
+        yield row
 
 
 def steps(device: torch.device, quick: bool) -> Iterator[Row]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -133,9 +135,9 @@ class KernelPlan(DecodePlan):
         """Where programs leave what they found, shared by all layers."""
         key = (splits, value_dim)
         if key not in self._combining:
-            rows = self.log_counts.new_empty  # float32, on the device
-            group = self.heads // self.selections
-            self._combining[key] = rows(groups, splits, group, value_dim), rows(groups, splits, group, 2)
+            shape = (groups, splits, self.shape[0] * self.heads // groups)
+            empty = self.log_counts.new_empty  # float32, on the device
+            self._combining[key] = empty(*shape, value_dim), empty(*shape, 2)
         return self._combining[key]
 
     def unfit(self, query: Tensor, entries: Entries) -> str | None:
@@ -154,5 +156,5 @@ class KernelPlan(DecodePlan):
         return None
 
 
-def _names(dtypes: object) -> str:
-    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))  # type: ignore[attr-defined]
+def _names(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))

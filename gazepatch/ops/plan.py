@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from gazepatch.backend import choose
+from gazepatch.backend import choose, kernels_fit
 from gazepatch.config import GazeConfig
 from gazepatch.ops.decode import DecodePlan
 from gazepatch.regions import Chunk, Regions
@@ -27,9 +27,10 @@ def plan_for(regions: Regions, config: GazeConfig, batch: int, heads: int, key_h
 
 def means_of(chunk: Chunk, x: Tensor, config: GazeConfig) -> Tensor:
     """`chunk.means(x)`, by the backend that the settings ask for."""
-    if x.requires_grad or choose(config.backend, x.device).name == "torch":
+    fits = kernels_fit({x.dtype}, x.shape[3]) and not x.requires_grad
+    if not fits or choose(config.backend, x.device).name == "torch":
         return chunk.means(x)
-    from gazepatch.kernels.ops import window_means
+    from gazepatch.kernels.ops import window_means  # imports triton
 
     lengths = chunk.regions.log_counts.exp().round().int()
     means: Tensor = window_means(x, (lengths.cumsum(-1) - lengths).int(), lengths, math.prod(config.window_size))

@@ -75,7 +75,7 @@ def select_kernel(
         of_regions = region_logits + (first_head + rows).to(tl.int64)[:, None] * regions + numbers[None, :]
         inside = (rows < GROUP)[:, None] & (numbers < regions)[None, :]
         # Of each region by itself, so that equal regions weigh the same to the bit, wherever they are scored.
-        tl.store(of_regions, _log_sum_exp(x, BLOCK_M, BLOCK_R, BLOCK_C), mask=inside)
+        tl.store(of_regions, _log_sum_exp(x, BLOCK_M, BLOCK_R, BLOCK_C) if BLOCK_C > 1 else x, mask=inside)
     tl.debug_barrier()  # all stores of this program come before its arrival
     if tl.atomic_add(arrived + pair, 1, sem="acq_rel") == splits - 1:
         tl.store(arrived + pair, 0)
@@ -104,9 +104,9 @@ def select_kernel(
 
 @triton.jit
 def _log_sum_exp(x, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Over the windows of every region; exactly x where a region is one window."""
-    if BLOCK_C == 1:
-        return x
+    """Over the windows of every region.
+
+    Padding and absent windows have logits so low that they add nothing."""
     by_region = tl.reshape(x, (BLOCK_M, BLOCK_R, BLOCK_C))
     top = tl.max(by_region, 2)
     return top + tl.log(tl.sum(tl.exp(by_region - top[:, :, None]), 2))

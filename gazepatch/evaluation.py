@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from gazepatch.errors import ConfigError
+from gazepatch.lora import has_lora, without_lora
 from gazepatch.patch import context_tokens_of, dense, patch_of, patched, restored, root_model, set_budget
 from gazepatch.training.chat import Collator, supervised
 from gazepatch.training.objectives import agreed, distill
@@ -51,7 +53,7 @@ def evaluate(
     """Compare a patched model with itself read densely, token by token along the answers of some conversations.
 
     Each conversation is read in one pass, as in a training: what the user says behind an image gazes too, whatever
-    `prefill` is set to. The dense side has neither routing nor context tokens.
+    `prefill` is set to. The dense side has neither routing nor context tokens nor LoRA adapters.
 
     Args:
         model: The patched model; it is left as it was.
@@ -98,9 +100,10 @@ def evaluate(
 @torch.no_grad()
 def _follow(model: Any, collator: Collator, record: Record, budgets: Sequence[float | int]) -> tuple[torch.Tensor, int]:
     """Sums `[budgets, 4]` over the assistant's tokens of one conversation, and how many those are."""
-    inputs = {name: value.to(root_model(model).device) for name, value in collator([record]).items()}
+    root = root_model(model)
+    inputs = {name: value.to(root.device) for name, value in collator([record]).items()}
     columns, kept, answer = supervised(inputs.pop("labels"))
-    with dense(model):
+    with dense(model), without_lora(root) if has_lora(root) else nullcontext():
         whole = logits_at(model, inputs, columns, kept)
     rows = []
     for budget in budgets:

@@ -4,7 +4,7 @@
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo $$p; break; }; done)
 RUN := .venv/bin/python
-CODE := gazepatch adapters cli tests benchmarks examples docs
+CODE := gazepatch adapters cli tests benchmarks examples docs/commands.py
 
 .PHONY: demo test test-versions check unit clean
 .DELETE_ON_ERROR:

@@ -25,7 +25,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
 import gazepatch
-from gazepatch import ArtefactError, CacheError, ConfigError, GazeConfig, PatchError, TrainConfig, TrainingError
+from gazepatch import (
+    ArtefactError,
+    CacheError,
+    ConfigError,
+    GazeConfig,
+    HubError,
+    PatchError,
+    TrainConfig,
+    TrainingError,
+)
 from gazepatch.cli import main
 from gazepatch.demo.checkpoint import CHAT_TEMPLATE
 from gazepatch.manifest import read
@@ -440,7 +449,7 @@ def test_outputs_that_are_refused_before_the_training(base: Path, data: Path, tm
         trained(base, data, tmp_path)
     with pytest.raises(ArtefactError, match="outside the base model"):
         trained(base, data, base / "out")
-    with pytest.raises(ArtefactError, match="expected the folder or the Hub id of a model"):
+    with pytest.raises(HubError, match="expected a folder or a Hub id"):
         trained(tmp_path / "none", data, tmp_path / "out")
 
 

@@ -15,12 +15,13 @@ demo: .venv/ready
 
 test: check unit
 
+# A file's tests stay in one process: they share models.
 unit: .venv/ready
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n 2 --dist loadfile
 
 # The newest and the oldest supported transformers, each in an environment of its own.
 test-versions: unit .venv-oldest/ready
-	.venv-oldest/bin/python -m pytest -q
+	.venv-oldest/bin/python -m pytest -q -n 2 --dist loadfile
 
 .venv-oldest/ready: pyproject.toml constraints-oldest.txt
 	rm -rf .venv-oldest

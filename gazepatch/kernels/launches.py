@@ -45,8 +45,8 @@ def prefill_launch(dim: int, value_dim: int, bytes_per_element: int) -> dict[str
     """Settings of the kernels for a prompt: small enough for the two accumulators of the gradients. UNMEASURED."""
     sizes = {"BLOCK_D": padded(dim), "BLOCK_V": padded(value_dim)}
     row = max(sizes.values()) * bytes_per_element
-    block = 64 if row <= 128 else 32 if row <= 512 else 16
-    return {"BLOCK_M": block, "BLOCK_N": block, "num_warps": 4 if row == 256 else 8, "num_stages": 2, **sizes}
+    block, warps = 32 if row <= 512 else 16, 4 if row <= 256 and bytes_per_element <= 2 else 8
+    return {"BLOCK_M": block, "BLOCK_N": block, "num_warps": warps, "num_stages": 2, **sizes}
 
 
 def scored_regions(windows: int, dim: int, bytes_per_element: int) -> int:

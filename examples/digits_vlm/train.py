@@ -301,11 +301,12 @@ def train_decoder(run: Run, model: LlavaForConditionalGeneration, preset: Preset
     steps = args.steps or STEPS[args.scale][1]
     model.model.vision_tower.requires_grad_(False)
     torch.manual_seed(args.seed)  # the same start whether the tower was trained just now or loaded
-    if not (run.folder / f"{args.mode}.pt").exists():
+    if not args.start and not (run.folder / f"{args.mode}.pt").exists():
         align(model, preset, args)
     # Muon overwrites the projector within a few steps, before the decoder has learned to use what it says.
     model.model.multi_modal_projector.requires_grad_(False)
-    if gazes := args.mode == "gaze":
+    gazes = args.mode == "gaze"
+    if gazes and not args.start:
         let_gaze(model, preset, args.context_tokens)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimisers = Optimisers(named, steps, args.rate)
@@ -320,7 +321,7 @@ def train_decoder(run: Run, model: LlavaForConditionalGeneration, preset: Preset
         size = BATCH[args.scale] // (board.frames - 1 if several else 1)
         batch = make_batch(board, source, size, counts, generator, rng, striped=step < args.striped_steps)
         if gazes:
-            gazepatch.set_budget(model, due_budget(step / steps))
+            gazepatch.set_budget(model, FINAL_BUDGET if args.start else due_budget(step / steps))
         with torch.autocast(args.device, torch.bfloat16):
             logits = answer_logits(model, batch)[:, :-1].float()
         loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED)
@@ -336,6 +337,14 @@ def train_decoder(run: Run, model: LlavaForConditionalGeneration, preset: Preset
         run.log(stage=args.mode, blind=True, **blind)
         finish(run, model, preset)
     return finished
+
+
+def trained_before(args: argparse.Namespace) -> LlavaForConditionalGeneration:
+    """The model that an earlier run wrote, to go on training: it knows how to find a cell, and reads few regions."""
+    args.first_steps = args.striped_steps = 0
+    load: Any = gazepatch.load if args.mode == "gaze" else LlavaForConditionalGeneration.from_pretrained
+    model: LlavaForConditionalGeneration = load(args.start, dtype=torch.float32)
+    return model.to(args.device)
 
 
 def finish(run: Run, model: LlavaForConditionalGeneration, preset: Preset) -> None:
@@ -361,6 +370,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--minutes", type=float, help="stop after so long; the same command goes on from there")
     parser.add_argument("--tower", type=Path, help="tower.pt of another run, instead of stage 1")
+    parser.add_argument("--start", type=Path, help="dense or gaze of another run, to train on from there")
     parser.add_argument("--context-tokens", type=int, default=0, help="for --mode gaze")
     parser.add_argument("--tower-steps", type=int, help="steps of stage 1")
     parser.add_argument("--steps", type=int, help="steps of stage 2")
@@ -371,11 +381,11 @@ def main() -> None:
     args = parser.parse_args()
     run, preset = Run(args), PRESETS[args.scale]
     torch.manual_seed(args.seed)
-    model = build(preset).to(args.device)
+    model = trained_before(args) if args.start else build(preset).to(args.device)
     if args.tower:
         trained = torch.load(args.tower, map_location=args.device, weights_only=True)
         model.model.vision_tower.load_state_dict(trained["tower"])
-    if (args.tower or train_tower(run, model, preset)) and train_decoder(run, model, preset):
+    if (args.start or args.tower or train_tower(run, model, preset)) and train_decoder(run, model, preset):
         print(f"written to {run.folder / args.mode}")
 
 

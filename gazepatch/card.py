@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gazepatch.hub import is_repo_id
+from gazepatch.fetching import is_repo_id
 
 if TYPE_CHECKING:
     from gazepatch.manifest import Manifest

@@ -1,22 +1,21 @@
-"""The Hub: artefacts are pushed to it, and models and artefacts are fetched from it."""
+"""Artefacts are pushed to the Hub."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
+from gazepatch.contents import Contents, contents_of, may_be_replaced
 from gazepatch.errors import ArtefactError, ConfigError, HubError
+from gazepatch.fetching import is_repo_id
 from gazepatch.hub_failures import hub_failures
 from gazepatch.manifest import FILE_NAME
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
-
-    from gazepatch.contents import Contents
 
 MAIN = "main"
 
@@ -86,8 +85,6 @@ def push(
     """
     from huggingface_hub import HfApi
 
-    from gazepatch.contents import contents_of
-
     if not is_repo_id(repo_id) or "/" not in repo_id:
         raise ConfigError(
             f"repo_id must be owner/name, of letters, digits, '-', '_' and '.' (no '--' or '..'), got {repo_id!r}"
@@ -112,53 +109,6 @@ def push(
         done = _commit(api, folder, plan, create_pr, there)
     changed = there is None or done.oid != there.commit
     return replace(plan, url=done.pr_url or done.commit_url, commit=done.oid, changed=changed)
-
-
-class Fetched(NamedTuple):
-    """A folder or file on this machine, and the commit it comes from, None for what was here already."""
-
-    path: Path
-    commit: str | None
-
-
-def fetch(
-    source: str | Path,
-    *,
-    file: str | None = None,
-    only: list[str] | None = None,
-    revision: str | None = None,
-    **hub: Any,
-) -> Fetched:
-    """A model or artefact as a local folder, or one file of it, downloading what is not in the cache.
-
-    Without a connection, or with HF_HUB_OFFLINE, what the cache holds is taken.
-
-    Args:
-        source: Local folder, or Hub id.
-        file: The path of one file in it: nothing else is downloaded, and its own path is returned.
-        only: Patterns of the files to download, by default all; a local folder is taken as it is.
-        revision: Branch, tag or commit on the Hub.
-        **hub: For `huggingface_hub`: `cache_dir`, `force_download`, `local_files_only`, `token`.
-
-    Raises:
-        ConfigError: A revision was given for a local folder.
-        ArtefactError: `source` is a file, or a folder without `file`.
-        HubError: There is no such folder, or the Hub does not give it.
-    """
-    if os.path.exists(source):
-        return Fetched(_local(Path(source), file, revision), None)
-    from huggingface_hub import hf_hub_download, snapshot_download
-
-    repo = str(source)
-    if not is_repo_id(repo):
-        raise HubError(f"expected a folder or a Hub id, owner/name, got {repo!r}, which is neither")
-    what = f"{file} of {repo}" if file else repo
-    with hub_failures(f"fetching {what}{f' at {revision}' if revision else ''}", repo, "then try again"):
-        if file is None:
-            root = Path(snapshot_download(repo, revision=revision, allow_patterns=only, **hub))
-            return Fetched(root, root.name)
-        path = Path(hf_hub_download(repo, file, revision=revision, **hub))
-        return Fetched(path, path.parents[file.count("/")].name)
 
 
 @dataclass(frozen=True)
@@ -214,8 +164,6 @@ def _check_target(there: _State | None, repo_id: str, private: bool, create_pr: 
 
 def _outdated(there: _State | None, contents: Contents) -> tuple[str, ...]:
     """Files of the artefact in the repository that would mislead whoever loads the new one."""
-    from gazepatch.contents import may_be_replaced
-
     if there is None or FILE_NAME not in there.files:
         return ()
     return tuple(sorted(name for name in there.files - contents.files.keys() if may_be_replaced(name)))
@@ -245,17 +193,6 @@ def _commit(api: HfApi, folder: Path, plan: Push, create_pr: bool, there: _State
     )
 
 
-def is_repo_id(name: str) -> bool:
-    """Whether a repository on the Hub can have this id."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id  # type: ignore[attr-defined]
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
 def _check_branch(revision: str | None, create_pr: bool) -> None:
     if revision is None:
         return
@@ -273,15 +210,3 @@ def _check_base(contents: Contents, folder: Path) -> None:
             f"{folder} names a folder of this machine as its base model, {base}, which nobody "
             "else can load: convert the model by its Hub id, or publish a full artefact, with the model's own files"
         )
-
-
-def _local(source: Path, file: str | None, revision: str | None) -> Path:
-    if revision is not None:
-        raise ConfigError(f"a revision goes with a Hub id, got {revision!r} with the local folder {source}")
-    if not source.is_dir():
-        raise ArtefactError(f"expected a folder or a Hub id, got a file: {source}")
-    if file is None:
-        return source
-    if not (source / file).is_file():
-        raise ArtefactError(f"expected a folder with {file}, got {source} without it")
-    return source / file

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gazepatch.checkpoint import BESIDE, CONFIG_NAME, INDEX_NAME, LICENCES, WEIGHTS_NAME, known_layout, shards_of
 from gazepatch.errors import ArtefactError
-from gazepatch.hub import fetch
+from gazepatch.fetching import fetch
 from gazepatch.manifest import CARD_NAME, FILE_NAME, LORA_NAME, TOKENS_NAME, Manifest, processor_geometry, read
 
 if TYPE_CHECKING:

@@ -47,7 +47,7 @@ def select(scores: Tensor, count: int) -> Tensor:
     """The `count` best regions; of equal ones those with the lower number, whatever the backend.
 
     Args:
-        scores: `[..., R]` float32, not negative; -1 for regions that must not be selected.
+        scores: `[..., R]`, not negative; -1 for regions that must not be selected. Compared as float32.
         count: S, at most R.
 
     Returns:
@@ -55,5 +55,5 @@ def select(scores: Tensor, count: int) -> Tensor:
     """
     # The bits of a positive float grow with its value. In front of the region's number they make a key without ties.
     number = torch.arange(0, -scores.shape[-1], -1, device=scores.device)
-    keys = torch.add(number, scores.view(torch.int32).long(), alpha=1 << 32)
+    keys = torch.add(number, scores.float().view(torch.int32).long(), alpha=1 << 32)
     return keys.topk(count, dim=-1).indices

@@ -27,7 +27,7 @@ from gazepatch import ArtefactError, ConfigError, GazeConfig, HubError
 from gazepatch.card import card_of
 from gazepatch.cli import main
 from gazepatch.contents import contents_of
-from gazepatch.hub import fetch
+from gazepatch.fetching import fetch
 from gazepatch.lora import add_lora
 from gazepatch.manifest import read
 

@@ -6,7 +6,7 @@
     case.model.generate(**case.inputs, max_new_tokens=4)
 
 `case.spans` is written down here by hand from what each family's processor does, not computed by an adapter. One module
-a layout; a family is one function in its table.
+a layout; a family is one function in its table. Those of Qwen and GLM lie beside the table of `grids`.
 """
 
 from __future__ import annotations

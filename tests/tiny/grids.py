@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
+from tiny.glm import glm4v, glm4v_moe, glm46v, glm_ocr, glmga
 from tiny.models import pixels, text
 from tiny.prompts import (
     AUDIO,
@@ -22,178 +23,16 @@ from tiny.prompts import (
     Case,
     Media,
     lines,
-    square,
 )
-
-PATCHES: dict[str, Any] = {
-    "depth": 2,
-    "num_heads": 2,
-    "in_channels": 3,
-    "patch_size": 4,
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 2,
-}
-MARKS: dict[str, Any] = {
-    "image_token_id": IMAGE,
-    "video_token_id": VIDEO_TOKEN,
-    "vision_start_token_id": START,
-    "vision_end_token_id": END,
-}
-MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
-WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 48}
-
-IMAGES = ((1, 8, 8), (1, 7, 11))
-VIDEOS = ((3, 6, 10), (2, 5, 4))
-#: Numbers of one patch: of two frames, or of one.
-PAIR, ONE = 3 * 2 * 4 * 4, 3 * 4 * 4
-
-
-def grids(
-    model: nn.Module,
-    video: bool,
-    patch: Sequence[int] = (PAIR,),
-    merge: int = 2,
-    apart: bool = False,
-    as_images: bool = False,
-    types: bool = True,
-    frames_a_step: int = 1,
-    more: Callable[[int, int, int], dict[str, Any]] = lambda t, h, w: {},
-    extra: Callable[[Tensor], dict[str, Tensor]] = lambda ids: {},
-) -> Case:
-    """Two images, or two videos, of the sizes above in tokens.
-
-    Args:
-        model: Of the family.
-        video: Whether to make videos.
-        patch: Shape of the pixels of one patch.
-        merge: Patches along the side of a token.
-        apart: Frames are laid out one by one, with words (timestamps) between them.
-        as_images: And their tokens have the id of images, between marks of their own.
-        types: The model is told which tokens are images and videos.
-        frames_a_step: Frames that make up one step in time.
-        more: Further inputs of an image or video of `(t, h, w)` tokens.
-        extra: Further inputs, made from the token ids `[B, S]`.
-    """
-    media = []
-    for t, h, w in VIDEOS if video else IMAGES:
-        token = VIDEO_TOKEN if video and not as_images else IMAGE
-        kind, values = ("video", "pixel_values_videos") if video else ("image", "pixel_values")
-        patches = t * frames_a_step if video else t
-        inputs = {
-            values: pixels(patches * h * w * merge**2, *patch),
-            f"{kind}_grid_thw": torch.tensor([[patches, merge * h, merge * w]]),
-            **more(t, h, w),
-        }
-        pieces = [square(h, w, t, token)]
-        if apart and video:
-            pieces = [square(h, w, 1, token, frame=frame) for frame in range(t)]
-        # The words behind START and END stand for timestamps.
-        parts = [part for piece in pieces for part in (10, 11, START, piece, END)]
-        media.append(Media([VIDEO_START, *parts, VIDEO_END] if as_images and video else parts, inputs))
-
-    def inputs_of(ids: Tensor, rows: Sequence[Sequence[Media]]) -> dict[str, Tensor]:
-        visual = (ids == IMAGE).long() * (2 if as_images and video else 1) + 2 * (ids == VIDEO_TOKEN).long()
-        return extra(ids) | ({"mm_token_type_ids": visual} if types else {})
-
-    return Case(model, [media], extra=inputs_of)
-
-
-# ---- Qwen
-
-
-def qwen2_vl(video: bool) -> Case:
-    config = transformers.Qwen2VLConfig(
-        vision_config={**PATCHES, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2},
-        text_config=text(transformers.Qwen2VLTextConfig, rope_parameters=MROPE),
-        **MARKS,
-    )
-    return grids(transformers.Qwen2VLForConditionalGeneration(config), video)
-
-
-WINDOWED = {
-    **PATCHES,
-    "hidden_size": 32,
-    "out_hidden_size": 64,
-    "intermediate_size": 48,
-    "window_size": 16,
-    "fullatt_block_indexes": [1],
-}
-DEEP = {
-    **PATCHES,
-    "hidden_size": 32,
-    "out_hidden_size": 64,
-    "intermediate_size": 48,
-    "num_position_embeddings": 64,
-    "deepstack_visual_indexes": [0, 1],
-}
-
-
-def qwen2_5_vl(video: bool) -> Case:
-    config = transformers.Qwen2_5_VLConfig(
-        vision_config=WINDOWED,
-        text_config=text(transformers.Qwen2_5_VLTextConfig, rope_parameters=MROPE),
-        **MARKS,
-    )
-    return grids(transformers.Qwen2_5_VLForConditionalGeneration(config), video)
-
-
-def qwen3_vl(video: bool) -> Case:
-    config = transformers.Qwen3VLConfig(
-        vision_config=DEEP, text_config=text(transformers.Qwen3VLTextConfig, rope_parameters=MROPE), **MARKS
-    )
-    return grids(transformers.Qwen3VLForConditionalGeneration(config), video, apart=True)
-
-
-def qwen3_vl_moe(video: bool) -> Case:
-    decoder = text(transformers.Qwen3VLMoeTextConfig, rope_parameters=MROPE, num_experts=4, **EXPERTS)
-    config = transformers.Qwen3VLMoeConfig(vision_config=DEEP, text_config=decoder, **MARKS)
-    return grids(transformers.Qwen3VLMoeForConditionalGeneration(config), video, apart=True)
-
-
-def omni(model: nn.Module, video: bool) -> Case:
-    def seconds(t: int, h: int, w: int) -> dict[str, Any]:
-        return {"video_second_per_grid": torch.tensor([1.0])} if video else {}
-
-    return grids(model, video, types=False, more=seconds)
-
-
-HEARING = {
-    "encoder_layers": 1,
-    "encoder_attention_heads": 2,
-    "encoder_ffn_dim": 32,
-    "d_model": 32,
-    "max_source_positions": 16,
-    "n_window": 4,
-    "output_dim": 64,
-}
-
-
-def qwen2_5_omni_thinker(video: bool) -> Case:
-    config = transformers.Qwen2_5OmniThinkerConfig(
-        vision_config=WINDOWED,
-        audio_config={**HEARING, "num_mel_bins": 8},
-        text_config=text(dict, rope_parameters=MROPE),
-        image_token_index=IMAGE,
-        video_token_index=VIDEO_TOKEN,
-        audio_token_index=AUDIO,
-    )
-    config.vision_start_token_id, config.vision_end_token_id = START, END
-    return omni(transformers.Qwen2_5OmniThinkerForConditionalGeneration(config), video)
-
-
-def qwen3_omni_moe_thinker(video: bool) -> Case:
-    config = transformers.Qwen3OmniMoeThinkerConfig(
-        vision_config=DEEP,
-        audio_config={**HEARING, "num_mel_bins": 16, "n_window_infer": 8, "downsample_hidden_size": 8},
-        text_config=text(dict, rope_parameters=MROPE, num_experts=4, **EXPERTS),
-        audio_token_id=AUDIO,
-        image_token_id=IMAGE,
-        video_token_id=VIDEO_TOKEN,
-    )
-    config.vision_start_token_id, config.vision_end_token_id = START, END
-    return omni(transformers.Qwen3OmniMoeThinkerForConditionalGeneration(config), video)
-
+from tiny.qwen import (
+    qwen2_5_omni_thinker,
+    qwen2_5_vl,
+    qwen2_vl,
+    qwen3_omni_moe_thinker,
+    qwen3_vl,
+    qwen3_vl_moe,
+)
+from tiny.thw import DEEP, EXPERTS, IMAGES, MARKS, MROPE, ONE, PATCHES, WINDOWED, WINDOWS, grids
 
 # ---- of Qwen's kind
 
@@ -362,61 +201,6 @@ def muse_spark(video: bool) -> Case:
     experts = {**EXPERTS, "num_local_experts": 4, "moe_hidden_size": 64}
     hearing = {"hidden_sizes": [8] * 4, "depths": [1] * 4, "out_hidden_size": 64}
     return muse("MuseSpark", video, experts, audio_token_id=AUDIO, audio_config=hearing)
-
-
-# ---- GLM
-
-GLM_PATCHES = {**PATCHES, "hidden_size": 32, "image_size": 32, "out_hidden_size": 64, "intermediate_size": 48}
-GLM_MARKS = {
-    "image_token_id": IMAGE,
-    "video_token_id": VIDEO_TOKEN,
-    "image_start_token_id": START,
-    "image_end_token_id": END,
-    "video_start_token_id": VIDEO_START,
-    "video_end_token_id": VIDEO_END,
-}
-GLM_ROPE = {**MROPE, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
-
-
-def glm(config: Any, model: str, video: bool) -> Case:
-    built = getattr(transformers, f"{model}ForConditionalGeneration")(config)
-    return grids(built, video, apart=True, as_images=True)
-
-
-def glm4v(video: bool) -> Case:
-    decoder = text(transformers.Glm4vTextConfig, rope_parameters=GLM_ROPE)
-    return glm(transformers.Glm4vConfig(vision_config=GLM_PATCHES, text_config=decoder, **GLM_MARKS), "Glm4v", video)
-
-
-def glm46v(video: bool, config: str = "Glm46VConfig") -> Case:
-    made = getattr(transformers, config)(
-        vision_config=transformers.Glm4vVisionConfig(**GLM_PATCHES),
-        text_config=text(transformers.Glm4vTextConfig, rope_parameters=GLM_ROPE),
-        **GLM_MARKS,
-    )
-    return glm(made, "Glm46V", video)
-
-
-def glmga(video: bool) -> Case:
-    return glm46v(video, "GlmgaConfig")
-
-
-def glm4v_moe(video: bool) -> Case:
-    decoder = text(
-        transformers.Glm4vMoeTextConfig,
-        n_routed_experts=4,
-        first_k_dense_replace=1,
-        rope_parameters=GLM_ROPE,
-        **EXPERTS,
-    )
-    config = transformers.Glm4vMoeConfig(vision_config=GLM_PATCHES, text_config=decoder, **GLM_MARKS)
-    return glm(config, "Glm4vMoe", video)
-
-
-def glm_ocr(video: bool) -> Case:
-    decoder = text(transformers.GlmOcrTextConfig, rope_parameters=GLM_ROPE)
-    config = transformers.GlmOcrConfig(vision_config=GLM_PATCHES, text_config=decoder, **GLM_MARKS)
-    return glm(config, "GlmOcr", video)
 
 
 # ---- with newlines

@@ -1,0 +1,1 @@
+"""Artefacts: what is written, what is refused, and that nothing half-written is left behind."""

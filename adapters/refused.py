@@ -9,7 +9,7 @@ _ENCODER = "its images stay in an encoder: there are no visual tokens in the dec
 _FEW = "its images are a handful of query vectors, which there is nothing to choose among"
 
 REFUSED = {
-    "blip": "its cross-attention is its own, and not one that transformers lets others stand in for",
+    "blip": "it has attention of its own, which no other can stand in for",
     "blip-2": _FEW,
     "diffusion_gemma": "it writes blocks of tokens by diffusion, not one token after the other",
     "dots3_note": _SPARSE,

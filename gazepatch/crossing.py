@@ -40,8 +40,8 @@ class CrossState(GazeState):
         super().clear()
         self.shown: Tensor | None = None
 
-    def look(self, spans: Sequence[Span], rows: int, keys: int, mask: Tensor | None, decoding: bool) -> None:
-        """A forward starts.
+    def look(self, spans: Sequence[Span], rows: int, keys: int, mask: Tensor | None, decoding: bool) -> bool:
+        """A forward starts; returns whether its last query sees other images than the last one before.
 
         Args:
             spans: Of its new images, the same in each row, by place among its new keys.
@@ -53,7 +53,7 @@ class CrossState(GazeState):
         moved = [replace(span, start=span.start + self.length, stop=span.stop + self.length) for span in spans]
         self.begin([replace(span, row=row) for row in range(rows) for span in moved], rows, keys)
         self.decoding = decoding and self.regions is not None
-        self._show(mask)
+        return self._show(mask)
 
     def _sort(self, spans: Sequence[Span], rows: int, new_tokens: int) -> Chunk:
         # However few there are: how many a query sees is known query by query.
@@ -63,18 +63,20 @@ class CrossState(GazeState):
         super()._extend(chunk, new_tokens)
         self._forget("last_places")
 
-    def _show(self, mask: Tensor | None) -> None:
-        """Note what the last query sees; waits for the device, once a forward."""
+    def _show(self, mask: Tensor | None) -> bool:
+        """Note what the last query sees, and return whether that is new; waits for the device, once a forward."""
         shown = None
         if mask is not None and self.regions is not None and mask.shape[-1] == self.length + self.new_tokens:
             last = mask[:, 0, -1].index_select(1, self.table("last_places", mask.device))
             shown = visible(last).cpu()
             shown = shown[:1] if bool((shown == shown[:1]).all()) else shown
             shown = None if bool(shown.all()) else shown
-        if not _same(shown, self.shown):
-            self.shown = shown
-            self._forget("readable")
-            self._forget("plan")
+        if _same(shown, self.shown):
+            return False
+        self.shown = shown
+        self._forget("readable")
+        self._forget("plan")
+        return True
 
     def last_places(self) -> Tensor:
         """`[R]` for every region, the place of the last key of its image or tile, whose mask is that of all its keys."""
@@ -104,7 +106,7 @@ class CrossLayer(GazeLayer):
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
-        """`[B, H_kv, L, D]` in their own order; in a decode step, whose attention reads the stores, the other keys."""
+        """`[B, H_kv, L, D]` in their own order; in a decode step, whose attention reads the stores, the others alone."""
         return None if self._other is None else self._read()[0]
 
     @property
@@ -113,7 +115,9 @@ class CrossLayer(GazeLayer):
         return None if self._other is None else self._read()[1]
 
     def _read(self) -> tuple[Tensor, Tensor]:
-        return self._others() if self.gazes and self.state.decoding else self.logical()
+        # Before it takes the keys of another image in, a layer is only asked whether it holds any.
+        behind = self._slots < self.state.length + self.state.new_tokens
+        return self._others() if behind or (self.gazes and self.state.decoding) else self.logical()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Images stay when tokens of the text are forgotten: the mask says who sees them."""

@@ -269,19 +269,22 @@ class Runtime:
         prompt = text.tokens > 1 or text.past == 0
         state = state_of_images(text.cache, self, self.config, self.cross_layers, self.gaze_layers)
         keys, spans = new_keys(self.adapter, self.model_config, arguments, rows)
-        state.look(spans, rows, keys, arguments.get(self.adapter.cross_mask), decoding=not prompt)
+        others = state.look(spans, rows, keys, arguments.get(self.adapter.cross_mask), decoding=not prompt)
         forward = Forward(state, text.cache, state.length + keys, text.tokens)
-        self._record(forward, rows, prompt)
+        self._record(forward, rows, prompt, others)
         if prompt and self.config.prefill == "gaze" and state.regions is not None:
             forward.routed = torch.arange(text.tokens)
             forward.routed_rows = torch.ones(rows, text.tokens, dtype=torch.bool)
         return forward
 
-    def _record(self, forward: Forward, rows: int, prompt: bool) -> None:
-        """Start the counters and the trace anew with a prompt; go on with a decode step."""
+    def _record(self, forward: Forward, rows: int, prompt: bool, others: bool = False) -> None:
+        """Start the counters and the trace anew with a prompt; go on with a decode step.
+
+        A trace, which numbers the regions that a query sees, starts anew as well where it sees `others`.
+        """
         state = forward.state
         if self.running.trace is not None:
-            self.running.trace.follow(state, rows, prompt)
+            self.running.trace.follow(state, rows, prompt or others)
         if prompt:
             self.counters = state.counters
             state.counters.clear()

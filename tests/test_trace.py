@@ -79,7 +79,7 @@ def test_layers_read_what_the_trace_says(turns: Any, settings: str, sequences: C
 
 @pytest.mark.parametrize("settings", [{}, {"head_reduce": "none", "budget": 2}], ids=["share", "number for each head"])
 @pytest.mark.parametrize("rows", ["one row", "two rows"])
-@pytest.mark.parametrize("name", ["llava", "llava_next", "idefics3", "mistral3", "qwen2_vl"])
+@pytest.mark.parametrize("name", ["llava", "llava_next", "idefics3", "mistral3", "mllama", "qwen2_vl"])
 def test_generate_reads_what_the_trace_says(name: str, rows: str, settings: dict[str, Any]) -> None:
     case = tiny(name) if rows == "one row" else batch(tiny(name))
     config = replace(SMALL, **settings)

@@ -79,7 +79,7 @@ class CrossState(GazeState):
         return True
 
     def last_places(self) -> Tensor:
-        """`[R]` for every region, the place of the last key of its image or tile, whose mask is that of all its keys."""
+        """`[R]` for every region, the place of the last key of its image or tile: all its keys are seen, or none."""
         assert self.regions is not None
         return self.regions.stop[0] - 1
 
@@ -106,7 +106,7 @@ class CrossLayer(GazeLayer):
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
-        """`[B, H_kv, L, D]` in their own order; in a decode step, whose attention reads the stores, the others alone."""
+        """`[B, H_kv, L, D]` in their order; in a decode step, whose attention reads the stores, the others alone."""
         return None if self._other is None else self._read()[0]
 
     @property
@@ -139,14 +139,14 @@ def state_of_images(
         assert isinstance(first.state, CrossState)
         return first.state
     if others := sorted({type(layer).__name__ for layer in held if type(layer) is not DynamicLayer}):
-        raise CacheError(f"expected DynamicLayer for the keys of images, got {', '.join(others)}: start with a new cache")
+        raise CacheError(f"expected DynamicLayer for keys of images, got {', '.join(others)}: start with a new cache")
     for i in layers:
         cache.layers[i] = CrossLayer(state, gazes=i in gaze_layers, leads=i == layers[0])
     return state
 
 
 def new_keys(adapter: Adapter, model_config: Any, arguments: Mapping[str, Any], rows: int) -> tuple[int, list[Span]]:
-    """How many keys the images of a forward bring to each row, and where in these they are, from the decoder's arguments."""
+    """How many keys a forward brings to each row, and where the images are among them, from the decoder's arguments."""
     states = arguments.get(adapter.cross_states)
     if states is None:
         return 0, []

@@ -196,9 +196,7 @@ class Runtime:
         state = (
             GazeState(self, self.config)
             if cache is None
-            else adopt(
-                cache, self, self.config, self.text_config.num_hidden_layers, self.stores, self.cross_layers
-            )
+            else adopt(cache, self, self.config, self.text_config.num_hidden_layers, self.stores, self.cross_layers)
         )
         forward = self.running.forward = self._start(state, cache, rows, tokens)
         if self.adapter.across:
@@ -265,7 +263,7 @@ class Runtime:
         return forward
 
     def _across(self, text: Forward, arguments: Mapping[str, Any], rows: int) -> Forward:
-        """The forward as cross-attention layers see it: all their keys come before it, and a mask says who sees them."""
+        """The forward as cross-attention layers see it: all keys come before it, and a mask says who sees them."""
         prompt = text.tokens > 1 or text.past == 0
         state = state_of_images(text.cache, self, self.config, self.cross_layers, self.gaze_layers)
         keys, spans = new_keys(self.adapter, self.model_config, arguments, rows)

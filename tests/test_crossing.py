@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -59,7 +60,7 @@ def attended(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: flo
         reads, far = seen.clone(), []
         for number, windows in enumerate(regions):
             if number not in chosen:
-                reads[sum(windows, [])] = False
+                reads[list(chain(*windows))] = False
                 far += [(x, mean[1]) for x, mean in zip(logits[number], means[number], strict=True)]
         weights = [scale * queries @ key[k][reads].T, *(x[:, None] for x, _ in far if config.periphery)]
         values = [value[k][reads], *(mean[None] for _, mean in far if config.periphery)]
@@ -69,7 +70,7 @@ def attended(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: flo
 
 @contextmanager
 def plainly(model: Any, config: GazeConfig, prompts: bool = False) -> Iterator[None]:
-    """The unpatched model, with plain gaze attention in its cross-attention layers: in decode steps, and in `prompts`."""
+    """The unpatched model with plain gaze attention in its cross-attention layers, in decode steps and in `prompts`."""
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **rest: Any) -> Any:
         gazes = isinstance(module, MllamaTextCrossAttention) and (prompts or query.shape[2] == 1)
@@ -170,8 +171,7 @@ def test_a_full_budget_is_dense(name: str) -> None:
 
 @torch.no_grad()
 @every_case
-@pytest.mark.parametrize("config", [QUARTER, FAR], ids=["alone", "periphery"])
-@pytest.mark.parametrize("cached", [True, False], ids=["cached", "uncached"])
+@pytest.mark.parametrize(("config", "cached"), [(QUARTER, True), (FAR, False)], ids=["cached", "uncached-periphery"])
 def test_prompts_that_gaze(name: str, config: GazeConfig, cached: bool) -> None:
     case = CASES[name]()
     with plainly(case.model, config, prompts=True):
@@ -237,7 +237,7 @@ def test_layers_that_gaze_and_reasons(case: Case) -> None:
     with patched(case.model, QUARTER, dense_layers=(1,)):
         generate_logits(case.model, case.inputs, 2)
         assert list(stats(case.model).layers) == [3]
-    with pytest.raises(UnsupportedModelError, match="none of the 4 layers.*its keys are text"):
+    with pytest.raises(UnsupportedModelError, match=r"none of the 4 layers.*its keys are text"):
         gazepatch.apply(case.model, QUARTER, dense_layers=(1, 3))
 
 
@@ -302,7 +302,7 @@ def test_a_trace_numbers_the_regions_that_are_seen() -> None:
 
 
 def test_context_tokens_have_no_place(case: Case) -> None:
-    with pytest.raises(UnsupportedModelError, match="no token of the sequence stands there.*context_tokens=0"):
+    with pytest.raises(UnsupportedModelError, match=r"no token of the sequence stands there.*context_tokens=0"):
         gazepatch.apply(case.model, QUARTER, context_tokens=initial_context_tokens(case.model, 2))
 
 
@@ -491,8 +491,8 @@ def test_a_cache_is_emptied_and_used_again(case: Case) -> None:
         cache = transformers.DynamicCache()
         expected = case.model(**case.inputs, past_key_values=cache).logits
         layer = cache.layers[1]
-        assert torch.equal(layer.keys[:, :, :0], layer.keys[:, :, :0]) and layer.keys.shape[2] == 2 * ROOM * TILE
-        assert layer.values.shape == layer.keys.shape and cache.get_seq_length() == case.inputs["input_ids"].shape[1]
+        assert layer.keys.shape[2] == layer.values.shape[2] == layer.get_seq_length() == 2 * ROOM * TILE
+        assert cache.get_seq_length() == case.inputs["input_ids"].shape[1]
         cache.reset()
         assert cache.get_seq_length() == 0 and layer.keys is None
         assert torch.equal(case.model(**case.inputs, past_key_values=cache).logits, expected)

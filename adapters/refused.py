@@ -17,7 +17,7 @@ REFUSED = {
     "florence2": _ENCODER,
     "git": "it puts its images in front of the sequence itself, and has attention of its own",
     "glm5_next": _SPARSE,
-    "idefics": "its cross-attention makes all keys anew at every step, of a handful of latents in most: nothing would be saved",
+    "idefics": "its cross-attention makes all keys anew at every step, mostly of a few latents: nothing would be saved",
     "inkling2": _BIAS,
     "inkling_mm_model": _BIAS,
     "instructblip": _FEW,

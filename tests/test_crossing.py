@@ -438,7 +438,7 @@ def test_beam_search(case: Case, rows: str) -> None:
     close(found.sequences_scores, expected.sequences_scores)
 
 
-def test_rows_of_a_cache(case: Case) -> None:
+def test_rows_of_a_cache() -> None:
     """Two rows that see different images change places, then one of them goes on alone, twice."""
     pair = CASES["different numbers of images"]()
     mask = pair.inputs["cross_attention_mask"][:, -1:]

@@ -89,8 +89,7 @@ def test_generate_reads_what_the_trace_says(name: str, rows: str, settings: dict
     assert len(trace.steps) == 3 and len(spied) == 3 * len(trace.steps[0])
     share = 1 if config.head_reduce == "none" else 2
     for number, step in enumerate(spied):
-        layer = number % len(trace.steps[0])
-        for row, read in enumerate(trace.steps[number // len(trace.steps[0])][layer]):
+        for row, read in enumerate(trace.steps[number // len(trace.steps[0])][step.layer]):
             own = [span for span in case.spans if span.row == row]
             kept = gaze_reference(
                 step.query[row, :, 0], step.key[row], step.value[row], own, config, step.scale, step.visible[row]

@@ -42,6 +42,13 @@ class Adapter:
     inputs_of_answers: Mapping[str, int] = {}
     #: Why context tokens would change more than they should; empty where they are exact.
     no_context: str = ""
+    #: Inputs with an entry for each token, on their second axis, which stays the same throughout an answer.
+    repeated_in_answers: tuple[str, ...] = ()
+    #: Whether images are the keys of cross-attention layers, and no tokens of the sequence.
+    across: bool = False
+    #: The decoder's arguments, for such families: what these layers make keys of, `[..., hidden]`, and who sees them.
+    cross_states: str = "cross_attention_states"
+    cross_mask: str = "cross_attention_mask"
     #: Names in the configuration of the token ids that carry vision features, by modality.
     token_id_names: Mapping[str, tuple[str, ...]] = {"image": ("image_token_id",), "video": ("video_token_id",)}
 
@@ -65,6 +72,14 @@ class Adapter:
         if reason := _beyond_dot_products(text):
             return dict.fromkeys(range(text.num_hidden_layers), reason)
         return {i: f"{kind} layer" for i, kind in enumerate(_layer_types(text)) if kind != FULL_ATTENTION}
+
+    def cross_layers(self, config: Any) -> tuple[int, ...]:
+        """Decoder layers whose keys are images instead of the sequence, by index; for families `across` alone."""
+        return ()
+
+    def cross_spans(self, config: Any, keys: int) -> list[Span]:
+        """Where images are among `keys` keys of such a layer, those of one row; for families `across` alone."""
+        raise NotImplementedError
 
     def store_layers(self, config: Any) -> dict[int, int]:
         """For every decoder layer that reads the keys of another one, by index: that layer (Gemma 3n)."""

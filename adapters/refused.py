@@ -5,12 +5,11 @@ from __future__ import annotations
 _SPARSE = "an indexer of its own already picks the keys that its layers of full attention read"
 _BIAS = "its attention adds biases by relative position to the scores, which the mean of a window does not have"
 _LATENTS = "its cache holds latents, from which all keys and values are made anew at every step: nothing would be saved"
-_CROSS = "its decoder sees images through cross-attention alone: there are no visual tokens in the sequence"
 _ENCODER = "its images stay in an encoder: there are no visual tokens in the decoder's sequence"
 _FEW = "its images are a handful of query vectors, which there is nothing to choose among"
 
 REFUSED = {
-    "blip": _CROSS,
+    "blip": "it has attention of its own, which no other can stand in for",
     "blip-2": _FEW,
     "diffusion_gemma": "it writes blocks of tokens by diffusion, not one token after the other",
     "dots3_note": _SPARSE,
@@ -18,7 +17,7 @@ REFUSED = {
     "florence2": _ENCODER,
     "git": "it puts its images in front of the sequence itself, and has attention of its own",
     "glm5_next": _SPARSE,
-    "idefics": _CROSS,
+    "idefics": "its cross-attention makes all keys anew at every step, mostly of a few latents: nothing would be saved",
     "inkling2": _BIAS,
     "inkling_mm_model": _BIAS,
     "instructblip": _FEW,
@@ -28,7 +27,6 @@ REFUSED = {
     "kosmos-2.5": "its decoder places images itself, by a mask instead of token ids",
     "mistral4": "it is a text decoder alone: with a vision tower it is a mistral3",
     "mistral_large4": _SPARSE,
-    "mllama": _CROSS,
     "pi0": "it writes movements, not text",
     "pix2struct": _ENCODER,
     "pp_formulanet": _ENCODER,

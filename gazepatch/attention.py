@@ -59,13 +59,15 @@ class GazeAttention:
         if forward is None:
             return self.dense(module, query, key, value, attention_mask, **kwargs)
         layer = getattr(module, "layer_idx", -1)
+        if forward.across is not None and layer in self.runtime.cross_layers:
+            forward = forward.across
         gazes, store = layer in self.runtime.gaze_layers, self.runtime.store_of.get(layer, layer)
         if gazes and forward.state.decoding:
             _refuse_unsupported(kwargs)
             return self.decode(forward, layer, query, _scale(query, kwargs), attention_mask), None
         if forward.state.decoding and store in self.runtime.stores:  # the layer it shares keys with did not return all
             key, value = _layer(forward, store).logical()
-        if gazes and forward.state.spans and forward.tokens == 1:
+        if gazes and forward.state.spans and forward.tokens == 1 and forward.state.regions is None:
             forward.count_whole(layer, query.shape[1], key.shape[1])
         if forward.insertion is not None:
             # Context tokens repeat positions, which flash attention would take for the borders of packed sequences.

@@ -258,8 +258,17 @@ def gaze_state(cache: object) -> GazeState | None:
     return getattr(cache, "gaze", None)
 
 
-def adopt(cache: object, owner: object, config: GazeConfig, layers: int, gaze_layers: Sequence[int]) -> GazeState:
+def adopt(
+    cache: object,
+    owner: object,
+    config: GazeConfig,
+    layers: int,
+    gaze_layers: Sequence[int],
+    left: Sequence[int] = (),
+) -> GazeState:
     """Make an empty `DynamicCache` a gaze cache, in place; return the state of one that is the owner's already.
+
+    Layers `left` hold something else than the sequence, and stay as they are.
 
     Raises:
         CacheError: The cache is another patch's, holds entries, or is of a kind that cannot gaze.
@@ -282,7 +291,7 @@ def adopt(cache: object, owner: object, config: GazeConfig, layers: int, gaze_la
             "this cache was filled by a model that was not patched: patch the model first, then start with a new cache"
         )
     state = GazeState(owner, config)
-    _replace_layers(cache, state, layers, gaze_layers)
+    _replace_layers(cache, state, layers, gaze_layers, left)
     cache.gaze = state  # type: ignore[attr-defined]
     return state
 
@@ -293,10 +302,12 @@ def _holds_entries(cache: Cache) -> bool:
     return any(getattr(layer, "is_initialized", False) and layer.get_seq_length() > 0 for layer in layers)
 
 
-def _replace_layers(cache: Cache, state: GazeState, layers: int, gaze_layers: Sequence[int]) -> None:
+def _replace_layers(
+    cache: Cache, state: GazeState, layers: int, gaze_layers: Sequence[int], left: Sequence[int]
+) -> None:
     # A cache made without a configuration has no layers yet: it would make plain ones as they are asked for.
     kinds = [type(layer) for layer in cache.layers] or [DynamicLayer] * layers
-    plain = [i for i, kind in enumerate(kinds) if kind is DynamicLayer]
+    plain = [i for i, kind in enumerate(kinds) if kind is DynamicLayer and i not in left]
     made = list(cache.layers) or [DynamicLayer() for _ in kinds]
     if missing := sorted(set(gaze_layers) - set(plain)):
         raise CacheError(

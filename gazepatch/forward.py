@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from gazepatch.adapters.base import Adapter
 from gazepatch.cache import adopt
 from gazepatch.config import GazeConfig
+from gazepatch.crossing import new_keys, state_of_images
 from gazepatch.errors import PatchError, UnsupportedModelError
 from gazepatch.insertion import Insertion, OwnImage, insert
 from gazepatch.layout import Span
@@ -54,6 +55,7 @@ class Forward:
         routed_rows: `[B, Q]` which rows those are text in.
         trace: Who wants to know what this decode step reads; None: nobody.
         reads: For `trace`: by layer, what `DecodePlan.numbers` says; None where everything was read.
+        across: The same forward as cross-attention layers see it, whose keys are images; None in other families.
     """
 
     state: GazeState
@@ -65,6 +67,7 @@ class Forward:
     routed_rows: Tensor | None = None
     trace: Trace | None = None
     reads: dict[int, Tensor | None] = field(default_factory=dict)
+    across: Forward | None = None
     _own_images: dict[torch.device, OwnImage] = field(default_factory=dict)
     _bias: tuple[Tensor | None, torch.device, Tensor | None] | None = None
 
@@ -125,8 +128,9 @@ class Runtime:
         self.gaze_layers = tuple(gaze_layers)
         self.flash = str(decoder.config._attn_implementation).startswith("flash")  # type: ignore[union-attr]
         self.store_of = adapter.store_layers(model_config)
-        #: Layers whose entries are kept region by region.
-        self.stores = tuple(sorted({self.store_of.get(layer, layer) for layer in gaze_layers}))
+        self.cross_layers = adapter.cross_layers(model_config)
+        #: Layers whose entries are kept region by region, among those of the sequence.
+        self.stores = tuple(sorted({self.store_of.get(layer, layer) for layer in gaze_layers} - {*self.cross_layers}))
         self.decoder_signature = inspect.signature(decoder.forward)
         self.counters = Counters()
         self.running = _Running()
@@ -192,9 +196,11 @@ class Runtime:
         state = (
             GazeState(self, self.config)
             if cache is None
-            else adopt(cache, self, self.config, self.text_config.num_hidden_layers, self.stores)
+            else adopt(cache, self, self.config, self.text_config.num_hidden_layers, self.stores, self.cross_layers)
         )
         forward = self.running.forward = self._start(state, cache, rows, tokens)
+        if self.adapter.across:
+            forward.across = self._across(forward, kwargs, rows)
         if state.slots.inserted:
             embeddings = getattr(module, CONTEXT_TOKENS)
             kwargs = lengthen(kwargs, state, forward.insertion, embeddings, cache)
@@ -203,7 +209,8 @@ class Runtime:
             # Layers that share keys drop all queries but these last ones. Without a mask of four dimensions only a
             # single one can go without the others, and it must be a token.
             kwargs["logits_to_keep"] = 0
-        if self._runs_again(module) and (forward.insertion is not None or forward.routed is not None):
+        routes = any(each is not None and each.routed is not None for each in (forward, forward.across))
+        if self._runs_again(module) and (forward.insertion is not None or routes):
             kwargs[OF_FORWARD] = forward
         return (), kwargs
 
@@ -212,9 +219,11 @@ class Runtime:
         forward, self.running.forward = self.running.forward, None
         if forward is None:
             return None
-        forward.state.finish(completed=output is not None)
-        if forward.trace is not None and output is not None:
-            forward.trace.add(forward.reads)
+        for each in (forward, forward.across):
+            if each is not None:
+                each.state.finish(completed=output is not None)
+                if each.trace is not None and output is not None:
+                    each.trace.add(each.reads)
         return output if output is None or forward.insertion is None else shorten(output, forward.insertion)
 
     def _runs_again(self, decoder: nn.Module) -> bool:
@@ -238,7 +247,7 @@ class Runtime:
     def _start(self, state: GazeState, cache: Cache | None, rows: int, tokens: int) -> Forward:
         past = state.length
         prompt = tokens > 1 or past == 0
-        ids = self._ids(rows, tokens) if prompt else None
+        ids = self._ids(rows, tokens) if prompt and not self.adapter.across else None
         spans = self._spans(ids)
         text = self._text(ids, spans) if ids is not None and self.config.prefill == "gaze" else None
         insertion = insert(spans, rows, tokens, self.config.context_tokens)
@@ -247,17 +256,39 @@ class Runtime:
         spans = [replace(span, start=span.start + past, stop=span.stop + past) for span in spans]
         state.begin(spans, rows, tokens, insertion)
         forward = Forward(state, cache, past, tokens, insertion)
+        if not self.adapter.across:
+            self._record(forward, rows, prompt)
+        if text is not None and state.regions is not None:
+            forward.routed, forward.routed_rows = _routed(text, insertion, past, state)
+        return forward
+
+    def _across(self, text: Forward, arguments: Mapping[str, Any], rows: int) -> Forward:
+        """The forward as cross-attention layers see it: all keys come before it, and a mask says who sees them."""
+        prompt = text.tokens > 1 or text.past == 0
+        state = state_of_images(text.cache, self, self.config, self.cross_layers, self.gaze_layers)
+        keys, spans = new_keys(self.adapter, self.model_config, arguments, rows)
+        others = state.look(spans, rows, keys, arguments.get(self.adapter.cross_mask), decoding=not prompt)
+        forward = Forward(state, text.cache, state.length + keys, text.tokens)
+        self._record(forward, rows, prompt, others)
+        if prompt and self.config.prefill == "gaze" and state.regions is not None:
+            forward.routed = torch.arange(text.tokens)
+            forward.routed_rows = torch.ones(rows, text.tokens, dtype=torch.bool)
+        return forward
+
+    def _record(self, forward: Forward, rows: int, prompt: bool, others: bool = False) -> None:
+        """Start the counters and the trace anew with a prompt; go on with a decode step.
+
+        A trace, which numbers the regions that a query sees, starts anew as well where it sees `others`.
+        """
+        state = forward.state
         if self.running.trace is not None:
-            self.running.trace.follow(state, rows, prompt)
+            self.running.trace.follow(state, rows, prompt or others)
         if prompt:
             self.counters = state.counters
             state.counters.clear()
-            if text is not None and state.regions is not None:
-                forward.routed, forward.routed_rows = _routed(text, insertion, past, state)
         elif state.spans:
             state.counters.steps += 1
             forward.trace = self.running.trace
-        return forward
 
     def _ids(self, rows: int, tokens: int) -> list[list[int]] | None:
         """Token ids of the new tokens, -1 for padding."""

@@ -60,7 +60,8 @@ class Span:
 
     Attributes:
         row: Row of the batch.
-        start, stop: Half-open range of positions in that row, from the first visual token to behind the last one.
+        start, stop: Half-open range of positions in that row, from the first visual token to behind the last one; in
+            families whose images are keys of cross-attention, of places among these keys.
         grid: `(t, h, w)` in decoder tokens, or `None` where it cannot be known: regions are then runs of tokens.
         media: Number of the image or video within its row.
         tile, frame: Number of the tile or frame within its image or video, where it has several.

@@ -16,13 +16,15 @@ MOST_PX = 1024
 def as_seen(image: Image, image_processor: Any) -> Image:
     """The part of `image` that the model gets, in the image's own pixels; black where there is padding.
 
-    For processors that make one square of an image. They pad it to a square (LLaVA, where that is set), or resize it
-    and cut out the centre (CLIP), or leave it whole.
+    For processors that make one square of an image. They pad it to a square, around it (LLaVA, where that is set) or
+    behind it (Llama 3.2 Vision), or resize it and cut out the centre (CLIP), or leave it whole.
     """
     width, height = image.size
     named = type(image_processor).__name__
     if named.startswith("LlavaImageProcessor") and getattr(image_processor, "do_pad", False):
         return _centre(image, max(image.size), max(image.size))
+    if named.startswith("MllamaImageProcessor"):
+        return image.crop((0, 0, max(image.size), max(image.size)))
     crop = getattr(image_processor, "crop_size", None)
     if not (getattr(image_processor, "do_center_crop", False) and crop):
         return image

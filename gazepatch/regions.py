@@ -144,6 +144,19 @@ class Regions:
             **{name: getattr(self, name)[rows.to(self.start.device)] for name in _TABLES},
         )
 
+    def only(self, shown: Tensor) -> Regions:
+        """The tables for rows that see only the regions `shown` `[b, R]`: others take no part, but keep their slots."""
+        rows = self._expand(len(shown))
+        length = rows.length * shown
+        hidden = ~shown.repeat_interleave(self.windows, 1)
+        return replace(
+            rows,
+            length=length,
+            log_counts=rows.log_counts.masked_fill(hidden, ABSENT),
+            counts=tuple(shown.sum(1).tolist()),
+            tokens=tuple(length.sum(1).tolist()),
+        )
+
     def followed_by(self, other: Regions) -> Regions:
         """These regions, then those of a later turn, whose slots come behind."""
         rows = max(len(self.counts), len(other.counts))

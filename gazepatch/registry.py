@@ -60,6 +60,7 @@ MODULES = {
     "minicpmv4_7": "sized",
     "minimax_m3_vl": "thw",
     "mistral3": "sized",
+    "mllama": "cross",
     "molmo2": "sized",
     "muse_glimmer": "thw",
     "muse_spark": "thw",

@@ -113,7 +113,7 @@ class GazeState:
         self._other = other if past is None else _cat_rows(past, other)
         self.other_end = self.length + new_tokens
         self.regions = chunk.regions if self.regions is None else self.regions.followed_by(chunk.regions)
-        for name in ("chunk", "regions", "plan", *_GROWING):
+        for name in ("chunk", "regions", "readable", "plan", *_GROWING):
             self._forget(name)
 
     # ---- what the layers ask
@@ -123,6 +123,14 @@ class GazeState:
         """Visual tokens of the row that has most."""
         rows = [span.row for span in self.spans]
         return max((sum(s.tokens for s in self.spans if s.row == row) for row in set(rows)), default=0)
+
+    def readable(self) -> Regions | None:
+        """Tables of the regions that a decode query selects among."""
+        return self.regions
+
+    def seen_spans(self) -> list[Span]:
+        """The spans of these regions."""
+        return self.spans
 
     def other_positions(self) -> Tensor | None:
         """`[b, T]` position of every entry that is not visual, the running forward's included; None: all in order."""
@@ -177,7 +185,7 @@ class GazeState:
         batch, heads, key_heads = len(query), query.shape[1], entries.key.shape[1]
         key = (f"plan {batch} {heads} {key_heads}", query.device)
         if key not in self._devices:
-            self._devices[key] = plan_for(self.table("regions", query.device), self.config, batch, heads, key_heads)
+            self._devices[key] = plan_for(self.table("readable", query.device), self.config, batch, heads, key_heads)
         plan: DecodePlan = self._devices[key]
         return plan
 

@@ -156,7 +156,7 @@ def _by_position(state: GazeState) -> list[Span]:
     """The spans of a sequence without the context tokens among them."""
     position, _ = state.slots.upto(state.length + state.new_tokens)
     moved = []
-    for span in state.spans:
+    for span in state.seen_spans():
         start, last = position[span.row % len(position), [span.start, span.stop - 1]].tolist()
         moved.append(replace(span, start=start, stop=last + 1, frame_gap=0))
     return moved
@@ -166,7 +166,7 @@ def _regions(state: GazeState, rows: int) -> list[list[Region]]:
     """The regions of every row. Those of later turns can have gaps before them: other rows had more until then."""
     number_of = None if state.regions is None else state.region_of()
     found: list[list[Region]] = [[] for _ in range(rows)]
-    for i, span in enumerate(state.spans):
+    for i, span in enumerate(state.seen_spans()):
         first = len(found[span.row])
         if number_of is not None:
             first = int(number_of[span.row % len(number_of), span.start])

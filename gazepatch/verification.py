@@ -122,13 +122,16 @@ def generate_logits(
 def _uncached(model: nn.Module, inputs: Mapping[str, Any], tokens: Tensor) -> Tensor:
     """The logits of `generate_logits` with these `tokens`, from one forward without a cache."""
     longer = _copied(inputs)
-    of_new = {"attention_mask": 1, **adapter_for(root_model(model).config.model_type).inputs_of_answers}
+    adapter = adapter_for(root_model(model).config.model_type)
+    of_new = {"attention_mask": 1, **adapter.inputs_of_answers}
     shape, tokens = inputs["input_ids"].shape, tokens[:, :-1]
     for name, value in inputs.items():
         # Whatever goes along with the tokens is that of an answer behind the prompt.
         if torch.is_tensor(value) and value.shape == shape:
             fill = tokens if name == "input_ids" else value.new_full(tokens.shape, of_new.get(name, 0))
             longer[name] = torch.cat([value, fill], 1)
+    for name in longer.keys() & set(adapter.repeated_in_answers):
+        longer[name] = torch.cat([longer[name], longer[name][:, -1:].repeat_interleave(tokens.shape[1], 1)], 1)
     logits: Tensor = model(**longer, use_cache=False).logits
     return logits[:, shape[1] - 1 :]
 

@@ -321,7 +321,7 @@ def test_operators_are_traced() -> None:
 # ---- a whole model
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("family", ["llava", "mllama", "qwen2_vl"])
 @torch.no_grad()
 def test_a_patched_model(family: str) -> None:
     found = {}

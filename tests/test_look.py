@@ -231,6 +231,13 @@ def test_only_what_the_model_gets_is_shown() -> None:
 
     assert as_seen(image, LlavaImageProcessorPil()).size == (300, 300)
 
+    class MllamaImageProcessorPil:
+        do_pad = True
+
+    padded = as_seen(image, MllamaImageProcessorPil())
+    assert padded.size == (300, 300) and padded.getpixel((100, 199)) == (255, 0, 0)
+    assert padded.getpixel((100, 201)) == (0, 0, 0)
+
 
 def test_large_pictures_are_made_smaller() -> None:
     url = data_url(Image.new("L", (3000, 10)))

@@ -336,6 +336,21 @@ def test_select_rows_of_a_shared_table() -> None:
     same_tables(regions.select_rows(torch.tensor([1, 1, 0])), regions)
 
 
+def test_only_some_regions() -> None:
+    """Of a 2 x 3 image, in regions of 4 and 2 tokens, and a 2 x 2 one, which one row sees whole and another in part."""
+    regions = sort_chunk([image((1, 2, 3), 0, row) for row in range(2)], 2, 0, 6, SMALL).regions
+    regions = regions.followed_by(sort_chunk([image((1, 2, 2), 7, row) for row in range(2)], 2, 6, 6, SMALL).regions)
+    some = regions.only(torch.tensor([[True, True, True], [False, True, False]]))
+    assert some.length.tolist() == [[4, 2, 4], [0, 2, 0]] and some.start.tolist() == [[0, 4, 6]] * 2
+    assert some.counts == (3, 1) and some.tokens == (10, 2) and some.slots == regions.slots == 10
+    absent = (some.log_counts == ABSENT).view(2, 3, -1)
+    assert torch.equal(absent[0], (regions.log_counts == ABSENT).view(3, -1))
+    assert absent[1, [0, 2]].all() and torch.equal(absent[1, 1], absent[0, 1])
+    assert not some.even and some.budgets(SMALL) == [SMALL.budget_regions(3), 1]
+    shared = regions.only(torch.tensor([[True, False, True]]))
+    assert shared.length.tolist() == [[4, 0, 4]] and shared.counts == (2,) and shared.tokens == (8,)
+
+
 def test_to_moves_every_tensor() -> None:
     chunk = sort_chunk([image((1, 2, 3), 0)], 1, 0, 9, SMALL).to(torch.device("meta"))
     tensors = [getattr(owner, f.name) for owner in (chunk, chunk.regions) for f in fields(owner)]

@@ -79,7 +79,7 @@ def test_layers_read_what_the_trace_says(turns: Any, settings: str, sequences: C
 
 @pytest.mark.parametrize("settings", [{}, {"head_reduce": "none", "budget": 2}], ids=["share", "number for each head"])
 @pytest.mark.parametrize("rows", ["one row", "two rows"])
-@pytest.mark.parametrize("name", ["llava", "llava_next", "idefics3", "mistral3", "qwen2_vl"])
+@pytest.mark.parametrize("name", ["llava", "llava_next", "idefics3", "mistral3", "mllama", "qwen2_vl"])
 def test_generate_reads_what_the_trace_says(name: str, rows: str, settings: dict[str, Any]) -> None:
     case = tiny(name) if rows == "one row" else batch(tiny(name))
     config = replace(SMALL, **settings)
@@ -89,8 +89,7 @@ def test_generate_reads_what_the_trace_says(name: str, rows: str, settings: dict
     assert len(trace.steps) == 3 and len(spied) == 3 * len(trace.steps[0])
     share = 1 if config.head_reduce == "none" else 2
     for number, step in enumerate(spied):
-        layer = number % len(trace.steps[0])
-        for row, read in enumerate(trace.steps[number // len(trace.steps[0])][layer]):
+        for row, read in enumerate(trace.steps[number // len(trace.steps[0])][step.layer]):
             own = [span for span in case.spans if span.row == row]
             kept = gaze_reference(
                 step.query[row, :, 0], step.key[row], step.value[row], own, config, step.scale, step.visible[row]

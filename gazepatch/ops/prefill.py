@@ -150,4 +150,7 @@ def _budgets(seen: Tensor, regions: Regions, config: GazeConfig) -> Tensor:
 
 
 def _as_bias(mask: Tensor) -> Tensor:
-    return torch.where(mask, 0.0, ABSENT) if mask.dtype == torch.bool else mask.float().clamp(min=ABSENT)
+    if mask.dtype == torch.bool:
+        return torch.where(mask, 0.0, ABSENT)
+    # The least number of its type hides, which in float16 is not that little.
+    return mask.float().masked_fill(mask <= torch.finfo(mask.dtype).min, ABSENT).clamp(min=ABSENT)

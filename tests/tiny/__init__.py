@@ -19,7 +19,7 @@ import torch
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from tiny import anyres, grids, recurrent, rows, runs, sized, squares, tiles
+from tiny import anyres, crossing, grids, recurrent, rows, runs, sized, squares, tiles
 from tiny.models import VOCAB as VOCAB
 from tiny.models import redraw
 from tiny.models import text as text
@@ -31,7 +31,7 @@ from tiny.prompts import Media as Media
 
 __all__ = ["CORE", "FAMILIES", "SHORT", "VARIANTS", "VIDEO", "batch", "built", "filled", "repeated", "tiny", "type_of"]
 
-_MODULES = (anyres, grids, recurrent, rows, runs, sized, squares, tiles)
+_MODULES = (anyres, crossing, grids, recurrent, rows, runs, sized, squares, tiles)
 
 #: By name: what builds the case. A name is a model type, or one of `VARIANTS`.
 FAMILIES: dict[str, Callable[[bool], Case]] = {

@@ -48,6 +48,7 @@ class Case:
         stacked: Inputs have a batch axis before that of the images (Idefics 3), padded with zeros.
         axes: Axis along which an input is joined, where it is not the first.
         fill: What an input is padded with, where it is not zero.
+        among_keys: The spans, from the rows, of a family whose images are keys of cross-attention and no tokens.
     """
 
     model: Any = field(repr=False)
@@ -58,6 +59,7 @@ class Case:
     stacked: bool = False
     axes: Mapping[str, int] = field(default_factory=dict)
     fill: Mapping[str, int] = field(default_factory=dict)
+    among_keys: Callable[[Sequence[Sequence[Media]]], list[Span]] | None = None
     inputs: dict[str, Any] = field(default_factory=dict)
     spans: list[Span] = field(default_factory=list)
 
@@ -102,6 +104,8 @@ def filled(case: Case) -> Case:
         for ids, of_row in prompts
         for span in of_row
     ]
+    if case.among_keys is not None:
+        spans = case.among_keys(case.rows)
     input_ids = torch.tensor(padded)
     inputs = {"input_ids": input_ids, "attention_mask": (input_ids != PAD).long(), **case.extra(input_ids, case.rows)}
     for name in {name for media in case.rows for item in media for name in item.inputs}:

@@ -23,9 +23,6 @@ FULL_ATTENTION = "full_attention"
 FULL_ONLY = "full attention only"
 RECURRENT = "recurrent layers would carry them along"
 
-# Text decoders with learned sinks in the softmax of (some of) their layers.
-SINKS = ("deepseek_v4", "flint", "gpt_oss", "granite_swa", "granitemoe_swa", "hy_v4", "mimo_v2_flash")
-
 
 class Adapter:
     """Facts about the model types in `model_types`."""
@@ -196,11 +193,7 @@ def _layer_types(text: Any) -> list[str]:
 
 
 def _beyond_dot_products(text: Any) -> str | None:
-    """Why no layer of this text decoder can gaze: its attention is more than a softmax of scaled dot products."""
-    if getattr(text, "attn_logit_softcapping", None) is not None:
-        return "attention scores are soft-capped"
-    if text.model_type in SINKS:
-        return "attention has sinks"
+    """Why no layer of this text decoder can gaze: its attention is more than scaled dot products with cached keys."""
     if getattr(text, "kv_lora_rank", None) is not None:
         return "keys and values come from latents they share (MLA)"
     return None

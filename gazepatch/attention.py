@@ -20,12 +20,13 @@ from gazepatch.errors import UnsupportedModelError
 from gazepatch.forward import OF_FORWARD, Forward, Runtime
 from gazepatch.insertion import OwnImage
 from gazepatch.ops.prefill import gaze_prefill
+from gazepatch.scores import Scores
 
 Attended = tuple[Tensor, Tensor | None]
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 #: Attention arguments that add to the scores what window descriptors do not know of.
-UNSUPPORTED = ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices")
+UNSUPPORTED = ("position_bias", "indices", "block_indices")
 
 
 class GazeAttention:
@@ -62,7 +63,7 @@ class GazeAttention:
         gazes, store = layer in self.runtime.gaze_layers, self.runtime.store_of.get(layer, layer)
         if gazes and forward.state.decoding:
             _refuse_unsupported(kwargs)
-            return self.decode(forward, layer, query, _scale(query, kwargs), attention_mask), None
+            return self.decode(forward, layer, query, self._scores(query, kwargs), attention_mask), None
         if forward.state.decoding and store in self.runtime.stores:  # the layer it shares keys with did not return all
             key, value = _layer(forward, store).logical()
         if gazes and forward.state.spans and forward.tokens == 1:
@@ -75,26 +76,34 @@ class GazeAttention:
             output = self._own_image(own, module, query, key, value, attention_mask, output, **kwargs)
         if gazes and forward.routed is not None:
             _refuse_unsupported(kwargs)
-            output = self._prefill(forward, layer, query, key, value, _scale(query, kwargs), attention_mask, output)
+            output = self._prefill(
+                forward, layer, query, key, value, self._scores(query, kwargs), attention_mask, output
+            )
         return output, weights
 
     def dense(self, module: nn.Module, *args: Any, **kwargs: Any) -> Attended:
         """The model's own attention."""
-        # Eager attention is not registered anywhere: each modelling file has its own.
-        eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        attended: Attended = ALL_ATTENTION_FUNCTIONS.get_interface(self.original, eager)(module, *args, **kwargs)
+        attended: Attended = _implementation(self.original, module)(module, *args, **kwargs)
         return attended
 
-    def decode(self, forward: Forward, layer: int, query: Tensor, scale: float, mask: Any) -> Tensor:
+    def decode(self, forward: Forward, layer: int, query: Tensor, scores: Scores, mask: Any) -> Tensor:
         """One routed step of one layer: `query` `[B, H, 1, D]` gives `[B, 1, H, D_v]`."""
         entries, state = _layer(forward, self.runtime.store_of.get(layer, layer)).entries(), forward.state
         plan = state.plan(query, entries)
         total = state.counters.on_device(layer, query.device) if plan.counts_itself else None
-        decoded = plan.decode(query, entries, scale, forward.bias(_as_4d(mask), query.device), total)
+        decoded = plan.decode(query, entries, scores, forward.bias(_as_4d(mask), query.device), total)
         forward.count(layer, query.shape[1], entries.key.shape[1], plan.visual_entries, decoded.read)
         if forward.trace is not None:
             forward.reads[layer] = None if decoded.selected is None else plan.numbers(decoded.selected)
         return decoded.output.transpose(1, 2)
+
+    def _scores(self, query: Tensor, kwargs: dict[str, Any]) -> Scores:
+        """What the model's own implementation makes of dot products: sdpa knows neither soft caps nor sinks."""
+        scaling, softcap, sinks = kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux")
+        scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        if self.original == "sdpa" or (softcap is None and sinks is None):
+            return Scores(scale)
+        return Scores(scale, softcap, None if sinks is None else sinks.view(1, -1, 1))
 
     def _own_image(
         self,
@@ -112,10 +121,12 @@ class GazeAttention:
         if torch.is_tensor(mask) and mask.dim() == 4:  # a sliding window may hide some of the image
             of_queries = mask[..., -new:].index_select(2, own.columns)
             visible = (visible & of_queries) if mask.dtype == torch.bool else (visible & (of_queries == 0))
-        if self.original == "eager":
+        # Flash attention takes no mask, and sdpa no more than dot products.
+        more = self.original != "sdpa" and any(kwargs.get(name) is not None for name in ("softcap", "s_aux"))
+        name = "eager" if more or self.original == "eager" else "sdpa"
+        if name == "eager":
             visible = torch.where(visible, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
-        attended = ALL_ATTENTION_FUNCTIONS["sdpa"] if self.original != "eager" else self.dense
-        queries = query.index_select(2, own.columns)
+        queries, attended = query.index_select(2, own.columns), _implementation(name, module)
         output, _ = attended(module, queries, key[:, :, -new:], value[:, :, -new:], visible, **kwargs)
         return _replaced(dense, own.columns, own.rows, output)
 
@@ -126,7 +137,7 @@ class GazeAttention:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        scale: float,
+        scores: Scores,
         mask: Any,
         dense: Tensor,
     ) -> Tensor:
@@ -155,7 +166,7 @@ class GazeAttention:
             columns + first,
             mask,
             self.runtime.config,
-            scale,
+            scores.of_queries(columns),
         ).transpose(1, 2)
         return _replaced(dense, columns, rows, gazed)
 
@@ -176,6 +187,13 @@ def unregister(name: str) -> None:
     """Take a patched model's functions out of transformers' registries, which offer no call for it."""
     AttentionInterface._global_mapping.pop(name, None)
     AttentionMaskInterface._global_mapping.pop(name, None)
+
+
+def _implementation(name: str, module: nn.Module) -> Callable[..., Attended]:
+    # Eager attention is not registered anywhere: each modelling file has its own.
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    implementation: Callable[..., Attended] = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+    return implementation
 
 
 def _replaced(dense: Tensor, columns: Tensor, rows: Tensor, output: Tensor) -> Tensor:
@@ -218,11 +236,6 @@ def _block_mask(
         block_indices, mask, key.shape[2], query.dtype, query.device, positions
     )
     return made
-
-
-def _scale(query: Tensor, kwargs: dict[str, Any]) -> float:
-    scaling = kwargs.get("scaling")
-    return query.shape[-1] ** -0.5 if scaling is None else float(scaling)
 
 
 def _as_4d(mask: Any) -> Tensor | None:

@@ -18,10 +18,12 @@ from gazepatch.layout import Media, Span, features, lay, number_together, runs, 
 Captured = Mapping[str, Mapping[str, Any]]
 
 FULL_ATTENTION = "full_attention"
+HYBRID = "hybrid"
 
 # Words that several families share.
 FULL_ONLY = "full attention only"
 RECURRENT = "recurrent layers would carry them along"
+CONVOLUTIONS = "its short convolutions would mix them into text"
 
 
 class Adapter:
@@ -155,6 +157,11 @@ def between(ids: Sequence[int], start: int, end: int, token: int, modality: str)
         elif each == token and inside == (modality == "video"):
             found.append(position)
     return found
+
+
+def hybrid_reasons(text: Any) -> dict[int, str]:
+    """`Adapter.dense_reasons` of a text decoder whose layers of full attention are called hybrid."""
+    return {i: f"{kind} layer" for i, kind in enumerate(_layer_types(text)) if kind != HYBRID}
 
 
 def integers(value: Any) -> Any:

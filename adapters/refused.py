@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 _SPARSE = "an indexer of its own already picks the keys that its layers of full attention read"
-_BIAS = "its attention adds biases by relative position to the scores, which the mean of a window does not have"
 _LATENTS = "its cache holds latents, from which all keys and values are made anew at every step: nothing would be saved"
 _CROSS = "its decoder sees images through cross-attention alone: there are no visual tokens in the sequence"
 _ENCODER = "its images stay in an encoder: there are no visual tokens in the decoder's sequence"
@@ -19,8 +18,6 @@ REFUSED = {
     "git": "it puts its images in front of the sequence itself, and has attention of its own",
     "glm5_next": _SPARSE,
     "idefics": _CROSS,
-    "inkling2": _BIAS,
-    "inkling_mm_model": _BIAS,
     "instructblip": _FEW,
     "instructblipvideo": _FEW,
     "kimi_k25": _LATENTS,

@@ -25,8 +25,8 @@ from gazepatch.scores import Scores
 Attended = tuple[Tensor, Tensor | None]
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
-#: Attention arguments that add to the scores what window descriptors do not know of.
-UNSUPPORTED = ("position_bias", "indices", "block_indices")
+#: Attention arguments that pick the keys already.
+UNSUPPORTED = ("indices", "block_indices")
 
 
 class GazeAttention:
@@ -89,7 +89,7 @@ class GazeAttention:
     def decode(self, forward: Forward, layer: int, query: Tensor, scores: Scores, mask: Any) -> Tensor:
         """One routed step of one layer: `query` `[B, H, 1, D]` gives `[B, 1, H, D_v]`."""
         entries, state = _layer(forward, self.runtime.store_of.get(layer, layer)).entries(), forward.state
-        plan = state.plan(query, entries)
+        plan, scores = state.plan(query, entries), state.laid(scores)
         total = state.counters.on_device(layer, query.device) if plan.counts_itself else None
         decoded = plan.decode(query, entries, scores, forward.bias(_as_4d(mask), query.device), total)
         forward.count(layer, query.shape[1], entries.key.shape[1], plan.visual_entries, decoded.read)
@@ -99,11 +99,14 @@ class GazeAttention:
 
     def _scores(self, query: Tensor, kwargs: dict[str, Any]) -> Scores:
         """What the model's own implementation makes of dot products: sdpa knows neither soft caps nor sinks."""
-        scaling, softcap, sinks = kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux")
+        scaling = kwargs.get("scaling")
         scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-        if self.original == "sdpa" or (softcap is None and sinks is None):
-            return Scores(scale)
-        return Scores(scale, softcap, None if sinks is None else sinks.view(1, -1, 1))
+        softcap, sinks, bias = (kwargs.get(name) for name in ("softcap", "s_aux", "position_bias"))
+        if sinks is not None:
+            sinks = sinks.view(1, -1, 1)
+        elif (of_queries := kwargs.get("sinks")) is not None:  # [B, H, Q, 1]
+            sinks = of_queries[..., 0]
+        return Scores(scale, None, None, bias) if self.original == "sdpa" else Scores(scale, softcap, sinks, bias)
 
     def _own_image(
         self,
@@ -166,7 +169,7 @@ class GazeAttention:
             columns + first,
             mask,
             self.runtime.config,
-            scores.of_queries(columns),
+            state.laid(scores).of_queries(columns),
         ).transpose(1, 2)
         return _replaced(dense, columns, rows, gazed)
 

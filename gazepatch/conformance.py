@@ -163,7 +163,8 @@ class _Step:
 
     def expected(self, row: int, settings: GazeConfig, spans: Sequence[Span]) -> Attended:
         """What the reference makes of a row, whose spans these are."""
-        scale, softcap, sinks = self.scores
+        rows = len(self.query)
+        scale, softcap, sinks, bias, _ = self.scores
         return gaze_reference(
             self.query[row, :, 0],
             self.key[row],
@@ -173,7 +174,8 @@ class _Step:
             scale,
             self.visible[row],
             math.inf if softcap is None else softcap,
-            None if sinks is None else sinks.expand(len(self.query), -1, -1)[row, :, -1],
+            None if sinks is None else sinks.expand(rows, -1, -1)[row, :, -1],
+            None if bias is None else bias.expand(rows, -1, -1, -1)[row, :, -1],
         )
 
 

@@ -34,6 +34,7 @@ def gaze_reference(
     visible: Tensor,
     softcap: float = math.inf,
     sinks: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Attended:
     """Gaze attention of one text query.
 
@@ -46,18 +47,20 @@ def gaze_reference(
         visible: `[L]` bool, the entries that the query could read before.
         softcap: Bound of the scores; infinite: none.
         sinks: `[H]` scores of one more key, whose value is zero.
+        bias: `[H, L]`, added to the scores of the keys.
 
     Source: https://arxiv.org/abs/2605.13080.
     """
     query, key, value = query.float(), key.float(), value.float()
     score = functools.partial(_score, scale=scale, softcap=softcap)
+    bias = torch.zeros(len(query), key.shape[1]) if bias is None else bias.float()
     regions = _regions(spans, config)
     group = len(query) // len(key)
     whole = sum(span.tokens for span in spans) < config.min_visual_tokens
     outputs, kept = [], []
     for k in range(len(key)):
         heads = range(k * group, (k + 1) * group)
-        scores = torch.stack([_region_scores(query[h], key[k], regions, score) for h in heads])
+        scores = torch.stack([_region_scores(query[h], key[k], regions, score, bias[h]) for h in heads])
         for h in heads:
             of_head = scores[h - k * group] if config.head_reduce == "none" else _agree(scores, config.head_reduce)
             chosen = set(range(len(regions))) if whole else _best(of_head, config.budget_regions(len(regions)))
@@ -66,10 +69,10 @@ def gaze_reference(
                 if number not in chosen:
                     read[torch.cat(windows)] = False
             kept.append(read)
-            logits, values = score(query[h], key[k][read]), value[k][read]
+            logits, values = score(query[h], key[k][read]) + bias[h][read], value[k][read]
             if config.periphery:
                 far = [w for number, windows in enumerate(regions) if number not in chosen for w in windows]
-                logits = torch.cat([logits, *(_window_logit(query[h], key[k], w, score)[None] for w in far)])
+                logits = torch.cat([logits, *(_window_logit(query[h], key[k], w, score, bias[h])[None] for w in far)])
                 values = torch.cat([values, *(value[k][w].mean(0, keepdim=True) for w in far)])
             if sinks is not None:
                 logits = torch.cat([logits, sinks[h].float()[None]])
@@ -96,14 +99,17 @@ def _score(query: Tensor, keys: Tensor, scale: float, softcap: float) -> Tensor:
     return scores if softcap == math.inf else softcap * torch.tanh(scores / softcap)
 
 
-def _window_logit(query: Tensor, key: Tensor, window: Tensor, score: Score) -> Tensor:
-    return score(query, key[window].mean(0)) + math.log(len(window))
+def _window_logit(query: Tensor, key: Tensor, window: Tensor, score: Score, bias: Tensor) -> Tensor:
+    # Without biases that is the score of the mean key + log n.
+    return (score(query, key[window].mean(0)) + bias[window]).logsumexp(0)
 
 
-def _region_scores(query: Tensor, key: Tensor, regions: list[list[Tensor]], score: Score) -> Tensor:
+def _region_scores(query: Tensor, key: Tensor, regions: list[list[Tensor]], score: Score, bias: Tensor) -> Tensor:
     if not regions:
         return torch.zeros(0)
-    logits = [torch.stack([_window_logit(query, key, w, score) for w in windows]).logsumexp(0) for windows in regions]
+    logits = [
+        torch.stack([_window_logit(query, key, w, score, bias) for w in windows]).logsumexp(0) for windows in regions
+    ]
     return torch.stack(logits).softmax(0)
 
 

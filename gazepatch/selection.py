@@ -18,15 +18,14 @@ def window_logits(query: Tensor, mean_keys: Tensor, log_counts: Tensor, scores: 
         query: `[B, H_kv, G, D]`.
         mean_keys: `[B, H_kv, R * C, D]`.
         log_counts: `[B or 1, R * C]` float32.
-        scores: What becomes of the dot products.
+        scores: What becomes of the dot products; grouped as the query is.
 
     Returns:
         `[B, H_kv, G, R * C]` float32.
     """
     products = torch.matmul(query, mean_keys.transpose(-1, -2))
-    if scores.softcap is None:
-        return torch.add(log_counts[:, None, None], products, alpha=scores.scale)
-    return log_counts[:, None, None] + scores.of(products)
+    sizes = log_counts[:, None, None] if scores.window_bias is None else scores.window_bias
+    return torch.add(sizes, products, alpha=scores.scale) if scores.softcap is None else sizes + scores.of(products)
 
 
 def region_scores(weights: Tensor, windows: int, head_reduce: str) -> Tensor:

@@ -64,6 +64,7 @@ class Sequences:
         visible: `[B, L]` False for padding.
         softcap: Bound of the scores.
         sinks: `[B or 1, H, L or 1]` scores of a key without a value.
+        bias: `[B or 1, H, L, L]` added to the scores of every query and key.
     """
 
     spans: list[Span]
@@ -77,6 +78,7 @@ class Sequences:
     scale: float = 0.25
     softcap: float | None = None
     sinks: Tensor | None = None
+    bias: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -85,9 +87,10 @@ class Sequences:
     def to(self, dtype: torch.dtype) -> Sequences:
         return replace(self, query=self.query.to(dtype), key=self.key.to(dtype), value=self.value.to(dtype))
 
-    def scores(self, positions: Tensor | slice) -> Scores:
-        """What becomes of the dot products of the queries at these positions."""
-        return Scores(self.scale, self.softcap, self.sinks).of_queries(positions)
+    def scores(self, positions: Tensor | slice, keys: int) -> Scores:
+        """What becomes of the dot products of the queries at these positions and so many keys."""
+        bias = None if self.bias is None else self.bias[..., :keys]
+        return Scores(self.scale, self.softcap, self.sinks, bias).of_queries(positions)
 
     def mask(self, position: int) -> Tensor | None:
         """`[B, 1, 1, L]` for the query at `position`; None without padding, as transformers has it."""
@@ -111,6 +114,7 @@ class Sequences:
                 self.visible[row, upto],
                 math.inf if self.softcap is None else self.softcap,
                 self.sinks_of(row, position),
+                None if self.bias is None else self.bias[row % len(self.bias), :, position, upto],
             )
             for row in range(self.rows)
         ]

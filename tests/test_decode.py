@@ -87,10 +87,10 @@ class Filled:
         """The decode step at `position`; by plain attention, where a sequence has too few visual tokens to gaze."""
         key, value = self.begin(position, position + 1)
         at = slice(position, position + 1)
-        query, scores = self.sequence.query[:, :, at], self.sequence.scores(at)
+        query, scores = self.sequence.query[:, :, at], self.sequence.scores(at, position + 1)
         if self.state.decoding:
             entries, bias = self.layer.entries(), self.state.bias(mask, query.device)
-            decoded = self.state.plan(query, entries).decode(query, entries, scores, bias)
+            decoded = self.state.plan(query, entries).decode(query, entries, self.state.laid(scores), bias)
         else:
             group = query.shape[1] // key.shape[1]
             key, value = (x.repeat_interleave(group, 1) for x in (key, value))
@@ -147,11 +147,18 @@ def test_dimensions(dim: int, value_dim: int, layout: str, settings: str, sequen
     assert_every_step_is_the_reference(sequence, replace(BASE, **SETTINGS[settings]))
 
 
+def biases(sequence: Any) -> Tensor:
+    """`[B, H, L, L]`, some so much smaller than others that their sum has to be taken with care."""
+    rows, heads, length, _ = sequence.query.shape
+    return 2 * torch.randn(rows, heads, length, length) - 150.0 * (torch.rand(length) < 0.2)
+
+
 #: What attention may be beyond a softmax of scaled dot products.
 MORE: dict[str, Callable[[Any], Any]] = {
     "soft cap": lambda sequence: replace(sequence, softcap=0.7),
     "sinks": lambda sequence: replace(sequence, sinks=3 * torch.randn(1, sequence.query.shape[1], 1)),
     "sinks of queries": lambda sequence: replace(sequence, sinks=3 * torch.randn(sequence.query.shape[:3])),
+    "biases": lambda sequence: replace(sequence, bias=biases(sequence)),
     "soft cap and sinks": lambda sequence: replace(MORE["sinks"](sequence), softcap=0.7),
 }
 
@@ -164,6 +171,13 @@ MORE: dict[str, Callable[[Any], Any]] = {
 def test_more_than_dot_products(layout: str, settings: str, more: str, sequences: Make) -> None:
     sequence = MORE[more](sequences([LAYOUTS[layout]], steps=2))
     assert_every_step_is_the_reference(sequence, replace(BASE, **SETTINGS[settings]))
+
+
+@pytest.mark.parametrize("settings", ["share", "none"])
+@pytest.mark.parametrize("turns", ["another image", "rows alike, then not", "images in one row, then in the other"])
+def test_biases_over_several_turns(turns: str, settings: str, sequences: Make) -> None:
+    sequence, config = sequences(TURNS[turns], steps=2), replace(BASE, **SETTINGS[settings])
+    assert_every_step_is_the_reference(MORE["biases"](sequence), config)
 
 
 @pytest.mark.parametrize("settings", ["share", "max", "none"])

@@ -44,7 +44,7 @@ def on_device(sequence: Any) -> Any:
     return replace(
         sequence,
         **{name: getattr(sequence, name).to(DEVICE) for name in ("query", "key", "value", "visible")},
-        sinks=None if sequence.sinks is None else sequence.sinks.to(DEVICE),
+        **{name: x.to(DEVICE) for name in ("sinks", "bias") if (x := getattr(sequence, name)) is not None},
     )
 
 
@@ -399,7 +399,7 @@ def test_gradients_are_left_to_the_twin(sequences: Make) -> None:
     assert query.grad is not None and query.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("more", ["soft cap", "sinks"])
+@pytest.mark.parametrize("more", ["soft cap", "sinks", "biases"])
 @torch.no_grad()
 def test_more_than_dot_products_is_left_to_the_twin(more: str, sequences: Make) -> None:
     sequence = on_device(MORE[more](sequences([LAYOUTS["several, text between"]])))
@@ -408,9 +408,11 @@ def test_more_than_dot_products_is_left_to_the_twin(more: str, sequences: Make) 
     filled.read(0, position)
     filled.begin(position, position + 1)
     query, entries = sequence.query[:, :, position : position + 1], filled.layer.entries()
-    plan, scores = filled.state.plan(query, entries), sequence.scores(slice(position, position + 1))
-    what = {"soft cap": "soft-capped scores", "sinks": "sinks"}[more]
-    with pytest.raises(UnsupportedModelError, match=f"backend='triton' takes no {what} in decode steps"):
+    scores = filled.state.laid(sequence.scores(slice(position, position + 1), position + 1))
+    plan = filled.state.plan(query, entries)
+    with pytest.raises(
+        UnsupportedModelError, match="backend='triton' takes neither soft-capped scores, nor sinks, nor"
+    ):
         plan.decode(query, entries, scores)
     plan.config = replace(KERNELS, backend="auto")
     expected, _ = sequence.reference(position, KERNELS)
@@ -447,7 +449,7 @@ def test_a_step_in_a_graph(sequences: Make) -> None:
     query = sequence.query[:, :, position : position + 1].clone()
     plan = filled.state.plan(query, entries)
     bias = filled.state.bias(sequence.mask(position), DEVICE)
-    total, scores = torch.zeros(1, dtype=torch.int64, device=DEVICE), sequence.scores(slice(1))
+    total, scores = torch.zeros(1, dtype=torch.int64, device=DEVICE), sequence.scores(slice(1), 1)
     plan.decode(query, entries, scores, bias, total)  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

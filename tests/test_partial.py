@@ -58,6 +58,15 @@ def test_attend(keys: int, queries: int, path: tuple[int, bool]) -> None:
     torch.testing.assert_close(part.weight.double(), weight, atol=2e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["query", "key", "value"])
+def test_attend_whatever_the_strides(which: int) -> None:
+    given = tensors(35)
+    expected = attend(*given, SCORES)
+    given[which] = given[which].mT.contiguous().mT
+    for actual, wanted in zip(attend(*given, SCORES), expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+
+
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 @pytest.mark.parametrize("shape", [(1, 1, 1, 35), (2, 1, 1, 35), (2, 2, 1, 35), (2, 2, 3, 35)], ids=str)
 def test_attend_with_a_bias_that_broadcasts(shape: tuple[int, ...], path: tuple[int, bool]) -> None:
@@ -87,7 +96,12 @@ def test_a_sink_is_a_key_whose_value_is_zero(shape: tuple[int, ...]) -> None:
     query, key, value = torch.randn(2, 6, 5, 16), torch.randn(2, 2, 35, 16), torch.randn(2, 2, 35, 24)
     grouped = query.view(2, 2, 3, 5, 16).transpose(2, 3).flatten(2, 3)
     parts = [attend(grouped, key[:, :, i], value[:, :, i], SCORES) for i in random_parts(35)]
-    output = combine([*parts, sink(sinks, 2, 5)]).unflatten(2, (5, 3)).transpose(2, 3).flatten(1, 2)
+    output = (
+        combine([*parts, sink(Scores(SCALE, sinks=sinks).grouped(2, 5).sinks)])
+        .unflatten(2, (5, 3))
+        .transpose(2, 3)
+        .flatten(1, 2)
+    )
     scores = SCALE * query @ key.repeat_interleave(3, 1).mT
     shares = torch.cat([scores, sinks[..., None].expand(2, 6, 5, 1)], -1).softmax(-1)[..., :-1]
     expected = shares @ value.repeat_interleave(3, 1)

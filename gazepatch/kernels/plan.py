@@ -146,8 +146,8 @@ class KernelPlan(DecodePlan):
         tensors = [query, *(entry for entry in entries if entry is not None)]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return "has no gradients of decode steps"
-        if scores.softcap is not None or scores.sinks is not None:
-            return f"takes no {'sinks' if scores.softcap is None else 'soft-capped scores'} in decode steps"
+        if not scores.plain:
+            return "takes neither soft-capped scores, nor sinks, nor biases in decode steps"
         dtypes, dims = {tensor.dtype for tensor in tensors}, (query.shape[-1], entries.value.shape[-1])
         if not kernels_fit(dtypes, *dims):
             wanted = f"one type among {_names(DTYPES)}, head dims up to {MOST_DIM}"

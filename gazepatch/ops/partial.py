@@ -33,7 +33,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scores: Scores, bias: Tens
         query: `[B, H, Q, D]`.
         key: `[B, H, N, D]`.
         value: `[B, H, N, D_v]`.
-        scores: What becomes of the dot products.
+        scores: What becomes of the dot products; its biases are those of more keys than these.
         bias: Added to the scores; broadcasts to `[B, H, Q, N]`.
     """
     tensors = (query, key, value)
@@ -45,7 +45,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scores: Scores, bias: Tens
     ):
         # The bias stays float32: in float16 ABSENT is -inf, for which the operator gives a weight of 0 (a share of 1).
         mask = None if bias is None else bias.float()
-        return Part(*_FLASH_CPU(*tensors, 0.0, False, attn_mask=mask, scale=scores.scale))
+        dense = (x if x.stride(-1) == 1 else x.contiguous() for x in tensors)  # it does not ask, and reads nonsense
+        return Part(*_FLASH_CPU(*dense, 0.0, False, attn_mask=mask, scale=scores.scale))
     logits = scores.of(torch.matmul(query, key.transpose(-1, -2)))
     if bias is not None:
         logits = logits + bias
@@ -53,16 +54,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scores: Scores, bias: Tens
     return Part(torch.matmul((logits - weight[..., None]).exp().to(value.dtype), value), weight)
 
 
-def sink(sinks: Tensor, key_heads: int, queries: int) -> Part:
-    """The part of a key without a value: it takes its share of the softmax, and gives nothing.
-
-    Args:
-        sinks: `[B or 1, H, Q or 1]` scores.
-        key_heads: H_kv; of the parts it is combined with, `weight` is `[B, H_kv, Q * G]`, queries first.
-        queries: Q.
-    """
-    weight = sinks.float().unflatten(1, (key_heads, -1)).transpose(2, 3).expand(-1, -1, queries, -1)
-    return Part(weight.new_zeros(1), weight.flatten(2))
+def sink(weight: Tensor) -> Part:
+    """The part of a key without a value, of score `weight` `[B or 1, H, Q]`: it takes its share, and gives nothing."""
+    return Part(weight.new_zeros(1), weight)
 
 
 def combine(parts: list[Part]) -> Tensor:

@@ -15,7 +15,7 @@ from gazepatch.config import GazeConfig
 from gazepatch.ops.decode import periphery
 from gazepatch.ops.partial import Part, attend, combine, sink
 from gazepatch.regions import ABSENT, Regions
-from gazepatch.scores import Scores
+from gazepatch.scores import Scores, added
 from gazepatch.selection import region_scores, select, window_logits
 
 #: Elements of the largest temporary, the mask of a block of queries.
@@ -80,6 +80,7 @@ def _block(
     key_heads, group = key.shape[1], heads // key.shape[1]
     # [B, H_kv, Q * G, D], queries first, so that the heads of a group are neighbours.
     grouped = query.view(batch, key_heads, group, queries, dim).transpose(2, 3).reshape(batch, key_heads, -1, dim)
+    scores = scores.grouped(key_heads, queries)
     # A region is seen where the last token of its image is, which may be behind the query (PaliGemma).
     last = (regions.stop - 1).clamp(min=0)[:, None].expand(-1, queries, -1)
     if bias is None:  # causal
@@ -98,7 +99,7 @@ def _block(
         far = weights.unflatten(-1, (-1, regions.windows)).masked_fill(taken[..., None], 0.0).flatten(-2)
         parts.append(periphery(far.flatten(2, 3), logits.logsumexp(-1).flatten(2, 3), means[1]))
     if scores.sinks is not None:
-        parts.append(sink(scores.sinks, key_heads, queries))
+        parts.append(sink(scores.sinks))
     output = combine(parts).view(batch, key_heads, queries, group, -1)
     return output.transpose(2, 3).reshape(batch, heads, queries, -1)
 
@@ -116,7 +117,7 @@ def _attend_taken(
 ) -> Part:
     """Attention of `query` `[B, H_kv, Q * G, D]` over the keys that are no visual tokens and those of regions taken."""
     dtypes = {query.dtype, key.dtype, value.dtype}
-    fits = scores.softcap is None and kernels_fit(dtypes, query.shape[3], value.shape[3])
+    fits = scores.softcap is None and scores.bias is None and kernels_fit(dtypes, query.shape[3], value.shape[3])
     if fits and choose(backend, query.device).name == "triton":
         from gazepatch.kernels.routed import routed  # imports triton
 
@@ -131,7 +132,7 @@ def _attend_taken(
     allowed = reads | (region_of < 0)[:, None, None, None]
     full = torch.where(allowed, 0.0, ABSENT) + bias[:, :, :, None]
     full = full.expand(batch, key_heads, queries, rows // queries, length).reshape(batch, key_heads, rows, length)
-    return attend(query, key, value, scores, full.clamp(min=ABSENT))
+    return attend(query, key, value, scores, added(full.clamp(min=ABSENT), scores.bias))
 
 
 def _taken(weights: Tensor, seen: Tensor, regions: Regions, config: GazeConfig) -> Tensor:

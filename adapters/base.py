@@ -19,6 +19,7 @@ Captured = Mapping[str, Mapping[str, Any]]
 
 FULL_ATTENTION = "full_attention"
 HYBRID = "hybrid"
+LOCAL = ("sliding_attention", "chunked_attention")
 
 # Words that several families share.
 FULL_ONLY = "full attention only"
@@ -77,7 +78,9 @@ class Adapter:
 
         Besides the family itself its text decoder may not take them: any can be put under a LLaVA.
         """
-        others = sorted(set(_layer_types(self.text_config(config))) - {FULL_ATTENTION, "sliding_attention"})
+        others = sorted(
+            set(_layer_types(self.text_config(config))) - {FULL_ATTENTION, "sliding_attention", "chunked_attention"}
+        )
         return self.no_context or (f"its {' and '.join(others)} layers would count them" if others else "")
 
     # ---- the sequence

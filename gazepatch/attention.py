@@ -59,6 +59,8 @@ class GazeAttention:
         forward: Forward | None = kwargs.pop(OF_FORWARD, None) or self.runtime.running.forward
         if forward is None:
             return self.dense(module, query, key, value, attention_mask, **kwargs)
+        if forward.state.slots.inserted and getattr(module, "attn_temperature_tuning", False) and not module.use_rope:
+            query = _tempered(module, query, forward)
         layer = getattr(module, "layer_idx", -1)
         gazes, store = layer in self.runtime.gaze_layers, self.runtime.store_of.get(layer, layer)
         if gazes and forward.state.decoding:
@@ -206,13 +208,29 @@ def _replaced(dense: Tensor, columns: Tensor, rows: Tensor, output: Tensor) -> T
 
 
 def _by_position(visible: MaskFunction, position: Tensor, context: Tensor) -> MaskFunction:
-    """A mask function of positions as one of slots: a local window is as long as it was without context tokens."""
+    """A mask function of positions as one of slots: local windows and chunks are as long as without context tokens."""
+    # Chunks are counted behind the padding of a row, which in slots is more by those in front that stand for nothing.
+    position = position + (position < 0).long().cumprod(-1).sum(-1, keepdim=True)
 
     def of_slots(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         seen = visible(batch, head, position[batch, query], position[batch, key])
         return seen & ((key <= query) | ~context[batch, key])
 
     return of_slots
+
+
+def _tempered(module: Any, query: Tensor, forward: Forward) -> Tensor:
+    """`query` `[B, H, S, D]`, which Llama 4 has sharpened by slot where it has no rotary embedding, by position."""
+    new = slice(forward.past, forward.past + query.shape[2])
+    positions, _ = forward.state.every_slot(query.device)
+
+    def factor(at: Tensor) -> Tensor:
+        sharpened: Tensor = torch.log1p(torch.floor((at.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
+        return sharpened
+
+    slots = torch.arange(new.start, new.stop, device=query.device)
+    ratio = factor(positions[:, new].clamp(min=0)) / factor(slots)
+    return (query * ratio[:, None, :, None]).to(query.dtype)
 
 
 def _layer(forward: Forward, layer: int) -> GazeLayer:

@@ -112,6 +112,7 @@ def llama4(video: bool) -> Case:
         intermediate_size_mlp=96,
         num_local_experts=2,
         attention_chunk_size=48,
+        floor_scale=16,
         interleave_moe_layer_step=2,
     )
     config = transformers.Llama4Config(

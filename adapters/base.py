@@ -78,9 +78,7 @@ class Adapter:
 
         Besides the family itself its text decoder may not take them: any can be put under a LLaVA.
         """
-        others = sorted(
-            set(_layer_types(self.text_config(config))) - {FULL_ATTENTION, "sliding_attention", "chunked_attention"}
-        )
+        others = sorted(set(_layer_types(self.text_config(config))) - {FULL_ATTENTION, *LOCAL})
         return self.no_context or (f"its {' and '.join(others)} layers would count them" if others else "")
 
     # ---- the sequence

@@ -188,9 +188,8 @@ def _attend_selected(
         bias = torch.where(held, 0.0, ABSENT).repeat_interleave(plan.page, -1).view(1, groups, 1, -1)
         read = length.sum()
     if of_visual is not None:
-        bias = added(
-            bias, _of_selected(of_visual, selected, plan).view(1, groups, -1, pages[0, 0, 0].numel() * plan.page)
-        )
+        own = _of_selected(of_visual, selected, plan)
+        bias = added(bias, own.view(1, groups, group // selected.shape[2], -1))
     pages, query = pages.view(groups, -1), grouped.reshape(groups, -1, dim)
     size = plan.chunks(groups, 2 * pages.shape[1] * plan.page * dim * query.element_size())
     parts = []

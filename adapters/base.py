@@ -18,13 +18,13 @@ from gazepatch.layout import Media, Span, features, lay, number_together, runs, 
 Captured = Mapping[str, Mapping[str, Any]]
 
 FULL_ATTENTION = "full_attention"
+HYBRID = "hybrid"
+LOCAL = ("sliding_attention", "chunked_attention")
 
 # Words that several families share.
 FULL_ONLY = "full attention only"
 RECURRENT = "recurrent layers would carry them along"
-
-# Text decoders with learned sinks in the softmax of (some of) their layers.
-SINKS = ("deepseek_v4", "flint", "gpt_oss", "granite_swa", "granitemoe_swa", "hy_v4", "mimo_v2_flash")
+CONVOLUTIONS = "its short convolutions would mix them into text"
 
 
 class Adapter:
@@ -93,7 +93,7 @@ class Adapter:
 
         Besides the family itself its text decoder may not take them: any can be put under a LLaVA.
         """
-        others = sorted(set(_layer_types(self.text_config(config))) - {FULL_ATTENTION, "sliding_attention"})
+        others = sorted(set(_layer_types(self.text_config(config))) - {FULL_ATTENTION, *LOCAL})
         return self.no_context or (f"its {' and '.join(others)} layers would count them" if others else "")
 
     # ---- the sequence
@@ -175,6 +175,11 @@ def between(ids: Sequence[int], start: int, end: int, token: int, modality: str)
     return found
 
 
+def hybrid_reasons(text: Any) -> dict[int, str]:
+    """`Adapter.dense_reasons` of a text decoder whose layers of full attention are called hybrid."""
+    return {i: f"{kind} layer" for i, kind in enumerate(_layer_types(text)) if kind != HYBRID}
+
+
 def integers(value: Any) -> Any:
     """Nested lists of integers, out of a tensor, an array or sequences of them."""
     if hasattr(value, "tolist"):
@@ -211,11 +216,7 @@ def _layer_types(text: Any) -> list[str]:
 
 
 def _beyond_dot_products(text: Any) -> str | None:
-    """Why no layer of this text decoder can gaze: its attention is more than a softmax of scaled dot products."""
-    if getattr(text, "attn_logit_softcapping", None) is not None:
-        return "attention scores are soft-capped"
-    if text.model_type in SINKS:
-        return "attention has sinks"
+    """Why no layer of this text decoder can gaze: its attention is more than scaled dot products with cached keys."""
     if getattr(text, "kv_lora_rank", None) is not None:
         return "keys and values come from latents they share (MLA)"
     return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from gazepatch.adapters.base import Adapter, Captured, Declared
+from gazepatch.adapters.base import CONVOLUTIONS, FULL_ONLY, Adapter, Captured, Declared, hybrid_reasons
 from gazepatch.layout import Span, runs
 
 
@@ -42,7 +42,15 @@ class Queries(Declared):
     grid = False
 
 
+class Inkling(Queries):
+    """Patches of an image whose size nothing tells. Layers of full attention have short convolutions beside it."""
+
+    def dense_reasons(self, config: Any) -> dict[int, str]:
+        return hybrid_reasons(self.text_config(config))
+
+
 ADAPTERS: tuple[Adapter, ...] = (
     Rows(("fuyu",), images="any size, rows with break tokens"),
     Queries(("aria", "idefics2", "deepseek_ocr2"), images="learned queries"),
+    Inkling(("inkling_mm_model",), images="patches in one run", layers=FULL_ONLY, no_context=CONVOLUTIONS),
 )

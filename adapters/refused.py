@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 _SPARSE = "an indexer of its own already picks the keys that its layers of full attention read"
-_BIAS = "its attention adds biases by relative position to the scores, which the mean of a window does not have"
 _LATENTS = "its cache holds latents, from which all keys and values are made anew at every step: nothing would be saved"
 _ENCODER = "its images stay in an encoder: there are no visual tokens in the decoder's sequence"
 _FEW = "its images are a handful of query vectors, which there is nothing to choose among"
@@ -18,8 +17,6 @@ REFUSED = {
     "git": "it puts its images in front of the sequence itself, and has attention of its own",
     "glm5_next": _SPARSE,
     "idefics": "its cross-attention makes all keys anew at every step, mostly of a few latents: nothing would be saved",
-    "inkling2": _BIAS,
-    "inkling_mm_model": _BIAS,
     "instructblip": _FEW,
     "instructblipvideo": _FEW,
     "kimi_k25": _LATENTS,

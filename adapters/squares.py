@@ -154,7 +154,6 @@ ADAPTERS: tuple[Adapter, ...] = (
         ("llama4",),
         images=BETWEEN_WORDS,
         layers=FULL_ONLY,
-        no_context="its chunks of attention would count them",
         side=lambda config: int(_patches(config) * config.vision_config.pixel_shuffle_ratio),
     ),
     Squares(("internvl", "qianfan_ocr"), images=ONE_RUN, videos="as images", side=_shuffled, tiles=True),

@@ -6,7 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gazepatch.adapters.base import FULL_ONLY, RECURRENT, Adapter, Declared, between, integers
+from gazepatch.adapters.base import (
+    CONVOLUTIONS,
+    FULL_ONLY,
+    RECURRENT,
+    Adapter,
+    Declared,
+    between,
+    hybrid_reasons,
+    integers,
+)
 from gazepatch.layout import Block, Media, Skip
 
 JOINED, APART = "one run a video", "frame by frame"
@@ -69,6 +78,13 @@ class Glm(Thw):
         return between(ids, config.video_start_token_id, config.video_end_token_id, config.image_token_id, modality)
 
 
+class Inkling2(Thw):
+    """Grids count tokens. Layers of full attention have short convolutions beside it."""
+
+    def dense_reasons(self, config: Any) -> dict[int, str]:
+        return hybrid_reasons(self.text_config(config))
+
+
 def _muse_merge(config: Any) -> int:
     return int(config.vision_config.merge_size)
 
@@ -90,5 +106,13 @@ ADAPTERS: tuple[Adapter, ...] = (
         no_context="its block-sparse layers would count them",
     ),
     Glm(("glm4v", "glm46v", "glmga", "glm4v_moe", "glm_ocr"), videos=APART),
+    Inkling2(
+        ("inkling2",),
+        videos="",
+        layers=FULL_ONLY,
+        no_context=CONVOLUTIONS,
+        images="any size, one run",
+        merge=lambda config: 1,
+    ),
     HunYuan(("hunyuan_vl",), images="merged patches of any size, rows with newlines", videos=""),
 )

@@ -26,8 +26,10 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from gazepatch.config import GazeConfig
 from gazepatch.ops.decode import DecodePlan, Entries
+from gazepatch.scores import Scores
 
 HEADS, KEY_HEADS, DIM = 32, 8, 128
+SCORES = Scores(DIM**-0.5)
 #: Frames of 24 x 24 tokens, which regions of 6 x 6 and of 8 x 8 divide: 8,064, 32,832 and 131,328 tokens
 FRAMES = {"8k": 14, "32k": 57, "128k": 228}
 PAPER = GazeConfig(window=None, budget=0.1, periphery=False, min_visual_tokens=0)
@@ -59,7 +61,7 @@ def case(grid: tuple[int, int, int], batch: int, config: GazeConfig, device: tor
 
 def gaze(layers: Layers, plan: Any) -> list[Callable[[], object]]:
     """Selection and decode of every layer."""
-    return [lambda q=q, e=e: plan.decode(q, e, DIM**-0.5) for q, e in zip(layers.queries, layers.entries, strict=True)]
+    return [lambda q=q, e=e: plan.decode(q, e, SCORES) for q, e in zip(layers.queries, layers.entries, strict=True)]
 
 
 def selections(layers: Layers, plan: Any) -> list[Callable[[], object]]:
@@ -74,7 +76,7 @@ def selections(layers: Layers, plan: Any) -> list[Callable[[], object]]:
 def attentions(layers: Layers, plan: Any) -> list[Callable[[], object]]:
     """Decode alone, of the regions that a selection has left in the plan."""
     far = layers.config.periphery
-    plan.decode(layers.queries[0], layers.entries[0], DIM**-0.5)
+    plan.decode(layers.queries[0], layers.entries[0], SCORES)
     return [
         lambda q=q, e=e: plan._attend(q[:, :, 0], e, DIM**-0.5, None, far)
         for q, e in zip(layers.queries, layers.entries, strict=True)
@@ -136,8 +138,8 @@ def check(device: torch.device) -> Iterator[Row]:
         layers = Layers(grid, config, (2, HEADS, KEY_HEADS, DIM), 1, like)
         query, entries = layers.queries[0], layers.entries[0]
         exact = Entries(*(None if entry is None else entry.float() for entry in entries))
-        ours = layers.plan().decode(query, entries, DIM**-0.5)
-        twin = layers.plan(DecodePlan).decode(query.float(), exact, DIM**-0.5)
+        ours = layers.plan().decode(query, entries, SCORES)
+        twin = layers.plan(DecodePlan).decode(query.float(), exact, SCORES)
         error = (ours.output.float() - twin.output).abs().max().item()
         row = {"settings": name, "grid": str(grid), "dtype": str(dtype), "max_error": error, "read": int(ours.read)}
         if not error < limits[dtype] or int(ours.read) != int(twin.read):

@@ -19,6 +19,7 @@ import gazepatch.kernels.tuned as tuned
 from gazepatch.config import GazeConfig
 from gazepatch.kernels.launches import architecture
 from gazepatch.ops.decode import DecodePlan
+from gazepatch.scores import Scores
 
 CONFIG = GazeConfig(region=(8, 8, 1), window=None, budget=0.1, periphery=False, min_visual_tokens=0)
 #: Rows and frames of 24 x 24 tokens
@@ -58,9 +59,9 @@ def tune(dim: int, size: int, device: torch.device) -> tuple[Settings, list[tupl
 
 def _ms(layers: Layers) -> float:
     plan = layers.plan()
-    scale = layers.shape[3] ** -0.5
+    scores = Scores(layers.shape[3] ** -0.5)
     both = zip(layers.queries, layers.entries, strict=True)
-    return graph_ms([lambda q=q, e=e: plan.decode(q, e, scale) for q, e in both], rounds=7)
+    return graph_ms([lambda q=q, e=e: plan.decode(q, e, scores) for q, e in both], rounds=7)
 
 
 def write(path: Path, found: dict[tuple[str, int, int], Settings], measured: str) -> None:

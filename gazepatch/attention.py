@@ -20,12 +20,13 @@ from gazepatch.errors import UnsupportedModelError
 from gazepatch.forward import OF_FORWARD, Forward, Runtime
 from gazepatch.insertion import OwnImage
 from gazepatch.ops.prefill import gaze_prefill
+from gazepatch.scores import Scores
 
 Attended = tuple[Tensor, Tensor | None]
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
-#: Attention arguments that add to the scores what window descriptors do not know of.
-UNSUPPORTED = ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices")
+#: Attention arguments that pick the keys already.
+UNSUPPORTED = ("indices", "block_indices")
 
 
 class GazeAttention:
@@ -58,13 +59,15 @@ class GazeAttention:
         forward: Forward | None = kwargs.pop(OF_FORWARD, None) or self.runtime.running.forward
         if forward is None:
             return self.dense(module, query, key, value, attention_mask, **kwargs)
+        if forward.state.slots.inserted and getattr(module, "attn_temperature_tuning", False) and not module.use_rope:
+            query = _tempered(module, query, forward)
         layer = getattr(module, "layer_idx", -1)
         if forward.across is not None and layer in self.runtime.cross_layers:
             forward = forward.across
         gazes, store = layer in self.runtime.gaze_layers, self.runtime.store_of.get(layer, layer)
         if gazes and forward.state.decoding:
             _refuse_unsupported(kwargs)
-            return self.decode(forward, layer, query, _scale(query, kwargs), attention_mask), None
+            return self.decode(forward, layer, query, self._scores(query, kwargs), attention_mask), None
         if forward.state.decoding and store in self.runtime.stores:  # the layer it shares keys with did not return all
             key, value = _layer(forward, store).logical()
         if gazes and forward.state.spans and forward.tokens == 1 and forward.state.regions is None:
@@ -77,26 +80,37 @@ class GazeAttention:
             output = self._own_image(own, module, query, key, value, attention_mask, output, **kwargs)
         if gazes and forward.routed is not None:
             _refuse_unsupported(kwargs)
-            output = self._prefill(forward, layer, query, key, value, _scale(query, kwargs), attention_mask, output)
+            output = self._prefill(
+                forward, layer, query, key, value, self._scores(query, kwargs), attention_mask, output
+            )
         return output, weights
 
     def dense(self, module: nn.Module, *args: Any, **kwargs: Any) -> Attended:
         """The model's own attention."""
-        # Eager attention is not registered anywhere: each modelling file has its own.
-        eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        attended: Attended = ALL_ATTENTION_FUNCTIONS.get_interface(self.original, eager)(module, *args, **kwargs)
+        attended: Attended = _implementation(self.original, module)(module, *args, **kwargs)
         return attended
 
-    def decode(self, forward: Forward, layer: int, query: Tensor, scale: float, mask: Any) -> Tensor:
+    def decode(self, forward: Forward, layer: int, query: Tensor, scores: Scores, mask: Any) -> Tensor:
         """One routed step of one layer: `query` `[B, H, 1, D]` gives `[B, 1, H, D_v]`."""
         entries, state = _layer(forward, self.runtime.store_of.get(layer, layer)).entries(), forward.state
-        plan = state.plan(query, entries)
+        plan, scores = state.plan(query, entries), state.laid(scores)
         total = state.counters.on_device(layer, query.device) if plan.counts_itself else None
-        decoded = plan.decode(query, entries, scale, forward.bias(_as_4d(mask), query.device), total)
+        decoded = plan.decode(query, entries, scores, forward.bias(_as_4d(mask), query.device), total)
         forward.count(layer, query.shape[1], entries.key.shape[1], plan.visual_entries, decoded.read)
         if forward.trace is not None:
             forward.reads[layer] = None if decoded.selected is None else plan.numbers(decoded.selected)
         return decoded.output.transpose(1, 2)
+
+    def _scores(self, query: Tensor, kwargs: dict[str, Any]) -> Scores:
+        """What the model's own implementation makes of dot products: sdpa knows neither soft caps nor sinks."""
+        scaling = kwargs.get("scaling")
+        scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        softcap, sinks, bias = (kwargs.get(name) for name in ("softcap", "s_aux", "position_bias"))
+        if sinks is not None:
+            sinks = sinks.view(1, -1, 1)
+        elif (of_queries := kwargs.get("sinks")) is not None:  # [B, H, Q, 1]
+            sinks = of_queries[..., 0]
+        return Scores(scale, None, None, bias) if self.original == "sdpa" else Scores(scale, softcap, sinks, bias)
 
     def _own_image(
         self,
@@ -114,10 +128,12 @@ class GazeAttention:
         if torch.is_tensor(mask) and mask.dim() == 4:  # a sliding window may hide some of the image
             of_queries = mask[..., -new:].index_select(2, own.columns)
             visible = (visible & of_queries) if mask.dtype == torch.bool else (visible & (of_queries == 0))
-        if self.original == "eager":
+        # Flash attention takes no mask, and sdpa no more than dot products.
+        more = self.original != "sdpa" and any(kwargs.get(name) is not None for name in ("softcap", "s_aux"))
+        name = "eager" if more or self.original == "eager" else "sdpa"
+        if name == "eager":
             visible = torch.where(visible, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
-        attended = ALL_ATTENTION_FUNCTIONS["sdpa"] if self.original != "eager" else self.dense
-        queries = query.index_select(2, own.columns)
+        queries, attended = query.index_select(2, own.columns), _implementation(name, module)
         output, _ = attended(module, queries, key[:, :, -new:], value[:, :, -new:], visible, **kwargs)
         return _replaced(dense, own.columns, own.rows, output)
 
@@ -128,7 +144,7 @@ class GazeAttention:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        scale: float,
+        scores: Scores,
         mask: Any,
         dense: Tensor,
     ) -> Tensor:
@@ -157,7 +173,7 @@ class GazeAttention:
             columns + first,
             mask,
             self.runtime.config,
-            scale,
+            state.laid(scores).of_queries(columns),
         ).transpose(1, 2)
         return _replaced(dense, columns, rows, gazed)
 
@@ -180,6 +196,13 @@ def unregister(name: str) -> None:
     AttentionMaskInterface._global_mapping.pop(name, None)
 
 
+def _implementation(name: str, module: nn.Module) -> Callable[..., Attended]:
+    # Eager attention is not registered anywhere: each modelling file has its own.
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    implementation: Callable[..., Attended] = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+    return implementation
+
+
 def _replaced(dense: Tensor, columns: Tensor, rows: Tensor, output: Tensor) -> Tensor:
     """`dense` `[B, S, H, D_v]` with `output` `[B, Q, H, D_v]` in the columns `[Q]` of the rows `[B, Q]`."""
     kept = dense.index_select(1, columns)
@@ -187,13 +210,29 @@ def _replaced(dense: Tensor, columns: Tensor, rows: Tensor, output: Tensor) -> T
 
 
 def _by_position(visible: MaskFunction, position: Tensor, context: Tensor) -> MaskFunction:
-    """A mask function of positions as one of slots: a local window is as long as it was without context tokens."""
+    """A mask function of positions as one of slots: local windows and chunks are as long as without context tokens."""
+    # Chunks are counted behind the padding of a row, which in slots is more by those in front that stand for nothing.
+    position = position + (position < 0).long().cumprod(-1).sum(-1, keepdim=True)
 
     def of_slots(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         seen = visible(batch, head, position[batch, query], position[batch, key])
         return seen & ((key <= query) | ~context[batch, key])
 
     return of_slots
+
+
+def _tempered(module: Any, query: Tensor, forward: Forward) -> Tensor:
+    """`query` `[B, H, S, D]`, which Llama 4 has sharpened by slot where it has no rotary embedding, by position."""
+    new = slice(forward.past, forward.past + query.shape[2])
+    positions, _ = forward.state.every_slot(query.device)
+
+    def factor(at: Tensor) -> Tensor:
+        sharpened: Tensor = torch.log1p(torch.floor((at.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
+        return sharpened
+
+    slots = torch.arange(new.start, new.stop, device=query.device)
+    ratio = factor(positions[:, new].clamp(min=0)) / factor(slots)
+    return (query * ratio[:, None, :, None]).to(query.dtype)
 
 
 def _layer(forward: Forward, layer: int) -> GazeLayer:
@@ -220,11 +259,6 @@ def _block_mask(
         block_indices, mask, key.shape[2], query.dtype, query.device, positions
     )
     return made
-
-
-def _scale(query: Tensor, kwargs: dict[str, Any]) -> float:
-    scaling = kwargs.get("scaling")
-    return query.shape[-1] ** -0.5 if scaling is None else float(scaling)
 
 
 def _as_4d(mask: Any) -> Tensor | None:

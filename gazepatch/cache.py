@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 
 from gazepatch.config import GazeConfig
 from gazepatch.errors import CacheError
@@ -211,6 +218,46 @@ class GazeLayer(DynamicLayer):
     prefetch = offload
 
 
+class HybridLayer(LinearAttentionAndFullAttentionLayer, GazeLayer):  # type: ignore[misc, override]
+    """A `GazeLayer` that keeps the last inputs of short convolutions too, as transformers' layer does (Inkling)."""
+
+    def __init__(self, state: GazeState, gazes: bool, leads: bool, number_of_states: int) -> None:
+        GazeLayer.__init__(self, state, gazes, leads)
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+
+    def lazy_initialization(self, *keys_and_values: Tensor, **of_state: Any) -> None:  # type: ignore[override]
+        """Of the keys and values, or of one state."""
+        if keys_and_values:
+            GazeLayer.lazy_initialization(self, *keys_and_values)
+        else:
+            LinearAttentionLayer.lazy_initialization(self, **of_state)
+
+    def reset(self) -> None:
+        """Forget everything, keep the object."""
+        LinearAttentionLayer.reset(self)
+        GazeLayer.reset(self)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens, if the states before them were recorded."""
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        GazeLayer.crop(self, tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep the rows `beam_idx` `[B]`, for beam search."""
+        GazeLayer.reorder_cache(self, beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices` `[B]`."""
+        LinearAttentionLayer.reorder_cache(self, indices)  # type: ignore[arg-type]
+        GazeLayer.batch_select_indices(self, indices)
+
+    def offload(self) -> None:
+        """Refuse, as any gaze layer."""
+        GazeLayer.offload(self)
+
+    prefetch = offload
+
+
 class WindowLayer(DynamicSlidingWindowLayer):
     """A sliding window among context tokens: it counts positions, so it holds as many slots more as were inserted."""
 
@@ -307,7 +354,8 @@ def _replace_layers(
 ) -> None:
     # A cache made without a configuration has no layers yet: it would make plain ones as they are asked for.
     kinds = [type(layer) for layer in cache.layers] or [DynamicLayer] * layers
-    plain = [i for i, kind in enumerate(kinds) if kind is DynamicLayer and i not in left]
+    kept = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
+    plain = [i for i, kind in enumerate(kinds) if kind in kept and i not in left]
     made = list(cache.layers) or [DynamicLayer() for _ in kinds]
     if missing := sorted(set(gaze_layers) - set(plain)):
         raise CacheError(
@@ -315,9 +363,16 @@ def _replace_layers(
         )
     leader = next(iter(gaze_layers), plain[0] if plain else None)
     for i in plain:
-        made[i] = GazeLayer(state, gazes=i in gaze_layers, leads=i == leader)
+        gazes, leads, layer = i in gaze_layers, i == leader, made[i]
+        if isinstance(layer, LinearAttentionAndFullAttentionLayer):
+            made[i] = HybridLayer(state, gazes, leads, layer.number_of_states)
+        else:
+            made[i] = GazeLayer(state, gazes, leads)
     if state.config.context_tokens:
         for i, layer in enumerate(made):
             if type(layer) is DynamicSlidingWindowLayer:
                 made[i] = WindowLayer(state, layer.sliding_window)
+    for before, layer in zip(cache.layers, made, strict=False):
+        if getattr(before, "record_past", False):  # assisted generation asks for it before the first forward
+            layer.record_past = True  # type: ignore[union-attr]
     cache.layers[:] = made

@@ -15,6 +15,7 @@ in evaluation mode.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -28,8 +29,9 @@ from gazepatch.errors import UnsupportedModelError
 from gazepatch.inspection import inspect
 from gazepatch.layout import Span
 from gazepatch.patch import patch_of, patched, root_model, stats
-from gazepatch.reference import gaze_reference
+from gazepatch.reference import Attended, gaze_reference
 from gazepatch.registry import adapter_for
+from gazepatch.scores import Scores
 from gazepatch.verification import fingerprint, generate_logits, verify
 
 #: Largest difference from the dense logits, float32, relative to the largest logit.
@@ -144,7 +146,7 @@ class _Step:
     key: Tensor
     value: Tensor
     visible: Tensor
-    scale: float
+    scores: Scores
     output: Tensor
 
     def check(self, settings: GazeConfig, spans: Sequence[Span]) -> int:
@@ -152,14 +154,29 @@ class _Step:
         kept, group = 0, self.query.shape[1] // self.key.shape[1]
         for row in range(len(self.query)):
             of_row = [span for span in spans if span.row == row]
-            expected = gaze_reference(
-                self.query[row, :, 0], self.key[row], self.value[row], of_row, settings, self.scale, self.visible[row]
-            )
+            expected = self.expected(row, settings, of_row)
             error = (self.output[row, 0].float() - expected.output).abs().max().item()
             assert error <= 2e-5 * max(1.0, expected.output.abs().max().item()), f"row {row}: {error}"
             positions = [position for span in of_row for position in span.positions()]
             kept += int(expected.kept[:, positions].sum())
         return kept if settings.head_reduce == "none" else kept // group
+
+    def expected(self, row: int, settings: GazeConfig, spans: Sequence[Span]) -> Attended:
+        """What the reference makes of a row, whose spans these are."""
+        rows = len(self.query)
+        scale, softcap, sinks, bias, _ = self.scores
+        return gaze_reference(
+            self.query[row, :, 0],
+            self.key[row],
+            self.value[row],
+            spans,
+            settings,
+            scale,
+            self.visible[row],
+            math.inf if softcap is None else softcap,
+            None if sinks is None else sinks.expand(rows, -1, -1)[row, :, -1],
+            None if bias is None else bias.expand(rows, -1, -1, -1)[row, :, -1],
+        )
 
 
 @contextmanager
@@ -169,14 +186,14 @@ def _spied(model: nn.Module) -> Iterator[list[_Step]]:
     attention, runtime = patch_of(model).attention, patch_of(model).runtime
     decode = attention.decode
 
-    def noted(forward: Any, layer: int, query: Tensor, scale: float, mask: Any) -> Tensor:
-        output = decode(forward, layer, query, scale, mask)
+    def noted(forward: Any, layer: int, query: Tensor, scores: Scores, mask: Any) -> Tensor:
+        output = decode(forward, layer, query, scores, mask)
         key, value = forward.cache.layers[runtime.store_of.get(layer, layer)].logical()
         visible = torch.ones(len(query), key.shape[2], dtype=torch.bool)
         if mask is not None:
             row = mask[:, 0, -1]
             visible = (row if row.dtype == torch.bool else row == 0).expand_as(visible)
-        steps.append(_Step(layer, query, key, value, visible, scale, output))
+        steps.append(_Step(layer, query, key, value, visible, scores, output))
         return output
 
     attention.decode = noted  # type: ignore[method-assign]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 from gazepatch.config import GazeConfig
 from gazepatch.layout import Span
 from gazepatch.regions import tile_span
+
+Score = Callable[[Tensor, Tensor], Tensor]
 
 
 class Attended(NamedTuple):
@@ -22,7 +25,16 @@ class Attended(NamedTuple):
 
 
 def gaze_reference(
-    query: Tensor, key: Tensor, value: Tensor, spans: Sequence[Span], config: GazeConfig, scale: float, visible: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spans: Sequence[Span],
+    config: GazeConfig,
+    scale: float,
+    visible: Tensor,
+    softcap: float = math.inf,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Attended:
     """Gaze attention of one text query.
 
@@ -33,17 +45,22 @@ def gaze_reference(
         config: Region, window, budget, head_reduce, periphery and min_visual_tokens are read.
         scale: Scale of the attention scores.
         visible: `[L]` bool, the entries that the query could read before.
+        softcap: Bound of the scores; infinite: none.
+        sinks: `[H]` scores of one more key, whose value is zero.
+        bias: `[H, L]`, added to the scores of the keys.
 
     Source: https://arxiv.org/abs/2605.13080.
     """
     query, key, value = query.float(), key.float(), value.float()
+    score = functools.partial(_score, scale=scale, softcap=softcap)
+    bias = torch.zeros(len(query), key.shape[1]) if bias is None else bias.float()
     regions = _regions(spans, config)
     group = len(query) // len(key)
     whole = sum(span.tokens for span in spans) < config.min_visual_tokens
     outputs, kept = [], []
     for k in range(len(key)):
         heads = range(k * group, (k + 1) * group)
-        scores = torch.stack([_region_scores(query[h], key[k], regions, scale) for h in heads])
+        scores = torch.stack([_region_scores(query[h], key[k], regions, score, bias[h]) for h in heads])
         for h in heads:
             of_head = scores[h - k * group] if config.head_reduce == "none" else _agree(scores, config.head_reduce)
             chosen = set(range(len(regions))) if whole else _best(of_head, config.budget_regions(len(regions)))
@@ -52,11 +69,14 @@ def gaze_reference(
                 if number not in chosen:
                     read[torch.cat(windows)] = False
             kept.append(read)
-            logits, values = scale * key[k][read] @ query[h], value[k][read]
+            logits, values = score(query[h], key[k][read]) + bias[h][read], value[k][read]
             if config.periphery:
                 far = [w for number, windows in enumerate(regions) if number not in chosen for w in windows]
-                logits = torch.cat([logits, *(_window_logit(query[h], key[k], w, scale)[None] for w in far)])
+                logits = torch.cat([logits, *(_window_logit(query[h], key[k], w, score, bias[h])[None] for w in far)])
                 values = torch.cat([values, *(value[k][w].mean(0, keepdim=True) for w in far)])
+            if sinks is not None:
+                logits = torch.cat([logits, sinks[h].float()[None]])
+                values = torch.cat([values, values.new_zeros(1, values.shape[1])])
             outputs.append(logits.softmax(0) @ values)
     return Attended(torch.stack(outputs), torch.stack(kept))
 
@@ -74,14 +94,22 @@ def _regions(spans: Sequence[Span], config: GazeConfig) -> list[list[Tensor]]:
     return regions
 
 
-def _window_logit(query: Tensor, key: Tensor, window: Tensor, scale: float) -> Tensor:
-    return scale * query @ key[window].mean(0) + math.log(len(window))
+def _score(query: Tensor, keys: Tensor, scale: float, softcap: float) -> Tensor:
+    scores = scale * keys @ query
+    return scores if softcap == math.inf else softcap * torch.tanh(scores / softcap)
 
 
-def _region_scores(query: Tensor, key: Tensor, regions: list[list[Tensor]], scale: float) -> Tensor:
+def _window_logit(query: Tensor, key: Tensor, window: Tensor, score: Score, bias: Tensor) -> Tensor:
+    # Without biases that is the score of the mean key + log n.
+    return (score(query, key[window].mean(0)) + bias[window]).logsumexp(0)
+
+
+def _region_scores(query: Tensor, key: Tensor, regions: list[list[Tensor]], score: Score, bias: Tensor) -> Tensor:
     if not regions:
         return torch.zeros(0)
-    logits = [torch.stack([_window_logit(query, key, w, scale) for w in windows]).logsumexp(0) for windows in regions]
+    logits = [
+        torch.stack([_window_logit(query, key, w, score, bias) for w in windows]).logsumexp(0) for windows in regions
+    ]
     return torch.stack(logits).softmax(0)
 
 

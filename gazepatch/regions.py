@@ -303,3 +303,23 @@ def _row_tables(spans: Sequence[Span], offset: int, tokens: int, config: GazeCon
 
 def _stack(rows: Sequence[Tensor], fill: float) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=fill)
+
+
+def by_window(bias: Tensor, window_of: Tensor, windows: int) -> Tensor:
+    """Log-sum-exp of the biases of every window's tokens.
+
+    Args:
+        bias: `[B or 1, H, Q, L]` float32.
+        window_of: `[B or 1, L]` window of every position, `windows` where there is none.
+        windows: R * C.
+
+    Returns:
+        `[B, H, Q, R * C]`; about `ABSENT` for windows without tokens.
+    """
+    rows = max(len(bias), len(window_of))
+    bias = bias.expand(rows, -1, -1, -1)
+    index = window_of[:, None, None].expand_as(bias)
+    shape = (*bias.shape[:3], windows + 1)
+    top = bias.new_full(shape, ABSENT).scatter_reduce(-1, index, bias.detach(), "amax")
+    total = bias.new_zeros(shape).scatter_add(-1, index, (bias - top.gather(-1, index)).exp())
+    return (top + total.clamp(min=torch.finfo(torch.float32).tiny).log())[..., :-1]

@@ -45,6 +45,8 @@ MODULES = {
     "hyperclovax_vision_v2": "thw",
     "idefics2": "patterns",
     "idefics3": "squares",
+    "inkling2": "thw",
+    "inkling_mm_model": "patterns",
     "internvl": "squares",
     "janus": "squares",
     "lfm2_vl": "sized",

@@ -8,20 +8,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gazepatch.scores import Scores
 
-def window_logits(query: Tensor, mean_keys: Tensor, log_counts: Tensor, scale: float) -> Tensor:
-    """`scale * q . mean(k) + log n` for every window: what the window weighs if its keys were all alike.
+
+def window_logits(query: Tensor, mean_keys: Tensor, log_counts: Tensor, scores: Scores) -> Tensor:
+    """Score of the mean key + `log n` for every window: what the window weighs if its keys were all alike.
 
     Args:
         query: `[B, H_kv, G, D]`.
         mean_keys: `[B, H_kv, R * C, D]`.
         log_counts: `[B or 1, R * C]` float32.
-        scale: Scale of the attention scores.
+        scores: What becomes of the dot products; grouped as the query is.
 
     Returns:
         `[B, H_kv, G, R * C]` float32.
     """
-    return torch.add(log_counts[:, None, None], torch.matmul(query, mean_keys.transpose(-1, -2)), alpha=scale)
+    products = torch.matmul(query, mean_keys.transpose(-1, -2))
+    sizes = log_counts[:, None, None] if scores.window_bias is None else scores.window_bias
+    return torch.add(sizes, products, alpha=scores.scale) if scores.softcap is None else sizes + scores.of(products)
 
 
 def region_scores(weights: Tensor, windows: int, head_reduce: str) -> Tensor:

@@ -16,11 +16,12 @@ from gazepatch.insertion import Insertion, Slots
 from gazepatch.layout import Span
 from gazepatch.ops.decode import DecodePlan, Entries
 from gazepatch.ops.plan import plan_for
-from gazepatch.regions import ABSENT, Chunk, Regions, sort_chunk
+from gazepatch.regions import ABSENT, Chunk, Regions, by_window, sort_chunk
+from gazepatch.scores import Scores
 from gazepatch.stats import Counters
 
 #: Tables that change with every token.
-_GROWING = ("region_of", "logical_order")
+_GROWING = ("region_of", "window_of", "logical_order", "entry_positions")
 
 
 class GazeState:
@@ -152,14 +153,44 @@ class GazeState:
 
     def region_of(self) -> Tensor:
         """`[b, L]` region of every position, -1 where there is no visual token."""
-        assert self.regions is not None and self._visual is not None
-        visual, regions = self._visual, self.regions
-        number = torch.full((len(visual), self.length + self.new_tokens + 1), -1)
-        for row in range(len(visual)):  # at prefill only, where each row has its own layout
-            length = regions.length[row % len(regions.length)]
+        assert self.regions is not None
+        return self._numbers(self.regions.length, -1)
+
+    def window_of(self) -> Tensor:
+        """`[b, L]` window of every position, R * C where there is no visual token."""
+        assert self.regions is not None
+        sizes = self.regions.log_counts.exp().round().long()
+        return self._numbers(sizes, sizes.shape[1])
+
+    def _numbers(self, sizes: Tensor, none: int) -> Tensor:
+        """`[b, L]` number of the run of slots, of these sizes `[b, n]`, that every position is in."""
+        assert self._visual is not None
+        visual = self._visual
+        number = torch.full((len(visual), self.length + self.new_tokens + 1), none)
+        for row in range(len(visual)):  # at prefill, where each row has its own layout, or once a step
+            of_row = sizes[row % len(sizes)]
             held = visual[row][visual[row] >= 0]
-            number[row, held] = torch.arange(len(length)).repeat_interleave(length)
+            number[row, held] = torch.arange(len(of_row)).repeat_interleave(of_row)
         return number[:, :-1]
+
+    def entry_positions(self) -> Tensor:
+        """`[b, T + N]` position of every other entry and then of every visual slot, 0 for padding."""
+        other, visual = self.other_positions(), self._visual
+        assert other is not None and visual is not None
+        return torch.cat(_same_rows(other, visual), 1).clamp(min=0)
+
+    def laid(self, scores: Scores) -> Scores:
+        """Scores with biases by position, `[B or 1, H, Q, L]`, as attention over this sequence takes them."""
+        if scores.bias is None:
+            return scores
+        assert self.regions is not None
+        bias, device = scores.bias.float(), scores.bias.device
+        windows = by_window(bias, self.table("window_of", device), self.regions.log_counts.shape[1])
+        if self.decoding:
+            order = self.table("entry_positions", device)[:, None, None]
+            rows = max(len(order), len(bias))
+            bias = bias.expand(rows, -1, -1, -1).gather(-1, order.expand(rows, *bias.shape[1:3], -1))
+        return scores._replace(bias=bias, window_bias=windows)
 
     def recorded(self) -> tuple[Tensor, Tensor]:
         """`Slots.source` and `Slots.context`."""

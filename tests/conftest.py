@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from gazepatch.config import GazeConfig
 from gazepatch.layout import Block, Span
 from gazepatch.reference import gaze_reference
 from gazepatch.regions import tile_span
+from gazepatch.scores import Scores
 
 # The tests are many small operations, which further threads only slow down.
 torch.set_num_threads(1)
@@ -60,6 +62,9 @@ class Sequences:
         key: `[B, H_kv, L, D]`.
         value: `[B, H_kv, L, D_v]`.
         visible: `[B, L]` False for padding.
+        softcap: Bound of the scores.
+        sinks: `[B or 1, H, L or 1]` scores of a key without a value.
+        bias: `[B or 1, H, L, L]` added to the scores of every query and key.
     """
 
     spans: list[Span]
@@ -71,6 +76,9 @@ class Sequences:
     value: Tensor
     visible: Tensor
     scale: float = 0.25
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    bias: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -78,6 +86,11 @@ class Sequences:
 
     def to(self, dtype: torch.dtype) -> Sequences:
         return replace(self, query=self.query.to(dtype), key=self.key.to(dtype), value=self.value.to(dtype))
+
+    def scores(self, positions: Tensor | slice, keys: int) -> Scores:
+        """What becomes of the dot products of the queries at these positions and so many keys."""
+        bias = None if self.bias is None else self.bias[..., :keys]
+        return Scores(self.scale, self.softcap, self.sinks, bias).of_queries(positions)
 
     def mask(self, position: int) -> Tensor | None:
         """`[B, 1, 1, L]` for the query at `position`; None without padding, as transformers has it."""
@@ -99,10 +112,20 @@ class Sequences:
                 config,
                 self.scale,
                 self.visible[row, upto],
+                math.inf if self.softcap is None else self.softcap,
+                self.sinks_of(row, position),
+                None if self.bias is None else self.bias[row % len(self.bias), :, position, upto],
             )
             for row in range(self.rows)
         ]
         return torch.stack([a.output for a in attended]), torch.stack([a.kept for a in attended])
+
+    def sinks_of(self, row: int, position: int) -> Tensor | None:
+        """`[H]` of one query."""
+        if self.sinks is None:
+            return None
+        heads = self.query.shape[1]
+        return self.sinks.expand(self.rows, heads, self.query.shape[2])[row, :, position]
 
     def read(self, kept: Tensor, config: GazeConfig) -> int:
         """Visual entries among the `kept` ones: query heads that share a selection read them once."""

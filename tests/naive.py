@@ -10,7 +10,8 @@ Written from the words of the contract alone, without anything of the package bu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,8 @@ from gazepatch.layout import Span
 
 #: Arguments that are lengthened in a way of their own.
 BY_HAND = ("inputs_embeds", "position_ids", "attention_mask")
+#: Whether queries at some positions see the keys at others, in a row whose first token is at the third.
+Local = Callable[[Tensor, Tensor, int], Tensor]
 HIDDEN = torch.finfo(torch.float32).min
 
 
@@ -131,13 +134,25 @@ def masks(given: Any, places: Sequence[Sequence[Place]], tokens: int, config: An
         return {kind: mask(given[kind], places, tokens, None) for kind in given}
     if kinds == {"full_attention"}:
         return mask(given, places, tokens, None)
-    windows = {kind: config.sliding_window if kind == "sliding_attention" else None for kind in kinds}
-    return {kind: mask(given, places, tokens, window) for kind, window in windows.items()}
+    local = {"sliding_attention": sliding(config), "chunked_attention": chunked(config)}
+    return {kind: mask(given, places, tokens, local.get(kind)) for kind in kinds}
 
 
-def mask(given: Tensor | None, places: Sequence[Sequence[Place]], tokens: int, window: int | None) -> Tensor:
-    """`[B, 1, S', S']` to be added, out of a mask over tokens and, where that does not hold it, a sliding window."""
-    sees = torch.stack([between(given, row, tokens, window) for row in range(len(places))]).tolist()
+def sliding(config: Any) -> Local:
+    """A query sees as many keys as a window has places."""
+    return lambda query, key, first: key > query - config.sliding_window
+
+
+def chunked(config: Any) -> Local:
+    """A query sees its own chunk; they begin with the first token of the row."""
+    return lambda query, key, first: (
+        (key - first) // config.attention_chunk_size == (query - first) // config.attention_chunk_size
+    )
+
+
+def mask(given: Tensor | None, places: Sequence[Sequence[Place]], tokens: int, local: Local | None) -> Tensor:
+    """`[B, 1, S', S']` to be added, out of a mask over tokens and, where that does not hold it, what is local."""
+    sees = torch.stack([between(given, row, tokens, local) for row in range(len(places))]).tolist()
     made = []
     for row, of_row in enumerate(places):
         keys = list(enumerate(of_row))
@@ -156,15 +171,37 @@ def visible(query: Place, q: int, key: Place, k: int, sees: Sequence[Sequence[bo
     return key.context is None or k < q
 
 
-def between(given: Tensor | None, row: int, tokens: int, window: int | None) -> Tensor:
+def between(given: Tensor | None, row: int, tokens: int, local: Local | None) -> Tensor:
     """`[S, S]` which tokens see each other without context tokens."""
     position = torch.arange(tokens)
     if given is not None and given.dim() == 4:
         of_row = given[min(row, len(given) - 1), 0]
         return of_row if of_row.dtype == torch.bool else of_row == 0
     sees = position <= position[:, None]
-    if window is not None:
-        sees = sees & (position > position[:, None] - window)
+    if local is not None:
+        first = 0 if given is None else int(given[row].argmax())
+        sees = sees & local(position[:, None], position, first)
     if given is not None:
         sees = sees & given[row].bool()
     return sees
+
+
+@contextmanager
+def temperature_by_position(decoder: Any, places: Sequence[Sequence[Place]]) -> Iterator[None]:
+    """Llama 4 sharpens queries of layers without rotary embedding the later they are, counting what it is given."""
+    tokens = torch.tensor([[max(place.token, 0) for place in row] for row in places])
+    tuned = [m for m in decoder.modules() if getattr(m, "attn_temperature_tuning", False) and not m.use_rope]
+
+    def sharpened(module: Any, queries: Tensor) -> Tensor:
+        steps = torch.floor((tokens + 1.0) / module.floor_scale)
+        return queries * (torch.log1p(steps) * module.attn_scale + 1.0)[..., None]
+
+    hooks = [m.q_proj.register_forward_hook(lambda _, args, out, m=m: sharpened(m, out)) for m in tuned]
+    for module in tuned:
+        module.attn_temperature_tuning = False
+    try:
+        yield
+    finally:
+        for module, hook in zip(tuned, hooks, strict=True):
+            module.attn_temperature_tuning = True
+            hook.remove()

@@ -428,7 +428,6 @@ def test_decoder(case: Case) -> None:
 
 
 SLIDING, FULL = "sliding_attention layer", None
-SOFTCAP, SINKS = "attention scores are soft-capped", "attention has sinks"
 LATENTS = "keys and values come from latents they share (MLA)"
 
 TEXT_DECODERS: dict[str, tuple[Callable[[], Any], list[str | None]]] = {
@@ -442,9 +441,9 @@ TEXT_DECODERS: dict[str, tuple[Callable[[], Any], list[str | None]]] = {
         lambda: text(transformers.Qwen2Config, use_sliding_window=True, sliding_window=8, max_window_layers=1),
         [FULL, SLIDING],
     ),
-    "gemma2": (lambda: text(transformers.Gemma2Config), [SOFTCAP] * 2),
-    "gemma2 without soft caps": (lambda: text(transformers.Gemma2Config, attn_logit_softcapping=None), [SLIDING, FULL]),
-    "gpt_oss": (lambda: text(transformers.GptOssConfig), [SINKS] * 2),
+    "gemma2, soft caps": (lambda: text(transformers.Gemma2Config), [SLIDING, FULL]),
+    "gpt_oss, sinks": (lambda: text(transformers.GptOssConfig), [SLIDING, FULL]),
+    "mimo_v2_flash": (lambda: text(transformers.MiMoV2FlashConfig), [FULL, SLIDING]),
     "deepseek_v3": (lambda: text(transformers.DeepseekV3Config), [LATENTS] * 2),
     "llama4": (
         lambda: text(transformers.Llama4TextConfig, num_hidden_layers=4),
@@ -470,7 +469,7 @@ def test_any_text_decoder(name: str) -> None:
 def test_dense_reasons_of_families(cases: Callable[[str, bool], Case], name: str) -> None:
     case = cases(name, False)
     kinds = getattr(case.model.config.get_text_config(decoder=True), "layer_types", None) or []
-    expected = {i: f"{kind} layer" for i, kind in enumerate(kinds) if kind != "full_attention"}
+    expected = {i: f"{kind} layer" for i, kind in enumerate(kinds) if kind not in ("full_attention", "hybrid")}
     assert adapter_of(case).dense_reasons(case.model.config) == expected
 
 

@@ -12,7 +12,7 @@ from tiny import Case, batch, tiny
 from torch import Tensor
 from transformers import DynamicCache
 
-from gazepatch.cache import LEAST_ROOM, GazeLayer
+from gazepatch.cache import LEAST_ROOM, GazeLayer, HybridLayer
 from gazepatch.config import GazeConfig
 from gazepatch.errors import CacheError
 from gazepatch.layout import Span
@@ -150,6 +150,19 @@ def test_prompt_lookup_crops_and_stays_dense_at_full_budget(case: Case) -> None:
     dense = case.model.generate(**case.inputs, **settings)
     with patched(case.model, WHOLE):
         assert torch.equal(case.model.generate(**case.inputs, **settings), dense)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gemma3_short"])
+def test_prompt_lookup_rolls_sliding_windows_among_context_tokens_back(name: str) -> None:
+    case = tiny(name)
+    with patched(case.model, QUARTER, context_tokens=torch.randn(3, 64)):
+        greedy = case.model.generate(**case.inputs, max_new_tokens=30)
+        found = case.model.generate(**case.inputs, max_new_tokens=30, prompt_lookup_num_tokens=3)
+    # A forward of several tokens reads densely, so the answers may part, but not before such a forward.
+    assert found.shape == greedy.shape
+    with patched(case.model, WHOLE, context_tokens=torch.randn(3, 64)):
+        greedy = case.model.generate(**case.inputs, max_new_tokens=30)
+        assert torch.equal(case.model.generate(**case.inputs, max_new_tokens=30, prompt_lookup_num_tokens=3), greedy)
 
 
 def test_crop_forgets_text_but_no_image(case: Case) -> None:
@@ -324,3 +337,50 @@ def test_a_mask_of_padding_only_is_causal_for_queries_that_gaze(case: Case) -> N
         actual = pair.model(**pair.inputs, use_cache=False).logits
     kept = pair.inputs["attention_mask"].bool()
     assert torch.allclose(actual[kept], expected[kept], atol=1e-5)
+
+
+# ---- layers with short convolutions beside their keys
+
+
+@pytest.fixture(params=["inkling2", "inkling_mm_model"])
+def hybrid(request: pytest.FixtureRequest) -> Case:
+    return tiny(request.param)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 3},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"prompt_lookup_num_tokens": 3, "max_new_tokens": 12},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_convolutions_go_along_with_the_keys(hybrid: Case, settings: dict) -> None:
+    given = hybrid if "prompt_lookup_num_tokens" in settings else batch(hybrid)
+    settings = {"max_new_tokens": 8, **settings}
+    torch.manual_seed(0)
+    dense = given.model.generate(**given.inputs, **settings)
+    with patched(given.model, WHOLE):
+        torch.manual_seed(0)
+        assert torch.equal(given.model.generate(**given.inputs, **settings), dense)
+
+
+@torch.no_grad()
+def test_hybrid_layers_are_reset_and_not_offloaded(hybrid: Case) -> None:
+    cache = DynamicCache(config=hybrid.model.config)
+    with patched(hybrid.model, QUARTER):
+        first = hybrid.model(**hybrid.inputs, past_key_values=cache).logits
+        assert isinstance(cache.layers[1], HybridLayer) and cache.get_seq_length() == first.shape[1]
+        with pytest.raises(CacheError, match="cannot be offloaded"):
+            cache.layers[1].offload()
+        with pytest.raises(RuntimeError, match="does not track past states"):
+            cache.crop(-1)
+        cache.layers[1].batch_select_indices(torch.tensor([0, 0]))
+        assert {len(x) for x in cache.layers[1].conv_states.values()} == {2} == {len(cache.layers[1].keys)}
+        cache.layers[1].reset()
+        assert cache.layers[1].get_seq_length() == 0 and cache.gaze.length == 0
+        assert not any(cache.layers[1].has_previous_state.values())
+        assert not any(x.any() for x in cache.layers[1].conv_states.values())

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from naive import lengthened, lengthened_row
+from naive import lengthened, lengthened_row, temperature_by_position
 from tiny import CORE, FAMILIES, SHORT, VIDEO, Case, Media, batch, built, filled, tiny, type_of
 from torch import Tensor
 from transformers import DynamicCache
@@ -80,7 +80,7 @@ def assert_naive(case: Case, count: int, limit: float = 2e-5) -> None:
     call, _ = decoder_call(case)
     tokens = context(case, count)
     longer = lengthened(call, case.spans, tokens, decoder_of(case).config)
-    with torch.no_grad():
+    with torch.no_grad(), temperature_by_position(decoder_of(case), longer.places):
         expected = longer.outer(decoder_of(case)(**longer.call).last_hidden_state)
     with patched(case.model, WHOLE, context_tokens=tokens):
         _, output = decoder_call(case)
@@ -109,9 +109,9 @@ def test_cached_equals_uncached(case: Case, settings: GazeConfig) -> None:
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize("name", [*SHORT, "llama4"])
 @torch.no_grad()
-def test_images_leave_a_sliding_window(name: str, settings: GazeConfig) -> None:
+def test_images_leave_a_sliding_window_or_a_chunk(name: str, settings: GazeConfig) -> None:
     case = made(name, "batch")
     with patched(case.model, settings, context_tokens=context(case, 4)):
         cached, tokens = generate_logits(case.model, case.inputs, 30)

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import gazepatch.cache
 from gazepatch.cache import GazeLayer
 from gazepatch.config import GazeConfig
 from gazepatch.ops import decode
 from gazepatch.ops.decode import Decoded, DecodePlan, gaze_decode
+from gazepatch.scores import Scores
 from gazepatch.state import GazeState
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -84,14 +86,16 @@ class Filled:
     def decode(self, position: int, mask: Tensor | None = None) -> Decoded:
         """The decode step at `position`; by plain attention, where a sequence has too few visual tokens to gaze."""
         key, value = self.begin(position, position + 1)
-        query, scale = self.sequence.query[:, :, position : position + 1], self.sequence.scale
+        at = slice(position, position + 1)
+        query, scores = self.sequence.query[:, :, at], self.sequence.scores(at, position + 1)
         if self.state.decoding:
-            entries = self.layer.entries()
-            decoded = self.state.plan(query, entries).decode(query, entries, scale, self.state.bias(mask, query.device))
+            entries, bias = self.layer.entries(), self.state.bias(mask, query.device)
+            decoded = self.state.plan(query, entries).decode(query, entries, self.state.laid(scores), bias)
         else:
             group = query.shape[1] // key.shape[1]
             key, value = (x.repeat_interleave(group, 1) for x in (key, value))
-            output = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+            assert scores == Scores(scores.scale)
+            output = sdpa(query, key, value, attn_mask=mask, scale=scores.scale)
             decoded = Decoded(output, -1)
         self.state.finish(completed=True)
         return decoded
@@ -141,6 +145,51 @@ def test_heads(key_heads: int, group: int, layout: str, head_reduce: str, sequen
 def test_dimensions(dim: int, value_dim: int, layout: str, settings: str, sequences: Make) -> None:
     sequence = sequences([LAYOUTS[layout]], dim=dim, value_dim=value_dim)
     assert_every_step_is_the_reference(sequence, replace(BASE, **SETTINGS[settings]))
+
+
+def biases(sequence: Any) -> Tensor:
+    """`[B, H, L, L]`, some so much smaller than others that their sum has to be taken with care."""
+    rows, heads, length, _ = sequence.query.shape
+    return 2 * torch.randn(rows, heads, length, length) - 150.0 * (torch.rand(length) < 0.2)
+
+
+#: What attention may be beyond a softmax of scaled dot products.
+MORE: dict[str, Callable[[Any], Any]] = {
+    "soft cap": lambda sequence: replace(sequence, softcap=0.7),
+    "sinks": lambda sequence: replace(sequence, sinks=3 * torch.randn(1, sequence.query.shape[1], 1)),
+    "sinks of queries": lambda sequence: replace(sequence, sinks=3 * torch.randn(sequence.query.shape[:3])),
+    "biases": lambda sequence: replace(sequence, bias=biases(sequence)),
+    "soft cap and sinks": lambda sequence: replace(MORE["sinks"](sequence), softcap=0.7),
+}
+
+
+@pytest.mark.parametrize("more", MORE)
+@pytest.mark.parametrize(
+    "settings", ["share", "share, no periphery", "max", "none", "windows of one token", "everything"]
+)
+@pytest.mark.parametrize("layout", ["35", "rows of different images", "a row without an image"])
+def test_more_than_dot_products(layout: str, settings: str, more: str, sequences: Make) -> None:
+    sequence = MORE[more](sequences([LAYOUTS[layout]], steps=2))
+    assert_every_step_is_the_reference(sequence, replace(BASE, **SETTINGS[settings]))
+
+
+@pytest.mark.parametrize("settings", ["share", "none"])
+@pytest.mark.parametrize("turns", ["another image", "rows alike, then not", "images in one row, then in the other"])
+def test_biases_over_several_turns(turns: str, settings: str, sequences: Make) -> None:
+    sequence, config = sequences(TURNS[turns], steps=2), replace(BASE, **SETTINGS[settings])
+    assert_every_step_is_the_reference(MORE["biases"](sequence), config)
+
+
+@pytest.mark.parametrize("settings", ["share", "max", "none"])
+def test_sinks_change_no_selection(settings: str, sequences: Make) -> None:
+    sequence, config = sequences([LAYOUTS["100"]]), replace(BASE, **SETTINGS[settings])
+    found = []
+    for one in (sequence, MORE["sinks"](sequence)):
+        filled = Filled(one, config)
+        filled.read(0, one.stops[0])
+        found.append(filled.decode(one.stops[0]))
+    assert torch.equal(found[0].selected, found[1].selected)
+    assert not torch.allclose(found[0].output, found[1].output, atol=1e-2)
 
 
 @pytest.mark.parametrize("settings", ["share", "none", "few tokens in some rows"])
@@ -321,12 +370,10 @@ def test_gradients_of_a_query_through_layers_that_share_a_plan(sequences: Make) 
     entries = filled.layer.entries()
     query = sequence.query[:, :, position : position + 1].clone().requires_grad_()
     plan = filled.state.plan(query, entries)
-    outputs = [gaze_decode(query, entries, plan, scale, None).output.sum() for scale in (0.25, 0.5)]
+    layers = Scores(0.25), Scores(0.5)
+    outputs = [gaze_decode(query, entries, plan, scores).output.sum() for scores in layers]
     (together,) = torch.autograd.grad(sum(outputs), query)
-    alone = [
-        torch.autograd.grad(gaze_decode(query, entries, plan, scale, None).output.sum(), query)[0]
-        for scale in (0.25, 0.5)
-    ]
+    alone = [torch.autograd.grad(gaze_decode(query, entries, plan, scores).output.sum(), query)[0] for scores in layers]
     torch.testing.assert_close(together, sum(alone))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_decode import BASE, LAYOUTS, SETTINGS, TURNS, Filled, separated, steps
+from test_decode import BASE, LAYOUTS, MORE, SETTINGS, TURNS, Filled, separated, steps
 from tiny import Case, batch, tiny
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from gazepatch.errors import ConfigError, UnsupportedModelError
 from gazepatch.layout import Span
 from gazepatch.ops.plan import means_of, plan_for
 from gazepatch.regions import ABSENT, sort_chunk
+from gazepatch.scores import Scores
 from gazepatch.selection import region_scores, window_logits
 from gazepatch.selection import select as torch_select
 
@@ -41,7 +42,9 @@ needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 
 def on_device(sequence: Any) -> Any:
     return replace(
-        sequence, **{name: getattr(sequence, name).to(DEVICE) for name in ("query", "key", "value", "visible")}
+        sequence,
+        **{name: getattr(sequence, name).to(DEVICE) for name in ("query", "key", "value", "visible")},
+        **{name: x.to(DEVICE) for name in ("sinks", "bias") if (x := getattr(sequence, name)) is not None},
     )
 
 
@@ -199,7 +202,7 @@ class Selection:
 
     def logits(self) -> Tensor:
         grouped = self.query.unflatten(1, (-1, self.group))
-        return window_logits(grouped, self.mean_keys, self.log_counts, 0.25)
+        return window_logits(grouped, self.mean_keys, self.log_counts, Scores(0.25))
 
     def expected(self, budget: list[int], head_reduce: str) -> Tensor:
         """Which regions the twin takes."""
@@ -389,11 +392,31 @@ def test_gradients_are_left_to_the_twin(sequences: Make) -> None:
     filled.begin(filled.sequence.stops[0], filled.sequence.stops[0] + 1)
     entries = filled.layer.entries()
     query = filled.sequence.query[:, :, :1].clone().requires_grad_()
-    plan = filled.state.plan(query, entries)
-    assert isinstance(plan, KernelPlan) and plan.unfit(query, entries) == "has no gradients of decode steps"
+    plan, scores = filled.state.plan(query, entries), Scores(0.25)
+    assert isinstance(plan, KernelPlan) and plan.unfit(query, entries, scores) == "has no gradients of decode steps"
     plan.config = replace(KERNELS, backend="auto")
-    plan.decode(query, entries, 0.25).output.sum().backward()
+    plan.decode(query, entries, scores).output.sum().backward()
     assert query.grad is not None and query.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("more", ["soft cap", "sinks", "biases"])
+@torch.no_grad()
+def test_more_than_dot_products_is_left_to_the_twin(more: str, sequences: Make) -> None:
+    sequence = on_device(MORE[more](sequences([LAYOUTS["several, text between"]])))
+    position = sequence.stops[0]
+    filled = Filled(sequence, KERNELS)
+    filled.read(0, position)
+    filled.begin(position, position + 1)
+    query, entries = sequence.query[:, :, position : position + 1], filled.layer.entries()
+    scores = filled.state.laid(sequence.scores(slice(position, position + 1), position + 1))
+    plan = filled.state.plan(query, entries)
+    with pytest.raises(
+        UnsupportedModelError, match="backend='triton' takes neither soft-capped scores, nor sinks, nor"
+    ):
+        plan.decode(query, entries, scores)
+    plan.config = replace(KERNELS, backend="auto")
+    expected, _ = sequence.reference(position, KERNELS)
+    torch.testing.assert_close(plan.decode(query, entries, scores).output[:, :, 0], expected, atol=2e-5, rtol=0)
 
 
 def test_importing_the_package_does_not_import_triton() -> None:
@@ -426,16 +449,16 @@ def test_a_step_in_a_graph(sequences: Make) -> None:
     query = sequence.query[:, :, position : position + 1].clone()
     plan = filled.state.plan(query, entries)
     bias = filled.state.bias(sequence.mask(position), DEVICE)
-    total = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    plan.decode(query, entries, sequence.scale, bias, total)  # compiles
+    total, scores = torch.zeros(1, dtype=torch.int64, device=DEVICE), sequence.scores(slice(1), 1)
+    plan.decode(query, entries, scores, bias, total)  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = plan.decode(query, entries, sequence.scale, bias, total).output
+        captured = plan.decode(query, entries, scores, bias, total).output
     for other in range(3):
         query.copy_(sequence.query[:, :, other : other + 1])
         graph.replay()
-        torch.testing.assert_close(captured, plan.decode(query, entries, sequence.scale, bias, total).output)
+        torch.testing.assert_close(captured, plan.decode(query, entries, scores, bias, total).output)
 
 
 @pytest.mark.gpu

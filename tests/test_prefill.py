@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_decode import MORE
 from torch import Tensor
 
 from gazepatch.cache import GazeLayer
@@ -74,9 +75,8 @@ def gazed(sequence: Any, config: GazeConfig, positions: Tensor, mask: Tensor | N
     assert state.regions is not None and layer.mean_keys is not None
     means = layer.mean_keys, layer.mean_values
     query = sequence.query[:, :, positions]
-    return gaze_prefill(
-        query, key, value, means, state.regions, state.region_of(), positions, mask, config, sequence.scale
-    )
+    scores = state.laid(sequence.scores(slice(None), key.shape[2])).of_queries(positions)
+    return gaze_prefill(query, key, value, means, state.regions, state.region_of(), positions, mask, config, scores)
 
 
 def assert_every_query_is_the_reference(sequence: Any, config: GazeConfig, mask_kind: str) -> None:
@@ -106,10 +106,12 @@ def test_few_tokens(layout: str, periphery: bool, sequences: Make) -> None:
     assert_every_query_is_the_reference(sequences([LAYOUTS[layout]], steps=0), config, "boolean")
 
 
+@pytest.mark.parametrize("more", [None, "biases"])
 @pytest.mark.parametrize("kind", ["none", "boolean", "added"])
 @pytest.mark.parametrize("layout", ["three images", "rows alike"])
-def test_masks(kind: str, layout: str, sequences: Make) -> None:
-    assert_every_query_is_the_reference(sequences([LAYOUTS[layout]], steps=0), BASE, kind)
+def test_masks(kind: str, layout: str, more: str | None, sequences: Make) -> None:
+    sequence = sequences([LAYOUTS[layout]], steps=0)
+    assert_every_query_is_the_reference(MORE[more](sequence) if more else sequence, BASE, kind)
 
 
 def test_an_added_mask_with_padding(sequences: Make) -> None:
@@ -124,6 +126,14 @@ def test_heads(key_heads: int, group: int, head_reduce: str, sequences: Make) ->
     assert_every_query_is_the_reference(sequence, replace(BASE, head_reduce=head_reduce), "boolean")
 
 
+@pytest.mark.parametrize("more", MORE)
+@pytest.mark.parametrize("settings", ["share", "share, no periphery", "none", "everything"])
+@pytest.mark.parametrize("layout", ["36, then 63", "rows of different images"])
+def test_more_than_dot_products(layout: str, settings: str, more: str, sequences: Make) -> None:
+    sequence = MORE[more](sequences([LAYOUTS[layout]], steps=0))
+    assert_every_query_is_the_reference(sequence, replace(BASE, **SETTINGS[settings]), "boolean")
+
+
 def test_other_value_dimension(sequences: Make) -> None:
     sequence = sequences([LAYOUTS["three images"]], steps=0, value_dim=24)
     assert_every_query_is_the_reference(sequence, BASE, "boolean")
@@ -132,7 +142,7 @@ def test_other_value_dimension(sequences: Make) -> None:
 @pytest.mark.parametrize("kind", ["none", "boolean", "added"])
 @pytest.mark.parametrize("queries", [1, 2, 3])
 def test_blocks_of_queries(queries: int, kind: str, sequences: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    sequence = sequences([LAYOUTS["rows alike"]], steps=0)
+    sequence = MORE["sinks of queries"](sequences([LAYOUTS["rows alike"]], steps=0))
     positions = text(sequence)[0].nonzero()[:, 0]
     assert len(positions) == 4
     mask = masks(sequence, positions, kind)
@@ -173,11 +183,14 @@ def test_a_query_before_every_image_reads_what_is_before_it(sequences: Make) -> 
     torch.testing.assert_close(output, expected, atol=2e-6, rtol=0)
 
 
+@pytest.mark.parametrize("more", [None, "soft cap and sinks", "biases"])
 @pytest.mark.parametrize("settings", ["share", "share, no periphery", "none", "everything"])
 @pytest.mark.parametrize("layout", ["35", "three images", "rows of different images"])
-def test_gradients(layout: str, settings: str, sequences: Make) -> None:
+def test_gradients(layout: str, settings: str, more: str | None, sequences: Make) -> None:
     sequence, config = sequences([LAYOUTS[layout]], steps=0), replace(BASE, **SETTINGS[settings])
-    inputs = [x.requires_grad_() for x in (sequence.query, sequence.key, sequence.value)]
+    sequence = MORE[more](sequence) if more else sequence
+    given = (sequence.query, sequence.key, sequence.value, sequence.sinks, sequence.bias)
+    inputs = [x.requires_grad_() for x in given if x is not None]
     is_text = text(sequence)
     positions = is_text.any(0).nonzero()[:, 0]
     output = gazed(sequence, config, positions, masks(sequence, positions, "boolean"))

@@ -60,6 +60,22 @@ def test_by_hand_the_other_region() -> None:
     assert output == average([(weight([-1.0, 2.0], KEYS[i]), VALUES[i]) for i in (1, 3, 4, 5)] + [far])
 
 
+def test_by_hand_soft_cap_and_sink() -> None:
+    visible, cap, sink = torch.ones(6, dtype=torch.bool), 0.6, 0.25
+    config = GazeConfig(**COLUMNS, budget=1, periphery=True)
+    key, value = torch.tensor([KEYS]), torch.tensor([VALUES])
+    query, sinks = torch.tensor([QUERY]), torch.tensor([sink])
+    output, kept = gaze_reference(query, key, value, [IMAGE], config, SCALE, visible, cap, sinks)
+    assert kept[0].tolist() == [True, False, True, False, True, True]
+
+    def capped(key: list[float], count: int = 1) -> float:
+        return count * math.exp(cap * math.tanh(math.log(weight(QUERY, key)) / cap))
+
+    read = [(capped(KEYS[i]), VALUES[i]) for i in (0, 2, 4, 5)]
+    far = (capped([-0.5, 0.75], count=2), [3.0, 30.0])
+    assert output[0].tolist() == average([*read, far, (math.exp(sink), [0.0, 0.0])])
+
+
 @pytest.mark.parametrize(
     ("keys", "window", "expected"),
     [

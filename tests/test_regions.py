@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gazepatch.config import GazeConfig
 from gazepatch.layout import Block, Grid, Span
-from gazepatch.regions import ABSENT, Chunk, Regions, sort_chunk, take, tile, tile_span
+from gazepatch.regions import ABSENT, Chunk, Regions, by_window, sort_chunk, take, tile, tile_span
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -356,3 +356,16 @@ def test_to_moves_every_tensor() -> None:
     tensors = [getattr(owner, f.name) for owner in (chunk, chunk.regions) for f in fields(owner)]
     devices = {tensor.device.type for tensor in tensors if isinstance(tensor, Tensor)}
     assert devices == {"meta"}
+
+
+def test_by_window() -> None:
+    # Windows 0 and 1 of two tokens each, window 2 of none; the third token is in none.
+    bias = torch.tensor([[1.0, 2.0, 9.0, -200.0, -201.0]])[None, None]
+    found = by_window(bias, torch.tensor([[0, 0, 3, 1, 1]]), 3)
+    assert found.shape == (1, 1, 1, 3)
+    assert found[..., :2].flatten().tolist() == pytest.approx(
+        [1 + math.log(1 + math.e), -200 + math.log(1 + 1 / math.e)]
+    )
+    assert found[..., 2] < ABSENT / 2
+    alike = by_window(torch.full((2, 3, 4, 5), 0.5), torch.tensor([[0, 0, 0, 1, 2], [1, 1, 2, 2, 2]]), 2)
+    torch.testing.assert_close(alike[:, 0, 0], 0.5 + torch.tensor([[3.0, 1.0], [0.0, 2.0]]).log().clamp(min=ABSENT))

@@ -19,7 +19,6 @@ from gazepatch.conformance import _spied
 from gazepatch.errors import GazeError, PatchError
 from gazepatch.layout import Span
 from gazepatch.patch import patch_of
-from gazepatch.reference import gaze_reference
 from gazepatch.regions import region_cells, tile_span
 from gazepatch.trace import Read, Trace
 from gazepatch.verification import fingerprint, generate_logits
@@ -91,9 +90,7 @@ def test_generate_reads_what_the_trace_says(name: str, rows: str, settings: dict
     for number, step in enumerate(spied):
         for row, read in enumerate(trace.steps[number // len(trace.steps[0])][step.layer]):
             own = [span for span in case.spans if span.row == row]
-            kept = gaze_reference(
-                step.query[row, :, 0], step.key[row], step.value[row], own, config, step.scale, step.visible[row]
-            ).kept
+            kept = step.expected(row, config, own).kept
             visual = [position for span in own for position in span.positions()]
             expected = [{p for p in visual if of_head[p]} for of_head in kept[::share]]
             assert read is not None and expected == read_positions(trace, row, read, case.spans)

@@ -14,6 +14,7 @@ from gazepatch.kernels.launches import most_splits, multiprocessors, scored_regi
 from gazepatch.kernels.ops import decode, launch_for, select
 from gazepatch.ops.decode import Decoded, DecodePlan, Entries
 from gazepatch.regions import Regions
+from gazepatch.scores import Scores
 
 #: One program holds the scores of all regions of a row in its registers.
 MOST_REGIONS = 8192
@@ -46,20 +47,20 @@ class KernelPlan(DecodePlan):
         self._combining: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def decode(
-        self, query: Tensor, entries: Entries, scale: float, bias: Tensor | None = None, total: Tensor | None = None
+        self, query: Tensor, entries: Entries, scores: Scores, bias: Tensor | None = None, total: Tensor | None = None
     ) -> Decoded:
         """`gaze_decode` by the kernels."""
-        if reason := self.unfit(query, entries):
+        if reason := self.unfit(query, entries, scores):
             if self.config.backend == "triton":
                 raise UnsupportedModelError(f"backend='triton' {reason}: take backend='auto'")
-            return super().decode(query, entries, scale, bias, total)
+            return super().decode(query, entries, scores, bias, total)
         batch, heads, _, _ = query.shape
         flat = query.view(batch, heads, -1) if query.stride(-1) == 1 else query.reshape(batch, heads, -1)
         read: int | Tensor = self.visual_entries
         far = self.config.periphery and entries.mean_values is not None and not self.whole
         if not self.whole:
-            read = self._select(flat, entries, scale, far, total)
-        output = self._attend(flat, entries, scale, bias, far)
+            read = self._select(flat, entries, scores.scale, far, total)
+        output = self._attend(flat, entries, scores.scale, bias, far)
         return Decoded(output[:, :, None], read, None if self.whole else self.runs)
 
     def numbers(self, selected: Tensor) -> Tensor:
@@ -140,11 +141,13 @@ class KernelPlan(DecodePlan):
             self._combining[key] = empty(*shape, value_dim), empty(*shape, 2)
         return self._combining[key]
 
-    def unfit(self, query: Tensor, entries: Entries) -> str | None:
+    def unfit(self, query: Tensor, entries: Entries, scores: Scores) -> str | None:
         """Why the kernels cannot take this step, or None."""
         tensors = [query, *(entry for entry in entries if entry is not None)]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return "has no gradients of decode steps"
+        if not scores.plain:
+            return "takes neither soft-capped scores, nor sinks, nor biases in decode steps"
         dtypes, dims = {tensor.dtype for tensor in tensors}, (query.shape[-1], entries.value.shape[-1])
         if not kernels_fit(dtypes, *dims):
             wanted = f"one type among {_names(DTYPES)}, head dims up to {MOST_DIM}"

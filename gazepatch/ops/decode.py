@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from gazepatch.config import GazeConfig
-from gazepatch.ops.partial import Part, attend, combine
+from gazepatch.ops.partial import Part, attend, combine, sink
 from gazepatch.regions import ABSENT, Regions
+from gazepatch.scores import Scores, added
 from gazepatch.selection import region_scores, select, window_logits
 
 #: Keys and values that a CPU core's own cache can hold for a moment.
@@ -95,10 +96,10 @@ class DecodePlan:
         self._scratch: dict[int, Tensor] = {}
 
     def decode(
-        self, query: Tensor, entries: Entries, scale: float, bias: Tensor | None = None, total: Tensor | None = None
+        self, query: Tensor, entries: Entries, scores: Scores, bias: Tensor | None = None, total: Tensor | None = None
     ) -> Decoded:
         """`gaze_decode` by this plan. `total` is for plans with `counts_itself`: a `[1]` int64 tensor."""
-        return gaze_decode(query, entries, self, scale, bias)
+        return gaze_decode(query, entries, self, scores, bias)
 
     def read(self, store: Tensor, pages: Tensor, which: int) -> Tensor:
         """Tokens `[g, n * page, D]` of the pages `[g, n]` of a `[B, H_kv, N, D]` store.
@@ -126,32 +127,38 @@ class DecodePlan:
         return max(torch.get_num_threads(), CHUNK_BYTES // max(group_bytes, 1)) if self.on_cpu else groups
 
 
-def gaze_decode(query: Tensor, entries: Entries, plan: DecodePlan, scale: float, bias: Tensor | None = None) -> Decoded:
+def gaze_decode(
+    query: Tensor, entries: Entries, plan: DecodePlan, scores: Scores, bias: Tensor | None = None
+) -> Decoded:
     """Attention of one query token per row over the other entries, its selected regions and their periphery.
 
     Args:
         query: `[B, H, 1, D]`.
         entries: What the layer has cached, the query's own key included.
         plan: Of the regions that the entries were stored by.
-        scale: Scale of the attention scores.
+        scores: What becomes of the dot products, with biases as `GazeState.laid` sorts them.
         bias: `[B or 1, 1, 1, T]`, added to the scores of the other entries (padding).
     """
     batch, heads, _, dim = query.shape
     key_heads = entries.key.shape[1]
     grouped = query.view(batch, key_heads, heads // key_heads, dim)
-    parts = [attend(grouped, entries.key, entries.value, scale, bias)]
+    scores, others = scores.grouped(key_heads, 1), entries.key.shape[2]
+    of_others, of_visual = (None, None) if scores.bias is None else scores.bias.tensor_split([others], -1)
+    parts = [attend(grouped, entries.key, entries.value, scores, added(bias, of_others))]
     read: int | Tensor = plan.visual_entries
     selected: Tensor | None = None
     if plan.whole:
-        parts.append(attend(grouped, entries.visual_key, entries.visual_value, scale, plan.padding))
+        parts.append(attend(grouped, entries.visual_key, entries.visual_value, scores, added(plan.padding, of_visual)))
     else:
-        logits = window_logits(grouped, entries.mean_keys, plan.regions.log_counts, scale)
+        logits = window_logits(grouped, entries.mean_keys, plan.regions.log_counts, scores)
         weights = logits.softmax(-1)
         selected = _select(weights, plan)
-        part, read = _attend_selected(grouped, entries, selected, plan, scale)
+        part, read = _attend_selected(grouped, entries, selected, plan, scores, of_visual)
         parts.append(part)
         if plan.config.periphery and entries.mean_values is not None:
             parts.append(_attend_periphery(logits, weights, entries.mean_values, selected, plan))
+    if scores.sinks is not None:
+        parts.append(sink(scores.sinks))
     return Decoded(combine(parts).reshape(batch, heads, 1, -1), read, selected)
 
 
@@ -164,7 +171,7 @@ def _select(weights: Tensor, plan: DecodePlan) -> Tensor:
 
 
 def _attend_selected(
-    grouped: Tensor, entries: Entries, selected: Tensor, plan: DecodePlan, scale: float
+    grouped: Tensor, entries: Entries, selected: Tensor, plan: DecodePlan, scores: Scores, of_visual: Tensor | None
 ) -> tuple[Part, int | Tensor]:
     batch, key_heads, group, dim = grouped.shape
     groups = batch * key_heads * selected.shape[2]  # that read the same entries
@@ -180,15 +187,26 @@ def _attend_selected(
         pages = pages.masked_fill(~held, 0)
         bias = torch.where(held, 0.0, ABSENT).repeat_interleave(plan.page, -1).view(1, groups, 1, -1)
         read = length.sum()
+    if of_visual is not None:
+        own = _of_selected(of_visual, selected, plan)
+        bias = added(bias, own.view(1, groups, group // selected.shape[2], -1))
     pages, query = pages.view(groups, -1), grouped.reshape(groups, -1, dim)
     size = plan.chunks(groups, 2 * pages.shape[1] * plan.page * dim * query.element_size())
     parts = []
     for some in (slice(first, first + size) for first in range(0, groups, size)):
         key = plan.read(entries.visual_key, pages[some], 0)
         value = plan.read(entries.visual_value, pages[some], 1)
-        parts.append(attend(query[None, some], key[None], value[None], scale, None if bias is None else bias[:, some]))
+        parts.append(attend(query[None, some], key[None], value[None], scores, None if bias is None else bias[:, some]))
     output, weight = parts[0] if len(parts) == 1 else (torch.cat(of_all, 1) for of_all in zip(*parts, strict=True))
     return Part(output.reshape(batch, key_heads, group, -1), weight.reshape(batch, key_heads, group)), read
+
+
+def _of_selected(of_visual: Tensor, selected: Tensor, plan: DecodePlan) -> Tensor:
+    """`[B, H_kv, G, S * P]` biases of what is read of the selected regions, out of `[B, H_kv, G, N]` of all slots."""
+    read = torch.arange(len(plan.offsets) * plan.page, device=selected.device)
+    slots = (_look_up(plan.start_page, selected)[..., None] * plan.page + read).flatten(-2)
+    slots = slots.clamp(max=of_visual.shape[-1] - 1).expand(-1, -1, of_visual.shape[2], -1)
+    return of_visual.expand(len(slots), -1, -1, -1).gather(-1, slots)
 
 
 def _look_up(table: Tensor, selected: Tensor) -> Tensor:

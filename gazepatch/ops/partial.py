@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gazepatch.scores import Scores
+
 # What F.scaled_dot_product_attention calls on CPU; called by name for the log-sum-exp, which it computes anyway.
 _FLASH_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -24,30 +26,37 @@ class Part(NamedTuple):
     weight: Tensor
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None = None) -> Part:
-    """Softmax attention with its log-sum-exp.
+def attend(query: Tensor, key: Tensor, value: Tensor, scores: Scores, bias: Tensor | None = None) -> Part:
+    """Softmax attention with its log-sum-exp. Sinks are a part of their own.
 
     Args:
         query: `[B, H, Q, D]`.
         key: `[B, H, N, D]`.
         value: `[B, H, N, D_v]`.
-        scale: Scale of the scores.
+        scores: What becomes of the dot products; its biases are those of more keys than these.
         bias: Added to the scores; broadcasts to `[B, H, Q, N]`.
     """
     tensors = (query, key, value)
     if (
-        query.device.type == "cpu"
+        scores.softcap is None
+        and query.device.type == "cpu"
         and query.shape[-1] == value.shape[-1]
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
     ):
         # The bias stays float32: in float16 ABSENT is -inf, for which the operator gives a weight of 0 (a share of 1).
-        output, weight = _FLASH_CPU(*tensors, 0.0, False, attn_mask=None if bias is None else bias.float(), scale=scale)
-        return Part(output, weight)
-    scores = torch.matmul(query, key.transpose(-1, -2)).float() * scale
+        mask = None if bias is None else bias.float()
+        dense = (x if x.stride(-1) == 1 else x.contiguous() for x in tensors)  # it does not ask, and reads nonsense
+        return Part(*_FLASH_CPU(*dense, 0.0, False, attn_mask=mask, scale=scores.scale))
+    logits = scores.of(torch.matmul(query, key.transpose(-1, -2)))
     if bias is not None:
-        scores = scores + bias
-    weight = scores.logsumexp(-1)
-    return Part(torch.matmul((scores - weight[..., None]).exp().to(value.dtype), value), weight)
+        logits = logits + bias
+    weight = logits.logsumexp(-1)
+    return Part(torch.matmul((logits - weight[..., None]).exp().to(value.dtype), value), weight)
+
+
+def sink(weight: Tensor) -> Part:
+    """The part of a key without a value, of score `weight` `[B or 1, H, Q]`: it takes its share, and gives nothing."""
+    return Part(weight.new_zeros(1), weight)
 
 
 def combine(parts: list[Part]) -> Tensor:

@@ -13,8 +13,9 @@ from torch import Tensor
 from gazepatch.backend import choose, kernels_fit
 from gazepatch.config import GazeConfig
 from gazepatch.ops.decode import periphery
-from gazepatch.ops.partial import Part, attend, combine
+from gazepatch.ops.partial import Part, attend, combine, sink
 from gazepatch.regions import ABSENT, Regions
+from gazepatch.scores import Scores, added
 from gazepatch.selection import region_scores, select, window_logits
 
 #: Elements of the largest temporary, the mask of a block of queries.
@@ -31,7 +32,7 @@ def gaze_prefill(
     positions: Tensor,
     mask: Tensor | None,
     config: GazeConfig,
-    scale: float,
+    scores: Scores,
 ) -> Tensor:
     """Gaze attention of several text queries.
 
@@ -44,7 +45,7 @@ def gaze_prefill(
         positions: `[Q]` positions of the queries.
         mask: `[B or 1, 1, Q, L]`, boolean or to be added to the scores; None: causal.
         config: Settings.
-        scale: Scale of the attention scores.
+        scores: What becomes of the dot products.
 
     Returns:
         `[B, H, Q, D_v]`.
@@ -56,8 +57,9 @@ def gaze_prefill(
     for first in range(0, queries, block):
         part = slice(first, first + block)
         bias = None if mask is None else _as_bias(mask[:, :, part])
+        own = scores.of_queries(part)
         outputs.append(
-            _block(query[:, :, part], key, value, means, regions, region_of, positions[part], bias, config, scale)
+            _block(query[:, :, part], key, value, means, regions, region_of, positions[part], bias, config, own)
         )
     return torch.cat(outputs, 2)
 
@@ -72,12 +74,13 @@ def _block(
     positions: Tensor,
     bias: Tensor | None,
     config: GazeConfig,
-    scale: float,
+    scores: Scores,
 ) -> Tensor:
     batch, heads, queries, dim = query.shape
     key_heads, group = key.shape[1], heads // key.shape[1]
     # [B, H_kv, Q * G, D], queries first, so that the heads of a group are neighbours.
     grouped = query.view(batch, key_heads, group, queries, dim).transpose(2, 3).reshape(batch, key_heads, -1, dim)
+    scores = scores.grouped(key_heads, queries)
     # A region is seen where the last token of its image is, which may be behind the query (PaliGemma).
     last = (regions.stop - 1).clamp(min=0)[:, None].expand(-1, queries, -1)
     if bias is None:  # causal
@@ -86,15 +89,17 @@ def _block(
         visible = (bias[:, 0] > ABSENT / 2).expand(max(len(bias), len(last)), -1, -1)
         seen = visible.gather(2, last.expand(len(visible), -1, -1))
     seen = seen & (regions.length > 0)[:, None]  # [b, Q, R]
-    logits = window_logits(grouped, means[0], regions.log_counts, scale).unflatten(2, (queries, group))
+    logits = window_logits(grouped, means[0], regions.log_counts, scores).unflatten(2, (queries, group))
     windows_seen = seen.repeat_interleave(regions.windows, -1)[:, None, :, None]
     logits = logits.masked_fill(~windows_seen, ABSENT)
     weights = logits.softmax(-1)
     taken = _taken(weights.detach(), seen, regions, config)  # [B, H_kv, Q, 1 or G, R]
-    parts = [_attend_taken(grouped, key, value, region_of, taken, positions, bias, scale, config.backend)]
+    parts = [_attend_taken(grouped, key, value, region_of, taken, positions, bias, scores, config.backend)]
     if config.periphery and means[1] is not None:
         far = weights.unflatten(-1, (-1, regions.windows)).masked_fill(taken[..., None], 0.0).flatten(-2)
         parts.append(periphery(far.flatten(2, 3), logits.logsumexp(-1).flatten(2, 3), means[1]))
+    if scores.sinks is not None:
+        parts.append(sink(scores.sinks))
     output = combine(parts).view(batch, key_heads, queries, group, -1)
     return output.transpose(2, 3).reshape(batch, heads, queries, -1)
 
@@ -107,17 +112,18 @@ def _attend_taken(
     taken: Tensor,
     positions: Tensor,
     bias: Tensor | None,
-    scale: float,
+    scores: Scores,
     backend: str,
 ) -> Part:
     """Attention of `query` `[B, H_kv, Q * G, D]` over the keys that are no visual tokens and those of regions taken."""
     dtypes = {query.dtype, key.dtype, value.dtype}
-    if choose(backend, query.device).name == "triton" and kernels_fit(dtypes, query.shape[3], value.shape[3]):
+    fits = scores.softcap is None and scores.bias is None and kernels_fit(dtypes, query.shape[3], value.shape[3])
+    if fits and choose(backend, query.device).name == "triton":
         from gazepatch.kernels.routed import routed  # imports triton
 
         of_queries = None if bias is None else bias[:, 0].contiguous()
         tables = region_of.int(), taken.view(torch.int8), positions.int()
-        return Part(*routed(query, key, value, *tables, of_queries, scale))
+        return Part(*routed(query, key, value, *tables, of_queries, scores.scale))
     batch, key_heads, rows, _ = query.shape
     queries, length = len(positions), key.shape[2]
     if bias is None:
@@ -126,7 +132,7 @@ def _attend_taken(
     allowed = reads | (region_of < 0)[:, None, None, None]
     full = torch.where(allowed, 0.0, ABSENT) + bias[:, :, :, None]
     full = full.expand(batch, key_heads, queries, rows // queries, length).reshape(batch, key_heads, rows, length)
-    return attend(query, key, value, scale, full.clamp(min=ABSENT))
+    return attend(query, key, value, scores, added(full.clamp(min=ABSENT), scores.bias))
 
 
 def _taken(weights: Tensor, seen: Tensor, regions: Regions, config: GazeConfig) -> Tensor:

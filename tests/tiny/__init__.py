@@ -39,7 +39,12 @@ FAMILIES: dict[str, Callable[[bool], Case]] = {
 }
 VIDEO = tuple(name for module in _MODULES for name in module.VIDEO)
 #: Other settings of a model type that has a name of its own.
-VARIANTS = {"llava_full": "llava", "llava_pixtral": "llava"}
+VARIANTS = {
+    "internvl_gpt_oss": "internvl",
+    "llava_full": "llava",
+    "llava_pixtral": "llava",
+    "paligemma_gemma2": "paligemma",
+}
 #: One family or two of every layout and every kind of decoder, for tests of many settings.
 CORE = (
     "gemma3",

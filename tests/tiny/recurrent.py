@@ -10,8 +10,9 @@ import torch
 import transformers
 
 from tiny.grids import DEEP, EXPERTS, MARKS, MROPE, grids
-from tiny.models import pixels, text, tower
+from tiny.models import VOCAB, pixels, text, tower
 from tiny.prompts import AUDIO, BREAK, END, IMAGE, START, VIDEO_TOKEN, Case, Media, square
+from tiny.runs import line
 from tiny.sized import SIZES
 
 LINEAR: dict[str, Any] = {
@@ -176,7 +177,68 @@ def nemotron_h_omni(video: bool) -> Case:
     return Case(transformers.NemotronH_Omni_Reasoning_V3(config), [images])
 
 
+# ---- Inkling: short convolutions beside every attention, which has biases by relative position
+
+HYBRID: dict[str, Any] = {
+    "layer_types": ["hybrid_sliding", "hybrid"],
+    "sliding_window_size": 48,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 16,
+    "d_rel": 4,
+    "rel_extent": 40,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "log_scaling_n_floor": 16,
+}
+
+
+def inkling2(video: bool) -> Case:
+    decoder = text(dict, **HYBRID, unpadded_vocab_size=VOCAB, n_layers_per_attn_res_block=2)
+    config = transformers.Inkling2Config(
+        text_config=transformers.Inkling2TextConfig(**decoder),
+        vision_config=transformers.Inkling2VisionConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            patch_size=4,
+            posemb_grid_size=8,
+            projection_hidden_dim=32,
+            text_hidden_size=64,
+        ),
+        image_token_id=IMAGE,
+    )
+    images = [
+        Media(
+            [START, square(h, w), END],
+            {"pixel_values": pixels(h * w, 8, 8, 3), "image_grid_thw": torch.tensor([[1, h, w]])},
+        )
+        for h, w in SIZES
+    ]
+    return Case(transformers.Inkling2ForConditionalGeneration(config), [images])
+
+
+def inkling_mm_model(video: bool) -> Case:
+    decoder = text(dict, **HYBRID, n_shared_experts=1, mlp_layer_types=["dense", "sparse"])
+    config = transformers.InklingConfig(
+        text_config=transformers.InklingTextConfig(**decoder),
+        vision_config=transformers.InklingVisionConfig(
+            patch_size=4, hidden_size=32, num_hidden_layers=6, num_attention_heads=2
+        ),
+        audio_config=transformers.InklingAudioConfig(n_mel_bins=8, mel_vocab_size=8),
+        image_token_id=IMAGE,
+        audio_token_id=AUDIO,
+        image_bos_token_id=START,
+        audio_bos_token_id=END,
+    )
+    images = [Media([START, line(n)], {"pixel_values": pixels(n, 2, 4, 4, 3)}) for n in (40, 63)]
+    return Case(transformers.InklingForConditionalGeneration(config), [images])
+
+
 FAMILIES: dict[str, Callable[[bool], Case]] = {
+    "inkling2": inkling2,
+    "inkling_mm_model": inkling_mm_model,
     "lfm2_vl": lfm2_vl,
     "lfm3_vl": lfm3_vl,
     "minicpm_ocr": minicpm_ocr,

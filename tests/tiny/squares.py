@@ -134,10 +134,10 @@ def janus(video: bool) -> Case:
     return whole(transformers.JanusForConditionalGeneration(config), 8, 32, START, after=(END,))
 
 
-def paligemma(video: bool) -> Case:
+def paligemma(video: bool, decoder: Any = None) -> Case:
     config = transformers.PaliGemmaConfig(
         vision_config=siglip(32),
-        text_config=text(transformers.GemmaConfig),
+        text_config=decoder or text(transformers.GemmaConfig),
         image_token_index=IMAGE,
         projection_dim=64,
         hidden_size=64,
@@ -145,6 +145,12 @@ def paligemma(video: bool) -> Case:
     config.vision_config.projection_dim = 64
     case = whole(transformers.PaliGemmaForConditionalGeneration(config), 8, 32)
     return replace(case, extra=lambda ids, rows: {"token_type_ids": torch.zeros_like(ids)})
+
+
+def paligemma_gemma2(video: bool) -> Case:
+    kinds = ["sliding_attention", "full_attention"]
+    capped = {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0}
+    return paligemma(video, text(transformers.Gemma2Config, layer_types=kinds, sliding_window=48, **capped))
 
 
 def shieldgemma2(video: bool) -> Case:
@@ -251,6 +257,7 @@ FAMILIES: dict[str, Callable[[bool], Case]] = {
     "llava_full": llava_full,
     "llava_pixtral": llava_pixtral,
     "paligemma": paligemma,
+    "paligemma_gemma2": paligemma_gemma2,
     "shieldgemma2": shieldgemma2,
     "video_llava": video_llava,
     "vipllava": vipllava,

@@ -38,10 +38,10 @@ def smolvlm(video: bool) -> Case:
     return idefics3(video, "SmolVLM")
 
 
-def internvl(video: bool, **settings: Any) -> Case:
+def internvl(video: bool, decoder: Any = None) -> Case:
     config = transformers.InternVLConfig(
         vision_config=tower(transformers.InternVLVisionConfig, [64, 64], [4, 4]),
-        text_config=text(transformers.Qwen2Config, **settings),
+        text_config=decoder or text(transformers.Qwen2Config),
         image_token_id=IMAGE,
         image_seq_length=64,
         downsample_ratio=0.5,
@@ -52,8 +52,18 @@ def internvl(video: bool, **settings: Any) -> Case:
 
 
 def internvl_short(video: bool) -> Case:
-    kinds = ["full_attention", "sliding_attention"]
-    return internvl(video, use_sliding_window=True, sliding_window=24, layer_types=kinds)
+    windows = {"sliding_window": 24, "layer_types": ["full_attention", "sliding_attention"]}
+    return internvl(video, text(transformers.Qwen2Config, use_sliding_window=True, **windows))
+
+
+def internvl_gpt_oss(video: bool) -> Case:
+    windows = {"sliding_window": 48, "layer_types": ["sliding_attention", "full_attention"]}
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    case = internvl(video, text(transformers.GptOssConfig, **windows, **rope, **experts))
+    for layer in case.model.model.language_model.layers:
+        layer.self_attn.sinks.data.normal_(2, 1)  # as large as the scores
+    return case
 
 
 def cohere(name: str, **settings: Any) -> Case:
@@ -102,6 +112,7 @@ def llama4(video: bool) -> Case:
         intermediate_size_mlp=96,
         num_local_experts=2,
         attention_chunk_size=48,
+        floor_scale=16,
         interleave_moe_layer_step=2,
     )
     config = transformers.Llama4Config(
@@ -210,6 +221,7 @@ FAMILIES: dict[str, Callable[[bool], Case]] = {
     "granite_docling": granite_docling,
     "idefics3": idefics3,
     "internvl": internvl,
+    "internvl_gpt_oss": internvl_gpt_oss,
     "llama4": llama4,
     "ovis2": ovis2,
     "perception_lm": perception_lm,

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from gazepatch.adapters.base import Adapter
-from gazepatch.cache import adopt
 from gazepatch.config import GazeConfig
 from gazepatch.errors import PatchError, UnsupportedModelError
 from gazepatch.insertion import Insertion, OwnImage, insert
 from gazepatch.layout import Span
 from gazepatch.splice import lengthen, shorten
 from gazepatch.state import GazeState
+from gazepatch.static import StaticState, adopt, stepping
 from gazepatch.stats import Counters
 from gazepatch.trace import Trace
 
@@ -185,6 +185,9 @@ class Runtime:
         rows, tokens = hidden.shape[:2]
         kwargs = dict(kwargs)
         cache = kwargs.get("past_key_values")
+        if tokens == 1 and (ready := stepping(cache, self)) is not None:
+            self._step(ready, cache, rows)
+            return (), kwargs
         if _checkpoints(module) and cache is not None and cache.get_seq_length() == 0:
             cache = kwargs["past_key_values"] = None  # the layers would not fill it either
         if cache is None and self._will_cache(module, kwargs):
@@ -234,6 +237,14 @@ class Runtime:
             return False
         wanted = kwargs.get("use_cache")
         return bool(getattr(self.text_config, "use_cache", False) if wanted is None else wanted)
+
+    def _step(self, state: StaticState, cache: Cache, rows: int) -> None:
+        """A decode step on a static cache starts. No Python value here may differ from one step to the next."""
+        state.step()
+        forward = self.running.forward = Forward(state, cache, state.length, 1)
+        if self.running.trace is not None:
+            self.running.trace.follow(state, rows, False)
+            forward.trace = self.running.trace if state.spans else None
 
     def _start(self, state: GazeState, cache: Cache | None, rows: int, tokens: int) -> Forward:
         past = state.length

@@ -87,3 +87,42 @@ class Counters:
             context_entries=sum(layer.context_entries for layer in layers.values()),
             layers=layers,
         )
+
+
+@dataclass
+class StepCounters(Counters):
+    """Counts of steps that the device may run by itself: those that are the same in every step are multiplied out."""
+
+    ran: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
+    each: dict[int, LayerStats] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        """A new prompt starts."""
+        super().clear()
+        self.ran.zero_()
+        self.each.clear()
+
+    def expect(self, layer: int, visual: int, read: int | None, context: int, device: torch.device) -> None:
+        """What a layer will count in every step; `read` is None where that depends on what is selected."""
+        self.each[layer] = LayerStats(visual, read or 0, context)
+        self.ran = self.ran.to(device)
+        if read is None:
+            self.on_device(layer, device)
+
+    def step(self) -> None:
+        """A step starts."""
+        self.ran.add_(1)
+
+    def add(self, layer: int, visual: int, read: int | Tensor, context: int) -> None:
+        """One layer's reads in one decode step; all that is known before it is counted already."""
+        if isinstance(read, Tensor):
+            self.on_device(layer, read.device).add_(read)
+
+    def stats(self) -> Stats:
+        """The counts so far. Waits for the device."""
+        self.steps = ran = int(self.ran)
+        for layer, each in self.each.items():
+            self.visual[layer], self.context[layer] = ran * each.visual_entries, ran * each.context_entries
+            if not isinstance(self.read.get(layer), Tensor):
+                self.read[layer] = ran * each.read_entries
+        return super().stats()

@@ -47,7 +47,7 @@ class Forward:
     Attributes:
         state: What its cache's layers share; of a temporary cache when the forward keeps none.
         cache: The cache, or None.
-        past: Slots filled before it.
+        past: Slots filled before it; -1 in a step on a static cache: only the device knows.
         tokens: Slots of its own.
         insertion: Where its context tokens are; None without any.
         routed: Columns of the new tokens whose queries gaze, `[Q]`; None when no query of a prompt does.
@@ -241,7 +241,7 @@ class Runtime:
     def _step(self, state: StaticState, cache: Cache, rows: int) -> None:
         """A decode step on a static cache starts. No Python value here may differ from one step to the next."""
         state.step()
-        forward = self.running.forward = Forward(state, cache, state.length, 1)
+        forward = self.running.forward = Forward(state, cache, -1, 1)
         if self.running.trace is not None:
             self.running.trace.follow(state, rows, False)
             forward.trace = self.running.trace if state.spans else None

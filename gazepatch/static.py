@@ -116,7 +116,7 @@ class StaticState(GazeState):
         self.check_whole()
         self.running = self.broken = True
         self.decoding = self.regions is not None
-        if self.spans:
+        if self.counters.each:  # of a sequence with visual tokens
             self.counters.step()
 
     def bias(self, mask: Tensor | None, device: torch.device) -> Tensor | None:

@@ -73,7 +73,7 @@ class DecodePlan:
     def __init__(self, regions: Regions, config: GazeConfig, batch: int, heads: int, key_heads: int) -> None:
         self.regions, self.config, self.heads = regions, config, heads
         device, budgets = regions.start.device, regions.budgets(config)
-        self.threads = torch.get_num_threads() if device.type == "cpu" else None
+        self.on_cpu = device.type == "cpu"
         selections = heads if config.head_reduce == "none" else key_heads
         self.visual_entries = selections * sum(regions.tokens) * (batch // len(regions.tokens))
         self.whole = budgets == list(regions.counts)
@@ -131,7 +131,9 @@ class DecodePlan:
 
     def chunks(self, groups: int, group_bytes: int) -> int:
         """How many groups to read at a time, so that what is copied is still in the processor's cache when used."""
-        return groups if self.threads is None else max(self.threads, CHUNK_BYTES // max(group_bytes, 1))
+        if not self.on_cpu or torch.compiler.is_compiling():
+            return groups
+        return max(torch.get_num_threads(), CHUNK_BYTES // max(group_bytes, 1))
 
 
 def gaze_decode(query: Tensor, entries: Entries, plan: DecodePlan, scale: float, bias: Tensor | None = None) -> Decoded:

@@ -23,7 +23,7 @@ from gazepatch.config import GazeConfig
 from gazepatch.errors import PatchError, UnsupportedModelError
 from gazepatch.insertion import Insertion, OwnImage, insert
 from gazepatch.layout import Span
-from gazepatch.splice import lengthen, shorten
+from gazepatch.splice import lengthen, lengthen_step, shorten
 from gazepatch.state import GazeState
 from gazepatch.static import StaticState, adopt, stepping
 from gazepatch.stats import Counters
@@ -82,6 +82,8 @@ class Forward:
 
     def count(self, layer: int, heads: int, key_heads: int, visual: int, read: int | Tensor) -> None:
         """Count what a layer read in a decode step: context tokens always, once for every selection."""
+        if isinstance(self.state, StaticState):
+            return self.state.counters.add_read(layer, read)
         selections = heads if self.state.config.head_reduce == "none" else key_heads
         self.state.counters.add(layer, visual, read, selections * self.state.slots.context_tokens)
 
@@ -187,7 +189,7 @@ class Runtime:
         cache = kwargs.get("past_key_values")
         if tokens == 1 and (ready := stepping(cache, self)) is not None:
             self._step(ready, cache, rows)
-            return (), kwargs
+            return (), lengthen_step(kwargs, ready, hidden) if ready.slots.inserted else kwargs
         if _checkpoints(module) and cache is not None and cache.get_seq_length() == 0:
             cache = kwargs["past_key_values"] = None  # the layers would not fill it either
         if cache is None and self._will_cache(module, kwargs):

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import StaticCache, StaticLayer
+from transformers.cache_utils import StaticCache, StaticLayer, StaticSlidingWindowLayer
 
 from gazepatch import cache as dynamic
 from gazepatch.cache import GazeLayer
@@ -94,9 +94,8 @@ class StaticState(GazeState):
 
     def _make_ready(self) -> None:
         self.ready = True
-        self._forget("other_positions")
-        self._forget("logical_order")
-        self.counters.clear()
+        for name in ("other_positions", "logical_order", "slot_positions"):
+            self._forget(name)
         for layer, (batch, heads, key_heads, device) in self._expected.items():
             selections = heads if self.config.head_reduce == "none" else key_heads
             visual = selections * sum(span.tokens for span in self.spans)
@@ -108,6 +107,10 @@ class StaticState(GazeState):
                 visual, read = plan.visual_entries, plan.always_read
             if self.spans:
                 self.counters.expect(layer, visual, read, selections * self.slots.context_tokens, device)
+
+    def slot_positions(self) -> Tensor:
+        """`[b, room]` position of every slot; -1 for padding."""
+        return self.slots.upto(self.room)[0]
 
     # ---- steps
 
@@ -141,6 +144,7 @@ class StaticState(GazeState):
         """Keep the rows of the batch with these numbers, in this order."""
         super().select_rows(rows)
         if self.ready:
+            self.counters.fold()
             self._make_ready()
 
 
@@ -296,7 +300,13 @@ def _replace_layers(cache: StaticCache, owner: object, config: GazeConfig, gaze_
         raise CacheError(
             f"layers {missing} were to gaze, but the cache keeps them as {[kinds[i].__name__ for i in missing]}"
         )
+    if config.context_tokens and StaticSlidingWindowLayer in kinds:
+        raise CacheError(
+            "a static cache has no room for context tokens in the sliding windows of this model: generate with "
+            "cache_implementation='dynamic'"
+        )
     state = StaticState(owner, config, cache.layers[gaze_layers[0]].get_max_length())
-    for i in gaze_layers:
-        cache.layers[i] = StaticGazeLayer(state, gazes=True, leads=i == gaze_layers[0])
+    # Others stay as they are, unless context tokens lengthen them.
+    for i in [i for i, kind in enumerate(kinds) if kind is StaticLayer] if config.context_tokens else gaze_layers:
+        cache.layers[i] = StaticGazeLayer(state, gazes=i in gaze_layers, leads=i == gaze_layers[0])
     cache.gaze = state  # type: ignore[attr-defined]

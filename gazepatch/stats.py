@@ -91,7 +91,12 @@ class Counters:
 
 @dataclass
 class StepCounters(Counters):
-    """Counts of steps that the device may run by itself: those that are the same in every step are multiplied out."""
+    """Counts of steps that the device may run by itself: what is the same in every step is multiplied out when asked.
+
+    Attributes:
+        ran: `[1]` steps that are not in the counts yet.
+        each: What a layer counts in every step. Reads that depend on what is selected are 0 here, and in `read`.
+    """
 
     ran: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
     each: dict[int, LayerStats] = field(default_factory=dict)
@@ -113,16 +118,20 @@ class StepCounters(Counters):
         """A step starts."""
         self.ran.add_(1)
 
-    def add(self, layer: int, visual: int, read: int | Tensor, context: int) -> None:
-        """One layer's reads in one decode step; all that is known before it is counted already."""
+    def add_read(self, layer: int, read: int | Tensor) -> None:
+        """What a layer read in a step; only what was not known before counts."""
         if isinstance(read, Tensor):
             self.on_device(layer, read.device).add_(read)
 
-    def stats(self) -> Stats:
-        """The counts so far. Waits for the device."""
-        self.steps = ran = int(self.ran)
+    def fold(self) -> None:
+        """Bring the counts up to date. Waits for the device."""
+        ran = int(self.ran)
+        self.ran.zero_()
+        self.steps += ran
         for layer, each in self.each.items():
-            self.visual[layer], self.context[layer] = ran * each.visual_entries, ran * each.context_entries
-            if not isinstance(self.read.get(layer), Tensor):
-                self.read[layer] = ran * each.read_entries
+            self.add(layer, ran * each.visual_entries, ran * each.read_entries, ran * each.context_entries)
+
+    def stats(self) -> Stats:
+        """The counts so far."""
+        self.fold()
         return super().stats()

@@ -68,7 +68,7 @@ class GazeAttention:
             key, value = _layer(forward, store).logical()
         attention_mask = _of_keys(attention_mask, key)
         if gazes and isinstance(forward.state, StaticState):
-            forward.state.expect(layer, query, key)
+            forward.state.expect(layer, query, key, value)
         elif gazes and forward.state.spans and forward.tokens == 1:
             forward.count_whole(layer, query.shape[1], key.shape[1])
         if forward.insertion is not None:

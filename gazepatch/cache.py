@@ -278,26 +278,26 @@ def adopt(cache: object, owner: object, config: GazeConfig, layers: int, gaze_la
             )
         return state
     if not isinstance(cache, DynamicCache) or getattr(cache, "offloading", False):
-        kind = "an offloaded cache" if isinstance(cache, DynamicCache) else f"a {type(cache).__name__}"
+        kind = "an offloaded cache" if getattr(cache, "offloading", False) else f"a {type(cache).__name__}"
         raise CacheError(
             f"a patched model needs transformers' plain DynamicCache or StaticCache, got {kind}: generate with "
             "cache_implementation='dynamic' or 'static', or pass past_key_values=DynamicCache()"
         )
-    if holds_entries(cache):
-        raise CacheError(
-            "this cache was filled by a model that was not patched: patch the model first, then start with a new cache"
-        )
+    check_empty(cache)
     state = GazeState(owner, config)
     _replace_layers(cache, state, layers, gaze_layers)
     cache.gaze = state  # type: ignore[attr-defined]
     return state
 
 
-def holds_entries(cache: Cache) -> bool:
-    """Whether any layer of a cache has seen a token."""
+def check_empty(cache: Cache) -> None:
+    """Raise CacheError if any layer of a cache that is not ours has seen a token."""
     # Layers that share the keys of another one, or are recurrent, do not know a length.
     layers: list[Any] = [layer for layer in cache.layers if hasattr(layer, "get_seq_length")]
-    return any(getattr(layer, "is_initialized", False) and layer.get_seq_length() > 0 for layer in layers)
+    if any(getattr(layer, "is_initialized", False) and layer.get_seq_length() > 0 for layer in layers):
+        raise CacheError(
+            "this cache was filled by a model that was not patched: patch the model first, then start with a new cache"
+        )
 
 
 def _replace_layers(cache: Cache, state: GazeState, layers: int, gaze_layers: Sequence[int]) -> None:

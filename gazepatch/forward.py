@@ -187,7 +187,7 @@ class Runtime:
         rows, tokens = hidden.shape[:2]
         kwargs = dict(kwargs)
         cache = kwargs.get("past_key_values")
-        if tokens == 1 and (ready := stepping(cache, self)) is not None:
+        if tokens == 1 and cache is not None and (ready := stepping(cache, self)) is not None:
             self._step(ready, cache, rows)
             return (), lengthen_step(kwargs, ready, hidden) if ready.slots.inserted else kwargs
         if _checkpoints(module) and cache is not None and cache.get_seq_length() == 0:

@@ -22,7 +22,7 @@ from gazepatch.insertion import Insertion
 from gazepatch.layout import Span
 from gazepatch.regions import ABSENT
 from gazepatch.state import GazeState
-from gazepatch.stats import LayerStats, StepCounters
+from gazepatch.stats import StepCounters
 
 
 class StaticState(GazeState):
@@ -47,7 +47,7 @@ class StaticState(GazeState):
         super().clear()
         self.ready = False
         self.filled: Tensor | None = None
-        self._expected: dict[int, tuple[int, int, int, torch.device]] = {}
+        self._expected: dict[int, tuple[Tensor, int, int]] = {}
 
     # ---- prompts
 
@@ -87,23 +87,27 @@ class StaticState(GazeState):
         if completed:
             self._make_ready()
 
-    def expect(self, layer: int, query: Tensor, key: Tensor) -> None:
+    def expect(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
         """A layer that gazes was seen in a prompt: it will ask for a plan."""
         if not self.ready:
-            self._expected[layer] = (len(query), query.shape[1], key.shape[1], query.device)
+            self._expected[layer] = query.new_empty(*query.shape[:2], 0, query.shape[3]), key.shape[1], value.shape[3]
 
     def _make_ready(self) -> None:
         self.ready = True
         for name in ("other_positions", "logical_order", "slot_positions"):
             self._forget(name)
-        for layer, (batch, heads, key_heads, device) in self._expected.items():
+        for layer, (query, key_heads, value_dim) in self._expected.items():
+            (batch, heads), device = query.shape[:2], query.device
             selections = heads if self.config.head_reduce == "none" else key_heads
             visual = selections * sum(span.tokens for span in self.spans)
             read: int | None = visual
+            if self.slots.inserted:
+                self.table("slot_positions", device)
             if self.regions is not None:
                 self.table("other_positions", device)
                 self.table("logical_order", device)
                 plan = self.plan_of(batch, heads, key_heads, device)
+                plan.prepare(query, value_dim)
                 visual, read = plan.visual_entries, plan.always_read
             if self.spans:
                 self.counters.expect(layer, visual, read, selections * self.slots.context_tokens, device)
@@ -156,6 +160,7 @@ class StaticGazeLayer(GazeLayer):
     """
 
     state: StaticState
+    _apart: int  # slots whose entries are not in the store of others
     is_compileable = True
     is_croppable = False
 
@@ -193,7 +198,7 @@ class StaticGazeLayer(GazeLayer):
 
     def _clear(self) -> None:
         super()._clear()
-        self._apart = 0  # slots whose entries are not in the store of others
+        self._apart = 0
 
     def _make_room(self, start: int, key: Tensor, value: Tensor) -> None:
         room = self.state.room - (self._slots - self._used)
@@ -279,8 +284,8 @@ def adopt(cache: object, owner: object, config: GazeConfig, layers: int, gaze_la
     Raises:
         CacheError: The cache is another patch's, holds entries, or is of a kind that cannot gaze.
     """
-    fresh = dynamic.gaze_state(cache) is None
-    if fresh and isinstance(cache, StaticCache) and not cache.offloading and not dynamic.holds_entries(cache):
+    if dynamic.gaze_state(cache) is None and isinstance(cache, StaticCache) and not cache.offloading:
+        dynamic.check_empty(cache)
         _replace_layers(cache, owner, config, gaze_layers)
     state = dynamic.adopt(cache, owner, config, layers, gaze_layers)
     if isinstance(state, StaticState):

@@ -100,6 +100,9 @@ class DecodePlan:
         """`gaze_decode` by this plan. `total` is for plans with `counts_itself`: a `[1]` int64 tensor."""
         return gaze_decode(query, entries, self, scale, bias)
 
+    def prepare(self, query: Tensor, value_dim: int) -> None:
+        """Make what the first step for such queries `[..., D]` and values of `value_dim` would."""
+
     @property
     def always_read(self) -> int | None:
         """Visual entries that every step reads, summed over rows and selections; None: it depends on the selection."""

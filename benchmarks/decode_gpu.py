@@ -4,7 +4,9 @@ Attention of one decode step with random entries, in CUDA graphs over so many la
 cache, medians. Appending the new entry is left out on both sides. Results are kept in `benchmarks/results/decode_gpu.*`
 as they come, so a run that is cut short leaves what it has.
 
-`--dry-run` sets up the data of one small case wherever it runs, and says what a step would read.
+`model_step` alone times a whole step, appending included: of a model of Qwen2.5-VL-7B's shape, on a static cache.
+
+`--dry-run` sets up the data of one small case wherever it runs, says what a step would read, and runs a small model.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from model_step import check as check_model
+from model_step import model_steps
 from on_gpu import Layers, graph_ms, layers_needed, machine, triad_gbs
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -230,11 +234,18 @@ def few_tokens(device: torch.device, quick: bool) -> Iterator[Row]:
             }
 
 
+def model_step(device: torch.device, quick: bool) -> Iterator[Row]:
+    """A whole step of a model of Qwen2.5-VL-7B's shape, with everything that is not attention."""
+    sizes = {size: (frames, 24, 24) for size, frames in FRAMES.items() if size == "128k" or not quick}
+    yield from model_steps({name: SETTINGS[name] for name in ("64, paper", "the defaults")}, sizes, device)
+
+
 TABLES: dict[str, Callable[[torch.device, bool], Any]] = {
     "check": lambda device, quick: check(device),
     "steps": steps,
     "selection": selection,
     "few_tokens": few_tokens,
+    "model_step": model_step,
 }
 
 
@@ -247,7 +258,8 @@ def dry_run(device: torch.device) -> list[Row]:
         plan = layers.plan(DecodePlan)
         rows.append({"settings": name, "regions": layers.regions.start.shape[1], "count": plan.count})
         rows[-1] |= layers.bytes_read(plan)
-    return rows
+    error = check_model(device)
+    return [row | {"model_error": error} for row in rows]
 
 
 def table(rows: list[Row]) -> str:

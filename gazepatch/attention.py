@@ -21,6 +21,7 @@ from gazepatch.forward import OF_FORWARD, Forward, Runtime
 from gazepatch.insertion import OwnImage
 from gazepatch.ops.prefill import gaze_prefill
 from gazepatch.scores import Scores
+from gazepatch.static import StaticState
 
 Attended = tuple[Tensor, Tensor | None]
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -70,7 +71,10 @@ class GazeAttention:
             return self.decode(forward, layer, query, self._scores(query, kwargs), attention_mask), None
         if forward.state.decoding and store in self.runtime.stores:  # the layer it shares keys with did not return all
             key, value = _layer(forward, store).logical()
-        if gazes and forward.state.spans and forward.tokens == 1 and forward.state.regions is None:
+        attention_mask = _of_keys(attention_mask, key)
+        if gazes and isinstance(forward.state, StaticState):
+            forward.state.expect(layer, query, key, value)
+        elif gazes and forward.state.spans and forward.tokens == 1 and forward.state.regions is None:
             forward.count_whole(layer, query.shape[1], key.shape[1])
         if forward.insertion is not None:
             # Context tokens repeat positions, which flash attention would take for the borders of packed sequences.
@@ -273,6 +277,12 @@ def _as_4d(mask: Any) -> Tensor | None:
         f"expected an attention mask that is a tensor, got {type(mask).__name__}: "
         "load the model with attn_implementation='sdpa' before patching it"
     )
+
+
+def _of_keys(mask: Any, key: Tensor) -> Any:
+    """A mask without the columns of room that a static cache has, but does not give to the attention of a prompt."""
+    wider = isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[3] > key.shape[2]
+    return mask[..., : key.shape[2]] if wider else mask
 
 
 def _refuse_unsupported(kwargs: dict[str, Any]) -> None:

@@ -93,11 +93,16 @@ class GazeLayer(DynamicLayer):
 
     def _append(self, key: Tensor, value: Tensor) -> None:
         start, self._used = self._used, self._used + key.shape[-2]
-        if self._other is None or self._used > self._other[0].shape[-2]:
-            room = max(LEAST_ROOM, self._used // 8)
-            self._other = _grown(self._other, start, self._used + room, (key, value))
+        self._make_room(start, key, value)
+        assert self._other is not None
         for store, new in zip(self._other, (key, value), strict=True):
             store.narrow(2, start, new.shape[2]).copy_(new)
+
+    def _make_room(self, start: int, key: Tensor, value: Tensor) -> None:
+        """Have a store of other entries with room for all that are used; the first `start` of them are held."""
+        if self._other is None or self._used > self._other[0].shape[-2]:
+            room = max(LEAST_ROOM, self._used // 8)
+            self._other = grown(self._other, start, self._used + room, (key, value))
 
     def _append_visual(self, key: Tensor, value: Tensor, chunk: Chunk) -> None:
         config = self.state.config
@@ -288,9 +293,10 @@ class WindowLayer(DynamicSlidingWindowLayer):
         return kept + query_length, seen - kept
 
 
-def _grown(
+def grown(
     held: tuple[Tensor, Tensor] | None, used: int, room: int, like: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
+    """Stores of `room` entries like these, with the `used` first ones that are held."""
     stores = []
     for i, new in enumerate(like):
         store = new.new_empty(*new.shape[:2], room, new.shape[3])
@@ -328,25 +334,26 @@ def adopt(
             )
         return state
     if not isinstance(cache, DynamicCache) or getattr(cache, "offloading", False):
-        kind = "an offloaded cache" if isinstance(cache, DynamicCache) else f"a {type(cache).__name__}"
+        kind = "an offloaded cache" if getattr(cache, "offloading", False) else f"a {type(cache).__name__}"
         raise CacheError(
-            f"a patched model needs transformers' plain DynamicCache, got {kind}: generate with "
-            "cache_implementation='dynamic', or pass past_key_values=DynamicCache()"
+            f"a patched model needs transformers' plain DynamicCache or StaticCache, got {kind}: generate with "
+            "cache_implementation='dynamic' or 'static', or pass past_key_values=DynamicCache()"
         )
-    if _holds_entries(cache):
-        raise CacheError(
-            "this cache was filled by a model that was not patched: patch the model first, then start with a new cache"
-        )
+    check_empty(cache)
     state = GazeState(owner, config)
     _replace_layers(cache, state, layers, gaze_layers, left)
     cache.gaze = state  # type: ignore[attr-defined]
     return state
 
 
-def _holds_entries(cache: Cache) -> bool:
+def check_empty(cache: Cache) -> None:
+    """Raise CacheError if any layer of a cache that is not ours has seen a token."""
     # Layers that share the keys of another one, or are recurrent, do not know a length.
     layers: list[Any] = [layer for layer in cache.layers if hasattr(layer, "get_seq_length")]
-    return any(getattr(layer, "is_initialized", False) and layer.get_seq_length() > 0 for layer in layers)
+    if any(getattr(layer, "is_initialized", False) and layer.get_seq_length() > 0 for layer in layers):
+        raise CacheError(
+            "this cache was filled by a model that was not patched: patch the model first, then start with a new cache"
+        )
 
 
 def _replace_layers(

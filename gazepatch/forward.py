@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from gazepatch.adapters.base import Adapter
-from gazepatch.cache import adopt
 from gazepatch.config import GazeConfig
 from gazepatch.crossing import new_keys, state_of_images
 from gazepatch.errors import PatchError, UnsupportedModelError
 from gazepatch.insertion import Insertion, OwnImage, insert
 from gazepatch.layout import Span
-from gazepatch.splice import lengthen, shorten
+from gazepatch.splice import lengthen, lengthen_step, shorten
 from gazepatch.state import GazeState
+from gazepatch.static import StaticState, adopt, stepping
 from gazepatch.stats import Counters
 from gazepatch.trace import Trace
 
@@ -48,7 +48,7 @@ class Forward:
     Attributes:
         state: What its cache's layers share; of a temporary cache when the forward keeps none.
         cache: The cache, or None.
-        past: Slots filled before it.
+        past: Slots filled before it; -1 in a step on a static cache: only the device knows.
         tokens: Slots of its own.
         insertion: Where its context tokens are; None without any.
         routed: Columns of the new tokens whose queries gaze, `[Q]`; None when no query of a prompt does.
@@ -85,6 +85,8 @@ class Forward:
 
     def count(self, layer: int, heads: int, key_heads: int, visual: int, read: int | Tensor) -> None:
         """Count what a layer read in a decode step: context tokens always, once for every selection."""
+        if isinstance(self.state, StaticState):
+            return self.state.counters.add_read(layer, read)
         selections = heads if self.state.config.head_reduce == "none" else key_heads
         self.state.counters.add(layer, visual, read, selections * self.state.slots.context_tokens)
 
@@ -189,6 +191,9 @@ class Runtime:
         rows, tokens = hidden.shape[:2]
         kwargs = dict(kwargs)
         cache = kwargs.get("past_key_values")
+        if tokens == 1 and cache is not None and (ready := stepping(cache, self)) is not None:
+            self._step(ready, cache, rows)
+            return (), lengthen_step(kwargs, ready, hidden) if ready.slots.inserted else kwargs
         if _checkpoints(module) and cache is not None and cache.get_seq_length() == 0:
             cache = kwargs["past_key_values"] = None  # the layers would not fill it either
         if cache is None and self._will_cache(module, kwargs):
@@ -243,6 +248,14 @@ class Runtime:
             return False
         wanted = kwargs.get("use_cache")
         return bool(getattr(self.text_config, "use_cache", False) if wanted is None else wanted)
+
+    def _step(self, state: StaticState, cache: Cache, rows: int) -> None:
+        """A decode step on a static cache starts. No Python value here may differ from one step to the next."""
+        state.step()
+        forward = self.running.forward = Forward(state, cache, -1, 1)
+        if self.running.trace is not None:
+            self.running.trace.follow(state, rows, False)
+            forward.trace = self.running.trace if state.spans else None
 
     def _start(self, state: GazeState, cache: Cache | None, rows: int, tokens: int) -> Forward:
         past = state.length

@@ -178,7 +178,8 @@ def trace(model: nn.Module) -> Iterator[Trace]:
     """Record which regions a patched model reads, for the length of a `with` block.
 
     Holds for the calling thread. The trace is of the last prompt and the decode steps behind it; what queries of the
-    prompt itself read (`prefill="gaze"`) is not in it. It stays readable when the block is over.
+    prompt itself read (`prefill="gaze"`) is not in it. It stays readable when the block is over. Within the block,
+    whatever `torch.compile` has compiled runs as it was before.
 
     Raises:
         PatchError: The model is not patched, or a trace of it is on already.
@@ -188,7 +189,8 @@ def trace(model: nn.Module) -> Iterator[Trace]:
         raise PatchError("expected one trace of this model at a time, and one is on already: leave its block first")
     running.trace = made = Trace()
     try:
-        yield made
+        with torch.compiler.set_stance("force_eager"):
+            yield made
     finally:
         running.trace = None
 

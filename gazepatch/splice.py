@@ -17,6 +17,7 @@ from gazepatch.cache import WindowLayer
 from gazepatch.errors import UnsupportedModelError
 from gazepatch.insertion import Insertion
 from gazepatch.state import GazeState
+from gazepatch.static import StaticState
 
 #: Arguments that are spread in a way of their own.
 OWN_WAY = ("inputs_embeds", "input_ids", "attention_mask", "position_ids", "cache_position", "past_key_values")
@@ -61,6 +62,36 @@ def lengthen(
         changed["cache_position"] = torch.arange(past, past + state.new_tokens, device=hidden.device)
     changed["attention_mask"] = _masks(call.get("attention_mask"), state, at, cache, hidden)
     return changed
+
+
+def lengthen_step(call: Mapping[str, Any], state: StaticState, hidden: Tensor) -> dict[str, Any]:
+    """The arguments of a decode step on a static cache, by slot: no context token is new, but masks have them all."""
+    assert state.filled is not None
+    changed = dict(call)
+    if call.get("position_ids") is None:
+        changed["position_ids"] = (state.filled.to(hidden.device) - state.slots.inserted).view(1, 1)
+    if call.get("cache_position") is not None:
+        changed["cache_position"] = state.filled.to(hidden.device).view(1)
+    given = call.get("attention_mask")
+    if isinstance(given, Mapping):
+        changed["attention_mask"] = {kind: _step_mask(mask, state, hidden) for kind, mask in given.items()}
+    else:
+        changed["attention_mask"] = _step_mask(given, state, hidden)
+    return changed
+
+
+def _step_mask(given: Tensor | None, state: StaticState, hidden: Tensor) -> Tensor | None:
+    """`[..., room]` out of a mask of the tokens so far, or of all there is room for."""
+    if given is None and not state.slots.padded:
+        return None
+    if given is None:
+        given = torch.ones(len(hidden), state.capacity, dtype=torch.bool, device=hidden.device)
+    if given.shape[-1] < state.capacity:
+        given = torch.nn.functional.pad(given, (0, state.capacity - given.shape[-1]), value=1)
+    position: Tensor = state.table("slot_positions", given.device)
+    hides = False if given.dtype == torch.bool else torch.finfo(given.dtype).min if given.is_floating_point() else 0
+    position = position.view(len(position), *[1] * (given.dim() - 2), -1).expand(*given.shape[:-1], -1)
+    return given.gather(-1, position.clamp(min=0)).masked_fill(position < 0, hides)
 
 
 def shorten(output: Any, insertion: Insertion) -> Any:
@@ -138,6 +169,7 @@ def _mask(
         if not state.slots.padded:
             return None  # plain causal, of slots as of positions
         given, sliding = _causal(total - state.slots.inserted, hidden.shape[1], hidden.device), False
+    given = given[..., : total - state.slots.inserted]  # those of a static cache go on to where its room ends
     held, queries = _key_slots(cache, state, sliding), state.new_tokens
     position, context = (table[:, total - held :] for table in state.every_slot(given.device))
     column = position - (total - state.slots.inserted - given.shape[3])

@@ -21,7 +21,7 @@ from gazepatch.scores import Scores
 from gazepatch.stats import Counters
 
 #: Tables that change with every token.
-_GROWING = ("region_of", "window_of", "logical_order", "entry_positions")
+_GROWING = ("region_of", "window_of", "logical_order", "other_positions", "entry_positions")
 
 
 class GazeState:
@@ -69,12 +69,14 @@ class GazeState:
         """Tokens seen before the running forward, without context tokens."""
         return self.length - self.slots.inserted
 
+    @property
+    def reach(self) -> int:
+        """Slots that the tables cover: all that are filled, the running forward's included."""
+        return self.length + self.new_tokens
+
     def begin(self, spans: Sequence[Span], rows: int, new_tokens: int, insertion: Insertion | None = None) -> None:
         """A forward of `new_tokens` slots in each of `rows` rows starts; `spans` are its visual tokens, by slot."""
-        if self.broken:
-            raise CacheError(
-                "the last forward on this cache failed half-way and left it incomplete: start with a new one"
-            )
+        self.check_whole()
         self.running = self.broken = True
         if insertion is not None:
             self.slots.add(insertion, self.length)
@@ -85,6 +87,13 @@ class GazeState:
         if self.chunk is not None:
             self._extend(self.chunk, new_tokens)
         self.new_tokens = new_tokens
+
+    def check_whole(self) -> None:
+        """Raise CacheError if the last forward failed."""
+        if self.broken:
+            raise CacheError(
+                "the last forward on this cache failed half-way and left it incomplete: start with a new one"
+            )
 
     def finish(self, completed: bool) -> None:
         """The forward is over; one that failed leaves its layers unequal, and the cache unusable."""
@@ -137,7 +146,7 @@ class GazeState:
         """`[b, T]` position of every entry that is not visual, the running forward's included; None: all in order."""
         if self._other is None:
             return None
-        tail = torch.arange(self.other_end, self.length + self.new_tokens)
+        tail = torch.arange(self.other_end, self.reach)
         return torch.cat([self._other, tail.expand(len(self._other), -1)], 1) if len(tail) else self._other
 
     def logical_order(self) -> Tensor:
@@ -147,7 +156,7 @@ class GazeState:
         visual, other = _same_rows(visual, other)
         held = torch.cat([visual, other], 1)
         places = torch.arange(held.shape[1]).expand_as(held)
-        order = torch.empty(len(held), self.length + self.new_tokens + 1, dtype=torch.long)
+        order = torch.empty(len(held), self.reach + 1, dtype=torch.long)
         # Padding (-1) lands in the extra last column.
         return order.scatter_(1, torch.where(held < 0, order.shape[1] - 1, held), places)[:, :-1]
 
@@ -166,7 +175,7 @@ class GazeState:
         """`[b, L]` number of the run of slots, of these sizes `[b, n]`, that every position is in."""
         assert self._visual is not None
         visual = self._visual
-        number = torch.full((len(visual), self.length + self.new_tokens + 1), none)
+        number = torch.full((len(visual), self.reach + 1), none)
         for row in range(len(visual)):  # at prefill, where each row has its own layout, or once a step
             of_row = sizes[row % len(sizes)]
             held = visual[row][visual[row] >= 0]
@@ -203,7 +212,7 @@ class GazeState:
 
     def table(self, name: str, device: torch.device) -> Any:
         """One of the tables above, on a layer's device; made once for all layers."""
-        key = (f"{name} {self.length + self.new_tokens}" if name in _GROWING else name, device)
+        key = (f"{name} {self.reach}" if name in _GROWING else name, device)
         if key not in self._devices:
             self._forget(name, device)
             source: Any = getattr(self, name)
@@ -213,10 +222,13 @@ class GazeState:
 
     def plan(self, query: Tensor, entries: Entries) -> DecodePlan:
         """How to decode, for layers with as many heads as these; made anew only when the sequence gets new regions."""
-        batch, heads, key_heads = len(query), query.shape[1], entries.key.shape[1]
-        key = (f"plan {batch} {heads} {key_heads}", query.device)
+        return self.plan_of(len(query), query.shape[1], entries.key.shape[1], query.device)
+
+    def plan_of(self, batch: int, heads: int, key_heads: int, device: torch.device) -> DecodePlan:
+        """`plan` for so many rows and heads."""
+        key = (f"plan {batch} {heads} {key_heads}", device)
         if key not in self._devices:
-            self._devices[key] = plan_for(self.table("readable", query.device), self.config, batch, heads, key_heads)
+            self._devices[key] = plan_for(self.table("readable", device), self.config, batch, heads, key_heads)
         plan: DecodePlan = self._devices[key]
         return plan
 

@@ -87,3 +87,51 @@ class Counters:
             context_entries=sum(layer.context_entries for layer in layers.values()),
             layers=layers,
         )
+
+
+@dataclass
+class StepCounters(Counters):
+    """Counts of steps that the device may run by itself: what is the same in every step is multiplied out when asked.
+
+    Attributes:
+        ran: `[1]` steps that are not in the counts yet.
+        each: What a layer counts in every step. Reads that depend on what is selected are 0 here, and in `read`.
+    """
+
+    ran: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
+    each: dict[int, LayerStats] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        """A new prompt starts."""
+        super().clear()
+        self.ran.zero_()
+        self.each.clear()
+
+    def expect(self, layer: int, visual: int, read: int | None, context: int, device: torch.device) -> None:
+        """What a layer will count in every step; `read` is None where that depends on what is selected."""
+        self.each[layer] = LayerStats(visual, read or 0, context)
+        self.ran = self.ran.to(device)
+        if read is None:
+            self.on_device(layer, device)
+
+    def step(self) -> None:
+        """A step starts."""
+        self.ran.add_(1)
+
+    def add_read(self, layer: int, read: int | Tensor) -> None:
+        """What a layer read in a step; only what was not known before counts."""
+        if isinstance(read, Tensor):
+            self.on_device(layer, read.device).add_(read)
+
+    def fold(self) -> None:
+        """Bring the counts up to date. Waits for the device."""
+        ran = int(self.ran)
+        self.ran.zero_()
+        self.steps += ran
+        for layer, each in self.each.items():
+            self.add(layer, ran * each.visual_entries, ran * each.read_entries, ran * each.context_entries)
+
+    def stats(self) -> Stats:
+        """The counts so far."""
+        self.fold()
+        return super().stats()

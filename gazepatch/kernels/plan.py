@@ -44,7 +44,11 @@ class KernelPlan(DecodePlan):
             self.region_logits = torch.empty(batch, heads, count, device=device)
             self.logits = torch.empty(batch, heads, windows if config.periphery else 0, device=device)
             self.taken = torch.empty(*self.shape, count if config.periphery else 0, dtype=torch.int8, device=device)
-        self._combining: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._combining: dict[tuple[int, int, int], tuple[int, int, Tensor, Tensor]] = {}
+
+    def prepare(self, query: Tensor, value_dim: int) -> None:
+        """Take the scratch memory for queries like this."""
+        self._combining_for(query, value_dim)
 
     def decode(
         self, query: Tensor, entries: Entries, scores: Scores, bias: Tensor | None = None, total: Tensor | None = None
@@ -104,14 +108,10 @@ class KernelPlan(DecodePlan):
         return counter if total is None else 0
 
     def _attend(self, query: Tensor, entries: Entries, scale: float, bias: Tensor | None, far: bool) -> Tensor:
-        value_dim = entries.value.shape[3]
-        launch = launch_for(query, value_dim)
         key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (entries.key, entries.value))
         tokens = key.shape[2] + self.runs.shape[3] * self.regions.max_length
         tokens += self.log_counts.shape[1] if far else 0
-        groups = self.pairs * self.selections
-        most = most_splits(groups, launch.programs * self.programs)
-        partial, weights = self._scratch_for(groups, most, value_dim)
+        block, most, partial, weights = self._combining_for(query, entries.value.shape[3])
         output: Tensor = decode(
             query,
             key,
@@ -128,17 +128,19 @@ class KernelPlan(DecodePlan):
             self.arrived,
             scale,
             self.regions.max_length,
-            min(most, -(-tokens // launch.block)),
+            min(most, -(-tokens // block)),
         )
         return output
 
-    def _scratch_for(self, groups: int, splits: int, value_dim: int) -> tuple[Tensor, Tensor]:
-        """Where programs leave what they found, shared by all layers."""
-        key = (splits, value_dim)
+    def _combining_for(self, query: Tensor, value_dim: int) -> tuple[int, int, Tensor, Tensor]:
+        """Entries of a tile, programs of a selection, and where these leave what they found: shared by all layers."""
+        key = (query.shape[-1], value_dim, query.element_size())
         if key not in self._combining:
-            shape = (groups, splits, self.shape[0] * self.heads // groups)
+            launch, groups = launch_for(query, value_dim), self.pairs * self.selections
+            most = most_splits(groups, launch.programs * self.programs)
+            shape = (groups, most, self.shape[0] * self.heads // groups)
             empty = self.log_counts.new_empty  # float32, on the device
-            self._combining[key] = empty(*shape, value_dim), empty(*shape, 2)
+            self._combining[key] = launch.block, most, empty(*shape, value_dim), empty(*shape, 2)
         return self._combining[key]
 
     def unfit(self, query: Tensor, entries: Entries, scores: Scores) -> str | None:

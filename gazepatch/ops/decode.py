@@ -101,6 +101,16 @@ class DecodePlan:
         """`gaze_decode` by this plan. `total` is for plans with `counts_itself`: a `[1]` int64 tensor."""
         return gaze_decode(query, entries, self, scores, bias)
 
+    def prepare(self, query: Tensor, value_dim: int) -> None:
+        """Make what the first step for such queries `[..., D]` and values of `value_dim` would."""
+
+    @property
+    def always_read(self) -> int | None:
+        """Visual entries that every step reads, summed over rows and selections; None: it depends on the selection."""
+        if self.whole:
+            return self.visual_entries
+        return self.visual_entries * self.count // self.regions.start.shape[1] if self.regions.even else None
+
     def read(self, store: Tensor, pages: Tensor, which: int) -> Tensor:
         """Tokens `[g, n * page, D]` of the pages `[g, n]` of a `[B, H_kv, N, D]` store.
 
@@ -109,7 +119,8 @@ class DecodePlan:
         """
         groups, dim = len(pages), store.shape[-1]
         source, rows = store.view(-1, self.page * dim), pages.view(-1)
-        if torch.is_grad_enabled():  # whoever asks for a gradient, of the query only perhaps, needs it later
+        # Whoever asks for a gradient, of the query only perhaps, needs it later; a compiler finds memory by itself.
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return source.index_select(0, rows).view(groups, -1, dim)
         size = len(rows) * source.shape[1]
         scratch = self._scratch.get(which)
@@ -124,7 +135,9 @@ class DecodePlan:
 
     def chunks(self, groups: int, group_bytes: int) -> int:
         """How many groups to read at a time, so that what is copied is still in the processor's cache when used."""
-        return max(torch.get_num_threads(), CHUNK_BYTES // max(group_bytes, 1)) if self.on_cpu else groups
+        if not self.on_cpu or torch.compiler.is_compiling():
+            return groups
+        return max(torch.get_num_threads(), CHUNK_BYTES // max(group_bytes, 1))
 
 
 def gaze_decode(

@@ -1,0 +1,331 @@
+"""The static gaze cache: transformers' own `StaticCache` object with its layers replaced, in place, while it is empty.
+
+Memory for all tokens there will ever be is taken at the prompt. A decode step then changes nothing but what is in it:
+its tensors keep their shapes and addresses, lengths and counts are numbers on the device, and no Python value differs
+from one step to the next. So a step compiles once, and can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import StaticCache, StaticLayer, StaticSlidingWindowLayer
+
+from gazepatch import cache as dynamic
+from gazepatch.cache import GazeLayer
+from gazepatch.config import GazeConfig
+from gazepatch.errors import CacheError
+from gazepatch.insertion import Insertion
+from gazepatch.layout import Span
+from gazepatch.regions import ABSENT
+from gazepatch.state import GazeState
+from gazepatch.stats import StepCounters
+
+
+class StaticState(GazeState):
+    """What the layers of a static cache share.
+
+    Attributes:
+        capacity: Tokens there is room for.
+        ready: Whether everything that decode steps need is made. `length` is then that of the last prompt; how long the
+            sequence is by now, the device knows.
+        filled: Slots filled, a number on the device of the leading layer.
+    """
+
+    counters: StepCounters
+
+    def __init__(self, owner: object, config: GazeConfig, capacity: int) -> None:
+        super().__init__(owner, config)
+        self.capacity = capacity
+        self.counters = StepCounters()
+
+    def clear(self) -> None:
+        """Forget the sequence."""
+        super().clear()
+        self.ready = False
+        self.filled: Tensor | None = None
+        self._expected: dict[int, tuple[Tensor, int, int]] = {}
+
+    # ---- prompts
+
+    @property
+    def room(self) -> int:
+        """Slots there is room for."""
+        return self.capacity + self.slots.inserted
+
+    @property
+    def reach(self) -> int:
+        """Slots that the tables cover: those to come as well, once a prompt is over."""
+        return self.room if self.ready else super().reach
+
+    def catch_up(self) -> None:
+        """Ask the device how long the sequence is, which waits for it: a prompt starts."""
+        if self.ready and self.filled is not None:
+            self.length = int(self.filled)
+
+    def begin(self, spans: Sequence[Span], rows: int, new_tokens: int, insertion: Insertion | None = None) -> None:
+        """A prompt starts."""
+        tokens = self.tokens + new_tokens - (0 if insertion is None else insertion.inserted)
+        if tokens > self.capacity:
+            raise CacheError(
+                f"this static cache has room for {self.capacity} tokens, got {tokens}: make one with a larger "
+                "max_cache_len"
+            )
+        self.ready = False
+        super().begin(spans, rows, new_tokens, insertion)
+
+    def finish(self, completed: bool) -> None:
+        """The forward is over; a prompt leaves everything ready for steps."""
+        if self.ready:
+            self.running = self.decoding = False
+            self.broken = not completed
+            return
+        super().finish(completed)
+        if completed:
+            self._make_ready()
+
+    def expect(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """A layer that gazes was seen in a prompt: it will ask for a plan."""
+        if not self.ready:
+            self._expected[layer] = query.new_empty(*query.shape[:2], 0, query.shape[3]), key.shape[1], value.shape[3]
+
+    def _make_ready(self) -> None:
+        self.ready = True
+        for name in ("other_positions", "logical_order", "slot_positions"):
+            self._forget(name)
+        for layer, (query, key_heads, value_dim) in self._expected.items():
+            (batch, heads), device = query.shape[:2], query.device
+            selections = heads if self.config.head_reduce == "none" else key_heads
+            visual = selections * sum(span.tokens for span in self.spans)
+            read: int | None = visual
+            if self.slots.inserted:
+                self.table("slot_positions", device)
+            if self.regions is not None:
+                self.table("other_positions", device)
+                self.table("logical_order", device)
+                plan = self.plan_of(batch, heads, key_heads, device)
+                plan.prepare(query, value_dim)
+                visual, read = plan.visual_entries, plan.always_read
+            if self.spans:
+                self.counters.expect(layer, visual, read, selections * self.slots.context_tokens, device)
+
+    def slot_positions(self) -> Tensor:
+        """`[b, room]` position of every slot; -1 for padding."""
+        return self.slots.upto(self.room)[0]
+
+    # ---- steps
+
+    def step(self) -> None:
+        """A decode step starts."""
+        self.check_whole()
+        self.running = self.broken = True
+        self.decoding = self.regions is not None
+        if self.counters.each:  # of a sequence with visual tokens
+            self.counters.step()
+
+    def bias(self, mask: Tensor | None, device: torch.device) -> Tensor | None:
+        """`[b, 1, 1, T]`, as of the base; room that is not filled yet is hidden as well."""
+        if not self.ready:
+            return super().bias(mask, device)
+        assert self.filled is not None
+        positions: Tensor = self.table("other_positions", device)
+        visible = (positions >= 0) & (positions < self.filled.to(device))
+        if mask is None:
+            return torch.where(visible, 0.0, ABSENT)[:, None, None]
+        row = mask.to(device)[:, 0, -1]
+        if row.shape[1] < self.room:  # padding only: of the tokens so far
+            row = torch.nn.functional.pad(row, (0, self.room - row.shape[1]), value=True)
+        row = row.gather(1, positions.clamp(min=0).expand(len(row), -1))
+        row = torch.where(row, 0.0, ABSENT) if row.dtype == torch.bool else row.float().clamp(min=ABSENT)
+        return row.masked_fill(~visible, ABSENT)[:, None, None]
+
+    # ---- changes by generation methods
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep the rows of the batch with these numbers, in this order."""
+        super().select_rows(rows)
+        if self.ready:
+            self.counters.fold()
+            self._make_ready()
+
+
+class StaticGazeLayer(GazeLayer):
+    """A `GazeLayer` that takes its memory once: for the visual entries of a prompt, and for all others to come.
+
+    Attributes:
+        filled: Slots filled, a number on the device.
+    """
+
+    state: StaticState
+    _apart: int  # slots whose entries are not in the store of others
+    is_compileable = True
+    is_croppable = False
+
+    def __init__(self, state: StaticState, gazes: bool, leads: bool) -> None:
+        super().__init__(state, gazes, leads)
+        self.filled = torch.zeros((), dtype=torch.long)
+        self._memory: dict[str, Tensor] = {}
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Remember dtype and device; the stores are made by the first update."""
+        super().lazy_initialization(key_states, value_states)
+        self.filled = self.filled.to(self.device)
+        torch._dynamo.mark_static_address(self.filled)
+        if self.leads:
+            self.state.filled = self.filled
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append `[B, H_kv, S, D]` keys and values; returns what the attention of this forward reads.
+
+        In a prompt as the base does. In a step, the store of other entries with all its room: where no entry is visual
+        that is the sequence in its own order.
+        """
+        if self.state.ready and self.state.running and self._other is not None:
+            slot = self.filled.view(1) - self._apart
+            for store, new in zip(self._other, (key_states, value_states), strict=True):
+                store.index_copy_(2, slot, new)
+            self.filled.add_(1)
+            return self._other
+        self._slots = self.state.length
+        self._used = self._slots - self._apart
+        read = super().update(key_states, value_states)
+        self._apart = self._slots - self._used
+        self.filled.fill_(self._slots)
+        return read
+
+    def _clear(self) -> None:
+        super()._clear()
+        self._apart = 0
+
+    def _make_room(self, start: int, key: Tensor, value: Tensor) -> None:
+        room = self.state.room - (self._slots - self._used)
+        held = self._other
+        if held is not None and held[0].shape[2] == room:
+            return
+        shapes = [(*new.shape[:2], room, new.shape[3]) for new in (key, value)]
+        made = [self._place(name, key.new_zeros(shape)) for name, shape in zip(("key", "value"), shapes, strict=True)]
+        if held is not None:
+            for store, before in zip(made, held, strict=True):
+                store[:, :, :start] = before[:, :, :start]
+        self._other = made[0], made[1]
+
+    def _append_visual(self, key: Tensor, value: Tensor, chunk: Any) -> None:
+        super()._append_visual(key, value, chunk)
+        assert self._visual is not None and self._means is not None
+        key, value = self._visual
+        self._visual = self._place("visual key", key), self._place("visual value", value)
+        mean_keys, mean_values = self._means
+        placed = None if mean_values is None else self._place("mean value", mean_values)
+        self._means = self._place("mean key", mean_keys), placed
+
+    def _place(self, name: str, new: Tensor) -> Tensor:
+        """`new` at an address that lasts: that of an earlier prompt, if it took as much."""
+        held = self._memory.get(name)
+        if held is not None and (held.shape, held.dtype, held.device) == (new.shape, new.dtype, new.device):
+            return held.copy_(new)
+        torch._dynamo.mark_static_address(new)
+        self._memory[name] = new
+        return new
+
+    # ---- reading
+
+    def _others(self) -> tuple[Tensor, Tensor]:
+        if self.state.ready and self._other is not None:
+            return self._other
+        return super()._others()
+
+    # ---- what transformers asks of a layer
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, a number on the device; inside the text decoder, context tokens count."""
+        # transformers' own static layers return a tensor too, under this type
+        return self.state.seen(cast(int, self.filled)) if self.is_initialized else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that a mask covers: all there is room for."""
+        return self.state.room if self.state.running else self.state.capacity, 0
+
+    def get_max_length(self) -> int:
+        """Tokens there is room for."""
+        return self.state.capacity
+
+    def reset(self) -> None:
+        """Forget everything, keep the object and its memory."""
+        super().reset()
+        self.filled.zero_()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse: transformers' static caches cannot be cropped either."""
+        raise CacheError("a static cache cannot be cropped: generate with cache_implementation='dynamic'")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Put the rows `indices` `[B]` in the place of all, where they are."""
+        if self._other is None:
+            return
+        if len(indices) != len(self._other[0]):
+            raise CacheError(
+                f"a static cache keeps its {len(self._other[0])} rows, got {len(indices)}: "
+                "generate with cache_implementation='dynamic'"
+            )
+        rows = indices.to(self.device)
+        for store in (*self._other, *(self._visual or ()), *(self._means or ())):
+            if store is not None:
+                store.copy_(store.index_select(0, rows))
+        if self.leads:
+            self.state.select_rows(indices)
+
+
+def adopt(
+    cache: object,
+    owner: object,
+    config: GazeConfig,
+    layers: int,
+    gaze_layers: Sequence[int],
+    left: Sequence[int] = (),
+) -> GazeState:
+    """Make an empty `DynamicCache` or `StaticCache` a gaze cache; return the state of one that is the owner's already.
+
+    Layers `left` hold something else than the sequence, for which a static cache has no room.
+
+    Raises:
+        CacheError: The cache is another patch's, holds entries, or is of a kind that cannot gaze.
+    """
+    if dynamic.gaze_state(cache) is None and isinstance(cache, StaticCache) and not cache.offloading:
+        dynamic.check_empty(cache)
+        if left:
+            raise CacheError(
+                "a static cache cannot hold the keys of cross-attention layers that gaze: generate with "
+                "cache_implementation='dynamic'"
+            )
+        _replace_layers(cache, owner, config, gaze_layers)
+    state = dynamic.adopt(cache, owner, config, layers, gaze_layers, left)
+    if isinstance(state, StaticState):
+        state.catch_up()
+    return state
+
+
+def stepping(cache: object, owner: object) -> StaticState | None:
+    """The state of the owner's static cache, if it is ready for a decode step."""
+    state = dynamic.gaze_state(cache)
+    return state if isinstance(state, StaticState) and state.ready and state.owner() is owner else None
+
+
+def _replace_layers(cache: StaticCache, owner: object, config: GazeConfig, gaze_layers: Sequence[int]) -> None:
+    kinds = [type(layer) for layer in cache.layers]
+    if missing := [i for i in gaze_layers if kinds[i] is not StaticLayer]:
+        raise CacheError(
+            f"layers {missing} were to gaze, but the cache keeps them as {[kinds[i].__name__ for i in missing]}"
+        )
+    if config.context_tokens and StaticSlidingWindowLayer in kinds:
+        raise CacheError(
+            "a static cache has no room for context tokens in the sliding windows of this model: generate with "
+            "cache_implementation='dynamic'"
+        )
+    state = StaticState(owner, config, cache.layers[gaze_layers[0]].get_max_length())
+    # Others stay as they are, unless context tokens lengthen them.
+    for i in [i for i, kind in enumerate(kinds) if kind is StaticLayer] if config.context_tokens else gaze_layers:
+        cache.layers[i] = StaticGazeLayer(state, gazes=i in gaze_layers, leads=i == gaze_layers[0])
+    cache.gaze = state  # type: ignore[attr-defined]

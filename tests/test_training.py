@@ -437,8 +437,6 @@ def test_settings_must_fit_each_other(base: Path, data: Path, tmp_path: Path) ->
         trained(base, data, out, trainer_arguments={"max_steps": 3})
     with pytest.raises(ConfigError, match=r"transformers refuses the trainer's arguments: .*nonsense"):
         trained(base, data, out, trainer_arguments={"nonsense": 3})
-    with pytest.raises(ConfigError, match="fsdp: models that are spread over processes"):
-        trained(base, data, out, trainer_arguments={"fsdp": "full_shard"})
     with pytest.raises(ConfigError, match="batch_size must be a multiple of processes x accumulate = 2 x 2, got 6"):
         TrainConfig(batch_size=6, accumulate=2).per_device(2)
     assert not out.exists() and not (tmp_path / "out.work").exists()

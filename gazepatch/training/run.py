@@ -100,6 +100,7 @@ def train(
         trained=trained,
         schedule=schedule,
         work=work,
+        context_rate=training.context_peak_rate,
         model=model,
         args=arguments,
         train_dataset=records,
@@ -174,8 +175,8 @@ def _arguments(work: Work, training: TrainConfig, records: int, further: Mapping
         raise ConfigError(f"{', '.join(taken)} cannot be among the trainer's arguments: training settings decide them")
     if further.get("deepspeed") or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise ConfigError(
-            "deepspeed cannot train here, nobody has tried it: fsdp=true spreads a model over processes as ZeRO-3 does, "
-            "and torchrun without either gives each process the whole model and a part of the batch"
+            "deepspeed cannot train here, nobody has tried it: fsdp=true spreads a model over processes as ZeRO-3 "
+            "does, and torchrun without either gives each process the whole model and a part of the batch"
         )
     try:
         arguments = TrainingArguments(**{**ours, **free, **further})
@@ -213,6 +214,7 @@ def _provenance(trainer: GazeTrainer, records: Records, training: TrainConfig, s
     return {
         **training.to_dict(),
         "learning_rate": training.peak_rate,
+        "context_learning_rate": training.context_peak_rate,
         "steps": trainer.state.global_step,
         "epochs": trainer.state.global_step * training.batch_size / len(records),
         "budgets": [list(stage) for stage in schedule.stages],

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from gazepatch.errors import TrainingError
-from gazepatch.patch import patch_of, root_model, set_budget
+from gazepatch.patch import context_tokens_of, patch_of, root_model, set_budget
 from gazepatch.training.chat import supervised
 from gazepatch.training.checkpoints import Work
 from gazepatch.training.objectives import agreed, distill, next_token
@@ -30,13 +30,23 @@ class GazeTrainer(Trainer):
         trained: The parameters that learn.
         schedule: Budgets by step.
         work: Where checkpoints go.
+        context_rate: Peak of the learning rate of the context tokens; that of all else is the Trainer's.
         **trainer: As for `Trainer`; its model is the patched one.
     """
 
-    def __init__(self, *, objective: str, trained: Trained, schedule: Schedule, work: Work, **trainer: Any) -> None:
+    def __init__(
+        self,
+        *,
+        objective: str,
+        trained: Trained,
+        schedule: Schedule,
+        work: Work,
+        context_rate: float,
+        **trainer: Any,
+    ) -> None:
         super().__init__(**trainer)
         self.objective: str = objective
-        self.trained, self.work = trained, work
+        self.trained, self.work, self.context_rate = trained, work, context_rate
         # The loss is a mean over the tokens of the whole update, of all processes and parts: see compute_loss.
         self.model_accepts_loss_kwargs = True
         self.counts = torch.zeros(2, device=self.args.device)  # tokens on which gaze and dense agree, of how many
@@ -45,6 +55,16 @@ class GazeTrainer(Trainer):
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
             plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or trained.layer_classes()
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The Trainer's optimiser, with the context tokens in a group of their own."""
+        made: torch.optim.Optimizer = super().create_optimizer(*(() if model is None else (model,)))
+        tokens = context_tokens_of(self.trained.model)
+        for group in list(made.param_groups):
+            if tokens is not None and len(rest := [p for p in group["params"] if p is not tokens]) < len(group["params"]):
+                group["params"] = rest
+                made.add_param_group({**group, "params": [tokens], "lr": self.context_rate})
+        return made
 
     def go_on(self, checkpoint: Path | None) -> None:
         """Train from a checkpoint, or from the start; a checkpoint of the last step is taken as it is."""

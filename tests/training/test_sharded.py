@@ -15,7 +15,7 @@ import torch
 import transformers
 from accelerate.state import DistributedType
 from safetensors.torch import load_file
-from test_training import CONFIG, QUICK, TURNS, base, data, trained  # noqa: F401
+from talking import CONFIG, QUICK, TURNS, trained
 
 import gazepatch
 from gazepatch import ConfigError
@@ -30,7 +30,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def talk(data: Path) -> Path:  # noqa: F811
+def talk(data: Path) -> Path:
     """Conversations of which some have no image, so that one process may have none where the other has."""
     path = data.with_name("mixed.json")
     path.write_text(json.dumps([*map(json.loads, data.read_text().splitlines()), *[{"messages": TURNS}] * 4]))
@@ -38,7 +38,7 @@ def talk(data: Path) -> Path:  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def spread(base: Path, talk: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def spread(base: Path, talk: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all trainings on two processes, started once."""
     folder = tmp_path_factory.mktemp("spread")
     calls = [QUICK | {"batch_size": 4} | values | {"out": str(folder / name)} for name, values in TRAININGS.items()]
@@ -67,7 +67,7 @@ def test_two_processes_with_shards_train_as_one(
     base: Path,
     talk: Path,
     spread: Path,
-    tmp_path: Path,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     values = {key: value for key, value in TRAININGS[name].items() if key != "stop_at"}
     one, two = trained(base, talk, tmp_path / "one", **{"batch_size": 4, **values}), spread / name
@@ -79,7 +79,7 @@ def test_two_processes_with_shards_train_as_one(
         assert found.keys() == expected.keys()
         learned = sum((expected[key] - before[key]).square().sum() for key in expected if key in before)
         apart = sum((found[key] - expected[key]).square().sum() for key in expected)
-        assert 0 < learned and apart < 1e-3 * learned
+        assert learned > 0 and apart < 1e-3 * learned
     first, second = (dict(read(folder).provenance or {}) for folder in (one, two))
     assert (first.pop("processes"), second.pop("processes")) == (1, 2)
     assert second.pop("final_loss") == pytest.approx(first.pop("final_loss"), rel=1e-3)
@@ -87,7 +87,7 @@ def test_two_processes_with_shards_train_as_one(
     assert not two.with_name(f"{name}.work").exists()
 
 
-def started(base: Path, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:  # noqa: F811
+def started(base: Path, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What the tensors of a file are before a training; of adapters, the half that starts at zero."""
     if name == "model.safetensors":
         return load_file(base / name)
@@ -113,7 +113,7 @@ def test_what_is_refused(
     given: dict[str, Any],
     environment: dict[str, str],
     message: str,
-    base: Path,  # noqa: F811
+    base: Path,
     talk: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -126,7 +126,7 @@ def test_what_is_refused(
     assert not (tmp_path / "out.work").exists()
 
 
-def test_shards_of_cpus_are_refused(base: Path, talk: Path) -> None:  # noqa: F811
+def test_shards_of_cpus_are_refused(base: Path, talk: Path) -> None:
     state = SimpleNamespace(distributed_type=DistributedType.MULTI_CPU)
     asked = SimpleNamespace(fsdp=True, fsdp_plugin_args={"fsdp_version": 2}, world_size=2, distributed_state=state)
     with pytest.raises(ConfigError, match="fsdp is for GPUs"):

@@ -77,10 +77,17 @@ def without_lora(model: Any) -> Iterator[None]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    for layer in layers:
-        layer.enable_adapters(False)
+    _enable(layers, False)
     try:
         yield
     finally:
-        for layer in layers:
-            layer.enable_adapters(True)
+        _enable(layers, True)
+
+
+def _enable(layers: list[Any], enabled: bool) -> None:
+    """Switch adapters, and leave what learns as it was: PEFT changes that too."""
+    learns = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
+    for layer in layers:
+        layer.enable_adapters(enabled)
+    for parameter, learned in learns:
+        parameter.requires_grad_(learned)

@@ -224,6 +224,7 @@ def context_tokens_of(model: nn.Module) -> Tensor | None:
     """The parameter `[M, hidden]` that holds the context tokens of a patched model; None when it has none.
 
     PEFT freezes every parameter it finds: to train these too, wrap the model before `apply`, or unfreeze them again.
+    In a model that FSDP2 spreads over processes it is a shard (a `DTensor`) while no forward runs.
 
     Raises:
         PatchError: The model is not patched.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -29,6 +30,7 @@ from gazepatch.training.checkpoints import Work
 from gazepatch.training.records import Records, read_records
 from gazepatch.training.schedule import Schedule
 from gazepatch.training.settings import TrainConfig
+from gazepatch.training.sharded import fsdp_wanted, shard
 from gazepatch.training.trained import Trained
 from gazepatch.training.trainer import GazeTrainer
 
@@ -84,17 +86,21 @@ def train(
     collator.rendered(records[0])  # a template that does not fit is found before the weights are read
     work = Work(folder, _identity(source, records, config, training))
     arguments = _arguments(work, training, len(records), trainer_arguments or {})
+    spread = fsdp_wanted(arguments)
     with arguments.main_process_first(local=False, desc="working folder"):
         checkpoint = work.open()
         if arguments.process_index == 0:
             work.discard_broken()
-    model, trained = _prepare(source, config, training, arguments)
+    model, trained = _prepare(source, config, training)
+    if training.trainable == "full":
+        trained.teacher = _teacher(source, arguments, spread)
     schedule = Schedule.falling(config.budget, arguments.max_steps, training.schedule)
     trainer = GazeTrainer(
         objective=training.objective,
         trained=trained,
         schedule=schedule,
         work=work,
+        context_rate=training.context_peak_rate,
         model=model,
         args=arguments,
         train_dataset=records,
@@ -103,8 +109,13 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.go_on(checkpoint)
-    set_budget(model, config.budget)
-    if trainer.is_world_process_zero():
+    main = trainer.is_world_process_zero()
+    state = trained.gathered(keep=main) if spread else {}
+    if main:
+        if spread:  # nobody else can be waited for from here on, and shards are nothing to be saved
+            model, trained = _prepare(source, config, training)
+            trained.take(state)
+        set_budget(model, config.budget)
         provenance = _provenance(trainer, records, training, schedule)
         full = training.trainable == "full"
         save(model, folder, full=full, processor=collator.processor, provenance=provenance, force=force)
@@ -162,10 +173,10 @@ def _arguments(work: Work, training: TrainConfig, records: int, further: Mapping
     }
     if taken := sorted(ours.keys() & further.keys()):
         raise ConfigError(f"{', '.join(taken)} cannot be among the trainer's arguments: training settings decide them")
-    if sharded := sorted({"fsdp", "deepspeed"} & {name for name, value in further.items() if value}):
+    if further.get("deepspeed") or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise ConfigError(
-            f"{', '.join(sharded)}: models that are spread over processes cannot be trained yet; torchrun gives each "
-            "process the whole model and a part of the batch"
+            "deepspeed cannot train here, nobody has tried it: fsdp=true spreads a model over processes as ZeRO-3 "
+            "does, and torchrun without either gives each process the whole model and a part of the batch"
         )
     try:
         arguments = TrainingArguments(**{**ours, **free, **further})
@@ -177,21 +188,24 @@ def _arguments(work: Work, training: TrainConfig, records: int, further: Mapping
     return arguments
 
 
-def _prepare(
-    source: str | Path, config: GazeConfig, training: TrainConfig, arguments: TrainingArguments
-) -> tuple[Any, Trained]:
+def _prepare(source: str | Path, config: GazeConfig, training: TrainConfig) -> tuple[Any, Trained]:
     """The patched model, and what of it learns."""
     set_seed(training.seed)
     model = AutoModelForImageTextToText.from_pretrained(source)
-    teacher = None
-    if training.trainable == "full":
-        teacher = AutoModelForImageTextToText.from_pretrained(source).requires_grad_(False).eval().to(arguments.device)
     tokens = None
     if config.context_tokens:
         # Single precision, whatever the model's: small updates would vanish in fewer bits.
         tokens = nn.Parameter(initial_context_tokens(model, config.context_tokens, seed=training.seed))
     apply(model, config, context_tokens=tokens)
-    return model, Trained(model, training.trainable, lora_rank=training.lora_rank, teacher=teacher)
+    return model, Trained(model, training.trainable, lora_rank=training.lora_rank)
+
+
+def _teacher(source: str | Path, arguments: TrainingArguments, spread: bool) -> nn.Module:
+    """A copy of the model as it was, spread over the processes if the model is."""
+    teacher = AutoModelForImageTextToText.from_pretrained(source).requires_grad_(False).eval()
+    if spread:
+        return shard(teacher, adapter_for(teacher.config.model_type).decoder(teacher).layers)
+    return teacher.to(arguments.device)
 
 
 def _provenance(trainer: GazeTrainer, records: Records, training: TrainConfig, schedule: Schedule) -> dict[str, Any]:
@@ -200,6 +214,7 @@ def _provenance(trainer: GazeTrainer, records: Records, training: TrainConfig, s
     return {
         **training.to_dict(),
         "learning_rate": training.peak_rate,
+        "context_learning_rate": training.context_peak_rate,
         "steps": trainer.state.global_step,
         "epochs": trainer.state.global_step * training.batch_size / len(records),
         "budgets": [list(stage) for stage in schedule.stages],

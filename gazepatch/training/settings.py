@@ -14,6 +14,9 @@ from gazepatch.errors import ConfigError
 OBJECTIVES = ("distill", "next-token")
 TRAINABLE = ("context", "lora", "full")
 
+#: Peaks of the learning rate.
+RATES = {"context": 3e-3, "lora": 2e-4, "full": 1e-5}
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -29,6 +32,8 @@ class TrainConfig:
         batch_size: Records of one update, over all processes.
         accumulate: Parts that a process computes its records of one update in, to save memory.
         learning_rate: Peak of the learning rate; None: 0.003 for context, 0.0002 for lora, 0.00001 for full.
+        context_learning_rate: That of the context tokens beside lora or full; None: 0.003. One rate does not serve both:
+            context tokens are few and start far from where they are wanted, weights are many and must not move far.
         schedule: Share of the steps over which the budget falls, from dense by way of 8, 4 and 2 times the final one.
         lora_rank: Rank of the LoRA adapters.
         seed: Of the first context tokens and of the order of the records.
@@ -46,6 +51,7 @@ class TrainConfig:
     batch_size: int = 8
     accumulate: int = 1
     learning_rate: float | None = None
+    context_learning_rate: float | None = None
     schedule: float = 0.5
     lora_rank: int = 16
     seed: int = 0
@@ -61,8 +67,11 @@ class TrainConfig:
         if self.steps is not None:
             check_int("steps", self.steps, least=1)
         _check_number("epochs", self.epochs, "above 0", _positive)
-        if self.learning_rate is not None:
-            _check_number("learning_rate", self.learning_rate, "above 0", _positive)
+        for name in ("learning_rate", "context_learning_rate"):
+            if getattr(self, name) is not None:
+                _check_number(name, getattr(self, name), "above 0", _positive)
+        if self.trainable == "context" and self.context_learning_rate is not None:
+            raise ConfigError("context_learning_rate is for lora and full: with context alone, give learning_rate")
         _check_number("schedule", self.schedule, "from 0 to 1", lambda share: 0 <= share <= 1)
         if self.batch_size % self.accumulate:
             raise ConfigError(
@@ -72,8 +81,14 @@ class TrainConfig:
     @property
     def peak_rate(self) -> float:
         """The learning rate in use."""
-        rates = {"context": 3e-3, "lora": 2e-4, "full": 1e-5}
-        return rates[self.trainable] if self.learning_rate is None else self.learning_rate
+        return RATES[self.trainable] if self.learning_rate is None else self.learning_rate
+
+    @property
+    def context_peak_rate(self) -> float:
+        """That of the context tokens."""
+        if self.trainable == "context":
+            return self.peak_rate
+        return RATES["context"] if self.context_learning_rate is None else self.context_learning_rate
 
     def steps_for(self, records: int) -> int:
         """Updates of a training on so many records."""

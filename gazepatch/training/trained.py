@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gazepatch.errors import TrainingError
 from gazepatch.lora import add_lora, without_lora
 from gazepatch.patch import context_tokens_of, dense, patch_of, root_model
+from gazepatch.training.sharded import assign, is_shard, layer_classes, whole
 
 FILE_NAME = "trained.safetensors"
 
@@ -37,12 +38,27 @@ class Trained:
             tokens.requires_grad_(True)
         self.names = [name for name, held in model.named_parameters() if held.requires_grad]
 
-    def write(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Write these parameters, and nothing else, into a checkpoint; `state` gathers them where they are sharded."""
-        held = dict(self.model.named_parameters()) if state is None else state
-        save_file({name: held[name].detach().cpu().contiguous() for name in self.names}, folder / FILE_NAME)
+    def gathered(self, keep: bool = True) -> dict[str, Tensor]:
+        """These parameters, whole, on the CPU, one after the other; every process must call it, and may keep none."""
+        held, found = dict(self.model.named_parameters()), {}
+        for name in self.names:
+            tensor = whole(held[name])
+            if keep:
+                found[name] = tensor.cpu().contiguous()
+        return found
 
-    @torch.no_grad()
+    def take(self, found: Mapping[str, Tensor]) -> None:
+        """The inverse of `gathered`; every process gives the same."""
+        held = dict(self.model.named_parameters())
+        for name in self.names:
+            assign(held[name], found[name])
+
+    def write(self, folder: Path, writes: bool = True) -> None:
+        """Write these parameters, and nothing else, into a checkpoint; every process must call it, and one writes."""
+        found = self.gathered(keep=writes)
+        if writes:
+            save_file(found, folder / FILE_NAME)
+
     def read(self, folder: Path) -> None:
         """Take them from a checkpoint.
 
@@ -52,8 +68,26 @@ class Trained:
         found, held = load_file(folder / FILE_NAME), dict(self.model.named_parameters())
         if found.keys() != set(self.names) or any(found[n].shape != held[n].shape for n in self.names):
             raise TrainingError(f"{folder} is of another training: remove its folder to begin anew")
-        for name in self.names:
-            held[name].copy_(found[name])
+        self.take(found)
+
+    def layer_classes(self) -> list[str]:
+        """`sharded.layer_classes` of the model."""
+        return layer_classes(patch_of(self.model).runtime.adapter.decoder(self.model))
+
+    def reach_all(self) -> None:
+        """Let every pass reach all of these parameters, with a gradient of nothing if need be.
+
+        Processes wait for each other's gradients, and without an image context tokens have none. Layers that are
+        spread over processes have given theirs away when the pass ends; they always have some.
+        """
+
+        def reach(module: nn.Module, args: Any, output: Any) -> Any:
+            if torch.is_grad_enabled():
+                here = [p for p in module.parameters() if p.requires_grad and not is_shard(p)]
+                output.logits = output.logits + 0.0 * sum(p.sum() for p in here)
+            return output
+
+        self.model.register_forward_hook(reach)
 
     @contextmanager
     def untrained(self, wrapped: nn.Module) -> Iterator[nn.Module]:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from gazepatch.errors import TrainingError
-from gazepatch.patch import patch_of, root_model, set_budget
+from gazepatch.patch import context_tokens_of, patch_of, root_model, set_budget
 from gazepatch.training.chat import supervised
 from gazepatch.training.checkpoints import Work
 from gazepatch.training.objectives import agreed, distill, next_token
@@ -30,17 +30,41 @@ class GazeTrainer(Trainer):
         trained: The parameters that learn.
         schedule: Budgets by step.
         work: Where checkpoints go.
+        context_rate: Peak of the learning rate of the context tokens; that of all else is the Trainer's.
         **trainer: As for `Trainer`; its model is the patched one.
     """
 
-    def __init__(self, *, objective: str, trained: Trained, schedule: Schedule, work: Work, **trainer: Any) -> None:
+    def __init__(
+        self,
+        *,
+        objective: str,
+        trained: Trained,
+        schedule: Schedule,
+        work: Work,
+        context_rate: float,
+        **trainer: Any,
+    ) -> None:
         super().__init__(**trainer)
         self.objective: str = objective
-        self.trained, self.work = trained, work
+        self.trained, self.work, self.context_rate = trained, work, context_rate
         # The loss is a mean over the tokens of the whole update, of all processes and parts: see compute_loss.
         self.model_accepts_loss_kwargs = True
         self.counts = torch.zeros(2, device=self.args.device)  # tokens on which gaze and dense agree, of how many
         self.add_callback(Lowering(schedule, trainer["model"]))
+        trained.reach_all()
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or trained.layer_classes()
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The Trainer's optimiser, with the context tokens in a group of their own."""
+        made: torch.optim.Optimizer = super().create_optimizer(*(() if model is None else (model,)))
+        tokens = context_tokens_of(self.trained.model)
+        for group in list(made.param_groups):
+            if tokens is not None and len(rest := [p for p in group["params"] if p is not tokens]) < len(group["params"]):
+                group["params"] = rest
+                made.add_param_group({**group, "params": [tokens], "lr": self.context_rate})
+        return made
 
     def go_on(self, checkpoint: Path | None) -> None:
         """Train from a checkpoint, or from the start; a checkpoint of the last step is taken as it is."""
@@ -70,8 +94,6 @@ class GazeTrainer(Trainer):
         if teacher is not None:
             self.counts += torch.stack([agreed(student, teacher), torch.tensor(len(tokens)).to(student.device)])
         total = distill(student, teacher) if self.objective == "distill" else next_token(student, tokens)  # type: ignore[arg-type]
-        # Processes wait for a gradient of every parameter, and without an image context tokens have none.
-        total = total + 0.0 * sum(p.sum() for p in self.trained.model.parameters() if p.requires_grad)
         loss = total / (max(1, len(tokens)) if num_items_in_batch is None else num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # whose gradients are averaged
@@ -99,11 +121,23 @@ class GazeTrainer(Trainer):
 
     # ---- checkpoints: what is trained, and what the Trainer needs to go on
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what is trained; every process must call it."""
         folder = Path(output_dir or str(self.args.output_dir))
         if self.args.should_save:
             os.makedirs(folder, exist_ok=True)
-            self.trained.write(folder, state_dict)
+        self.trained.write(folder, bool(self.args.should_save))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        from accelerate.utils import save_fsdp_optimizer
+
+        # The Trainer would write all of the model beside it.
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.trained.read(Path(resume_from_checkpoint))

@@ -1,0 +1,68 @@
+"""A tiny LLaVA with a processor, and conversations about pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from talking import SIDE_PX, SPECIAL, write_image
+from tiny import IMAGE, VOCAB, tiny
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+
+from gazepatch.demo.checkpoint import CHAT_TEMPLATE
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny LLaVA with a processor, whose words are w8, w9, ..."""
+    folder = tmp_path_factory.mktemp("models") / "llava"
+    tiny("llava").model.save_pretrained(folder)
+    words = SPECIAL | {f"w{i}": i for i in range(len(SPECIAL), VOCAB) if i != IMAGE} | {"<image>": IMAGE}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split("\n", "isolated")]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+    fast.add_special_tokens({"additional_special_tokens": ["<image>", "<|im_start|>", "<|im_end|>"]})
+    size = {"height": SIDE_PX, "width": SIDE_PX}
+    images = CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False)
+    LlavaProcessor(
+        images,
+        fast,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+        image_token="<image>",
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight conversations about pictures of noise, of one and of two turns."""
+    folder, generator = tmp_path_factory.mktemp("data"), torch.Generator().manual_seed(5)
+
+    def words(count: int) -> str:
+        return " ".join(f"w{i}" for i in torch.randint(8, 900, (count,), generator=generator).tolist())
+
+    lines = []
+    for number in range(8):
+        write_image(folder / f"{number}.png", number)
+        turns = [("user", f"<image> {words(3)}"), ("assistant", words(8))]
+        turns += [("user", words(2)), ("assistant", words(5))] * (number % 2)
+        messages = [{"role": role, "content": content} for role, content in turns]
+        lines.append(json.dumps({"messages": messages, "images": [f"{number}.png"]}))
+    path = folder / "talk.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def processor(base: Path) -> Any:
+    return transformers.AutoProcessor.from_pretrained(base)

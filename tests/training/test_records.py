@@ -1,0 +1,204 @@
+"""Records of a training, and what of them is learned."""
+
+from __future__ import annotations
+
+import base64
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from talking import SIDE_PX, TURNS, write_image
+
+from gazepatch import TrainingError
+from gazepatch.demo.checkpoint import CHAT_TEMPLATE
+from gazepatch.training.chat import Collator, supervised
+from gazepatch.training.objectives import agreed, distill, next_token
+from gazepatch.training.records import read_records
+
+# ---- records
+
+
+def one_record(folder: Path, values: Any) -> Any:
+    path = folder / "one.jsonl"
+    path.write_text("\n" + (values if isinstance(values, str) else json.dumps(values)) + "\n")
+    return read_records(path)[0]
+
+
+def test_both_forms_of_records(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png", 0)
+    place, user, said = {"type": "image"}, {"type": "text", "text": "w8"}, {"type": "text", "text": "w9"}
+    expected = [{"role": "user", "content": [place, user]}, {"role": "assistant", "content": [said]}]
+    listed = [{"role": "user", "content": [place, user]}, {"role": "assistant", "content": [said]}]
+    inside = [{"role": "user", "content": [{"type": "image", "image": "a.png"}, user]}, TURNS[1]]
+    llava = [{"from": "human", "value": "<image>w8"}, {"from": "gpt", "value": "w9"}]
+    for values in (
+        {"messages": TURNS, "images": ["a.png"]},
+        {"messages": listed, "images": ["a.png"]},
+        {"messages": inside},
+        {"conversations": llava, "image": "a.png", "id": 7},
+    ):
+        record = one_record(tmp_path, values)
+        assert (record.messages, record.images, record.where) == (expected, ["a.png"], "one.jsonl, line 2")
+
+
+def test_embedded_images(tmp_path: Path) -> None:
+    from gazepatch.training.images import open_image
+
+    path = write_image(tmp_path / "a.png", 0)
+    text = base64.b64encode(path.read_bytes()).decode()
+    expected = Image.open(path).convert("RGB")
+    held: list[Any] = [str(path), "a.png", f"data:image/png;base64,{text}", {"bytes": text}]
+    held += [{"bytes": path.read_bytes(), "path": None}, {"path": "a.png"}, expected]
+    for image in held:
+        assert open_image(image, tmp_path, "here").tobytes() == expected.tobytes()
+    for wrong in ("data:image/png;base64,@@", {"bytes": "AAAA"}):
+        with pytest.raises(TrainingError, match="here: an image cannot be read"):
+            open_image(wrong, tmp_path, "here")
+
+
+BROKEN: dict[str, tuple[Any, str]] = {
+    "no JSON": ("{", "line 2: must be JSON"),
+    "no object": ("3", "must be a JSON object, got int"),
+    "no messages": ({"text": "w8"}, "expected a list 'messages'.* got the keys text"),
+    "empty": ({"messages": []}, "expected a list 'messages'"),
+    "no assistant": ({"messages": TURNS[:1]}, "expected a message of the assistant"),
+    "no role": ({"messages": [{"content": "w8"}]}, "message 0 must have a 'role'"),
+    "no content": ({"messages": [{"role": "user"}]}, "message 0 must have 'content'"),
+    "text as message": ({"messages": ["w8"]}, "message 0 must be an object, got str"),
+    "other part": ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "message 0 may hold"),
+    "too few images": ({"conversations": [{"from": "human", "value": "<image>"}, TURNS[1]]}, "for each of 1 .* got 0"),
+    "missing image": ({"messages": TURNS, "images": ["no.png"]}, "line 2: no image at .*no.png"),
+    "address": ({"messages": TURNS, "images": ["https://x.org/a.png"]}, "not fetched from the network"),
+    "number": ({"messages": TURNS, "images": 3}, "images must be a list, got 3"),
+    "numbers": ({"messages": TURNS, "images": [3]}, "an image must be a path"),
+}
+
+
+@pytest.mark.parametrize(("values", "message"), BROKEN.values(), ids=BROKEN)
+def test_broken_records(values: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=message):
+        one_record(tmp_path, values if isinstance(values, str) else json.dumps(values))
+
+
+def test_where_records_may_be(tmp_path: Path, data: Path) -> None:
+    assert len(read_records(data.parent)) == len(read_records(data)) == 8
+    listed = tmp_path / "list.json"
+    listed.write_text(json.dumps([{"messages": TURNS}] * 3))
+    assert [len(read_records(tmp_path)), read_records(listed)[2].where] == [3, "list.json, record 3"]
+    with pytest.raises(IndexError):
+        read_records(listed)[3]
+    listed.write_text(json.dumps([{"messages": TURNS}, {}]))
+    with pytest.raises(TrainingError, match=r"list\.json, record 2: expected a list 'messages'"):
+        read_records(listed)
+    (tmp_path / "a.jsonl").write_text("")
+    with pytest.raises(TrainingError, match="expected records, got none"):
+        read_records(tmp_path)
+    (tmp_path / "b.jsonl").write_text("")
+    with pytest.raises(TrainingError, match=r"one file of records .* got a.jsonl, b.jsonl"):
+        read_records(tmp_path)
+    with pytest.raises(TrainingError, match="got nothing at"):
+        read_records(tmp_path / "c.jsonl")
+
+
+def test_sets_of_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(TrainingError, match="pip install datasets"):
+        read_records("owner/talk")
+
+    class Rows(list[Any]):
+        _fingerprint = "f00"
+
+    picture = Image.new("RGB", (SIDE_PX, SIDE_PX))
+    rows = Rows([{"messages": TURNS, "images": [picture]}, {"messages": []}])
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda name, split: rows))
+    records = read_records("owner/talk")
+    assert (records.name, records.digest, len(records), records[0].images) == ("owner/talk", "f00", 2, [picture])
+    with pytest.raises(TrainingError, match="owner/talk, record 2: expected a list"):
+        records[1]
+
+
+# ---- the assistant's tokens
+
+
+def labelled(processor: Any, folder: Path, *records: Mapping[str, Any]) -> list[str]:
+    """The text that each record is trained on."""
+    path = folder / "some.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    read = read_records(path)
+    batch = Collator(processor)([read[number] for number in range(len(read))])
+    return [processor.tokenizer.decode(row[row != -100]) for row in batch["labels"]]
+
+
+def test_labels_are_what_the_assistant_says(processor: Any, tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png", 0)
+    write_image(tmp_path / "b.png", 1)
+    short = {"messages": TURNS, "images": ["a.png"]}
+    turns = ["<image> w8", "w20 w21", "w10 <image> w11", "w22", "w12", "w23 w24 w25"]
+    long = {
+        "messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)],
+        "images": ["a.png", "b.png"],
+    }
+    first, second = labelled(processor, tmp_path, short, long)
+    assert first == "w9 <|im_end|>"
+    assert second == "w20 w21 <|im_end|> w22 <|im_end|> w23 w24 w25 <|im_end|>"
+
+
+def test_labels_with_a_generation_prompt_that_is_longer_than_history(processor: Any, tmp_path: Path) -> None:
+    processor.chat_template = CHAT_TEMPLATE.replace("assistant\n{% endif %}", "assistant\nw900 \n{% endif %}")
+    assert labelled(processor, tmp_path, {"messages": TURNS}) == ["w9 <|im_end|>"]
+
+
+def test_labels_where_tokens_merge_over_the_cut(processor: Any, tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png", 0)
+    opening = "<|im_start|>{{ message.role }}\nw8"  # and an answer 01 make the token w801
+    processor.chat_template = CHAT_TEMPLATE.replace("<|im_start|>{{ message.role }}\n", opening)
+    processor.chat_template = processor.chat_template.replace("assistant\n", "assistant\nw8")
+    turns = [{"role": "user", "content": " w9"}, {"role": "assistant", "content": "01 w20"}]
+    for record in ({"messages": turns}, {"messages": turns * 2, "images": ["a.png"]}):
+        expected = " ".join(["w801 w20 <|im_end|>"] * (len(record["messages"]) // 2))
+        assert labelled(processor, tmp_path, record) == [expected]
+
+
+def test_templates_that_do_not_do(processor: Any, base: Path, tmp_path: Path) -> None:
+    template = "{% if messages|length > 2 %}{{ messages[-1].role }}{% else %}" + CHAT_TEMPLATE + "{% endif %}"
+    processor.chat_template = template
+    with pytest.raises(TrainingError, match="line 1: the chat template does not keep message 1"):
+        labelled(processor, tmp_path, {"messages": TURNS * 2})
+    processor.chat_template = CHAT_TEMPLATE.replace("{{ part.text }}", "")
+    with pytest.raises(TrainingError, match="does not keep message 1"):
+        labelled(processor, tmp_path, {"messages": TURNS})
+    processor.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(TrainingError, match="line 1: the chat template refuses this conversation: roles must"):
+        labelled(processor, tmp_path, {"messages": TURNS})
+    processor.chat_template = None
+    with pytest.raises(TrainingError, match="no chat template"):
+        Collator(processor)
+    with pytest.raises(TrainingError, match="a processor for images and text, got "):
+        Collator(processor.tokenizer)
+
+
+def test_an_image_that_is_damaged_names_its_line(processor: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    with pytest.raises(TrainingError, match=r"some.jsonl, line 1: an image cannot be read"):
+        labelled(processor, tmp_path, {"messages": TURNS, "images": ["a.png"]})
+
+
+def test_supervised_positions() -> None:
+    none = -100
+    columns, kept, tokens = supervised(torch.tensor([[none, none, 7, 8], [none, none, none, 9]]))
+    assert (columns.tolist(), kept.tolist(), tokens.tolist()) == ([1, 2], [[True, True], [False, True]], [7, 8, 9])
+
+
+def test_objectives() -> None:
+    one, other = torch.randn(2, 5, 7)
+    assert distill(one, one).item() == pytest.approx(0, abs=1e-6)
+    p, q = other.softmax(-1), one.softmax(-1)
+    torch.testing.assert_close(distill(one, other), (p * (p / q).log()).sum())
+    torch.testing.assert_close(next_token(one, torch.arange(5)), -q[range(5), range(5)].log().sum())
+    assert agreed(one, one) == 5

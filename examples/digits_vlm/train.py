@@ -344,6 +344,8 @@ def trained_before(args: argparse.Namespace) -> LlavaForConditionalGeneration:
     args.first_steps = args.striped_steps = 0
     load: Any = gazepatch.load if args.mode == "gaze" else LlavaForConditionalGeneration.from_pretrained
     model: LlavaForConditionalGeneration = load(args.start, dtype=torch.float32)
+    for part in (model.config.text_config, model.config.vision_config):
+        part.dtype = None  # that of training: what is written is bfloat16 again
     return model.to(args.device)
 
 

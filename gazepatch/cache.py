@@ -102,7 +102,7 @@ class GazeLayer(DynamicLayer):
         """Have a store of other entries with room for all that are used; the first `start` of them are held."""
         if self._other is None or self._used > self._other[0].shape[-2]:
             room = max(LEAST_ROOM, self._used // 8)
-            self._other = grown(self._other, start, self._used + room, (key, value))
+            self._other = _grown(self._other, start, self._used + room, (key, value))
 
     def _append_visual(self, key: Tensor, value: Tensor, chunk: Chunk) -> None:
         config = self.state.config
@@ -293,10 +293,9 @@ class WindowLayer(DynamicSlidingWindowLayer):
         return kept + query_length, seen - kept
 
 
-def grown(
+def _grown(
     held: tuple[Tensor, Tensor] | None, used: int, room: int, like: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Stores of `room` entries like these, with the `used` first ones that are held."""
     stores = []
     for i, new in enumerate(like):
         store = new.new_empty(*new.shape[:2], room, new.shape[3])

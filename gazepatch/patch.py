@@ -179,7 +179,7 @@ def trace(model: nn.Module) -> Iterator[Trace]:
 
     Holds for the calling thread. The trace is of the last prompt and the decode steps behind it; what queries of the
     prompt itself read (`prefill="gaze"`) is not in it. It stays readable when the block is over. Within the block,
-    whatever `torch.compile` has compiled runs as it was before.
+    nothing that `torch.compile` made is used, in the whole process: a compiler would see another list in every step.
 
     Raises:
         PatchError: The model is not patched, or a trace of it is on already.

@@ -20,7 +20,7 @@ from gazepatch.config import GazeConfig
 from gazepatch.errors import CacheError
 from gazepatch.insertion import Insertion
 from gazepatch.layout import Span
-from gazepatch.regions import ABSENT
+from gazepatch.regions import ABSENT, Chunk
 from gazepatch.state import GazeState
 from gazepatch.stats import StepCounters
 
@@ -172,8 +172,7 @@ class StaticGazeLayer(GazeLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Remember dtype and device; the stores are made by the first update."""
         super().lazy_initialization(key_states, value_states)
-        self.filled = self.filled.to(self.device)
-        torch._dynamo.mark_static_address(self.filled)
+        self.filled = _settled(self.filled.to(self.device))
         if self.leads:
             self.state.filled = self.filled
 
@@ -212,7 +211,7 @@ class StaticGazeLayer(GazeLayer):
                 store[:, :, :start] = before[:, :, :start]
         self._other = made[0], made[1]
 
-    def _append_visual(self, key: Tensor, value: Tensor, chunk: Any) -> None:
+    def _append_visual(self, key: Tensor, value: Tensor, chunk: Chunk) -> None:
         super()._append_visual(key, value, chunk)
         assert self._visual is not None and self._means is not None
         key, value = self._visual
@@ -226,8 +225,7 @@ class StaticGazeLayer(GazeLayer):
         held = self._memory.get(name)
         if held is not None and (held.shape, held.dtype, held.device) == (new.shape, new.dtype, new.device):
             return held.copy_(new)
-        torch._dynamo.mark_static_address(new)
-        self._memory[name] = new
+        self._memory[name] = _settled(new)
         return new
 
     # ---- reading
@@ -241,7 +239,7 @@ class StaticGazeLayer(GazeLayer):
 
     def get_seq_length(self) -> int:
         """Tokens seen, a number on the device; inside the text decoder, context tokens count."""
-        # transformers' own static layers return a tensor too, under this type
+        # A tensor under the type of an integer, as transformers' own static layers have it.
         return self.state.seen(cast(int, self.filled)) if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -311,6 +309,13 @@ def stepping(cache: object, owner: object) -> StaticState | None:
     """The state of the owner's static cache, if it is ready for a decode step."""
     state = dynamic.gaze_state(cache)
     return state if isinstance(state, StaticState) and state.ready and state.owner() is owner else None
+
+
+def _settled(memory: Tensor) -> Tensor:
+    """Tell a compiler that this tensor will not move: a CUDA graph need not copy it before every replay."""
+    if not torch.compiler.is_compiling():
+        torch._dynamo.mark_static_address(memory)
+    return memory
 
 
 def _replace_layers(cache: StaticCache, owner: object, config: GazeConfig, gaze_layers: Sequence[int]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tiny import Case, batch, tiny
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -16,8 +17,10 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 
 from gazepatch.config import GazeConfig
 from gazepatch.errors import CacheError
+from gazepatch.layout import Span
+from gazepatch.ops.decode import DecodePlan
 from gazepatch.patch import patch_of, patched, stats, trace
-from gazepatch.static import StaticGazeLayer
+from gazepatch.static import StaticGazeLayer, StaticState
 
 WHOLE = GazeConfig(region=(3, 3, 1), window=(1, 3, 1), budget=1.0, periphery=False, min_visual_tokens=0)
 QUARTER = dataclasses.replace(WHOLE, budget=0.25)
@@ -28,6 +31,7 @@ SETTINGS = {
     "gaze prefill": dataclasses.replace(QUARTER, prefill="gaze"),
     "few visual tokens": dataclasses.replace(QUARTER, min_visual_tokens=10**6),
 }
+OWNER = type("Owner", (), {})()  # stands for the patch that a cache belongs to
 NAMES = ("llava", "qwen2_vl", "gemma3")
 
 
@@ -62,6 +66,16 @@ def static(case: Case, length: int = 300) -> StaticCache:
     return StaticCache(config=case.model.config, max_cache_len=length)
 
 
+def supported(name: str) -> Case:
+    """A tiny model, if this transformers can give it a static cache without a patch."""
+    case = tiny(name)
+    try:
+        generate(case, 2, cache_implementation="static")
+    except IndexError:  # gemma3 in 5.16: the masks of its images are shorter than the cache
+        pytest.skip(f"transformers {transformers.__version__} itself cannot make {name} a static cache")
+    return case
+
+
 def longer(case: Case, tokens: int) -> dict[str, Tensor]:
     """The prompt with so many more tokens of text behind it."""
     inputs = dict(case.inputs)
@@ -81,7 +95,7 @@ def assert_same(actual: Any, expected: Any) -> None:
 @pytest.mark.parametrize("rows", [1, 2], ids=["one row", "two rows"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_static_cache_answers_as_a_dynamic_one(name: str, rows: int) -> None:
-    case = tiny(name) if rows == 1 else batch(tiny(name))
+    case = supported(name) if rows == 1 else batch(supported(name))
     dense = generate(case, cache_implementation="static")
     for of_settings, config in SETTINGS.items():
         with patched(case.model, config):
@@ -96,7 +110,7 @@ def test_a_static_cache_answers_as_a_dynamic_one(name: str, rows: int) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_steps_compile_once(name: str, fresh: None) -> None:
-    case = tiny(name)
+    case = supported(name)
     cache = {"max_cache_len": 300}  # else a longer prompt is another shape for transformers as well
     with patched(case.model, SETTINGS["periphery"]):
         generate(case, **compiled(), **cache)  # gemma3: some steps before its windows are full, some behind
@@ -144,6 +158,49 @@ class NeverWaiting(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
+class OnDevice(TorchDispatchMode):
+    """Fails where a tensor is made anywhere else: a CUDA graph cannot copy from the host's memory."""
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = operator(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            assert tensor is None or tensor.device.type == "meta", f"{operator} on the host"
+        return made
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@torch.no_grad()
+def test_a_step_stays_on_its_device(name: str) -> None:
+    # A device without data: whoever needs some fails, and what is made on the host shows.
+    config, device = SETTINGS[name], torch.device("meta")
+    state = StaticState(OWNER, config, 100)
+    layer = StaticGazeLayer(state, gazes=True, leads=True)
+    state.begin([Span(0, 3, 43, (1, 5, 8), 0)], 2, 50)  # the rows differ
+    if state.regions is not None:  # a plan needs data, so it is made here and moved
+        plan = DecodePlan(state.regions, config, 2, 8, 2)
+        for key, value in vars(plan).items():
+            setattr(plan, key, value.to(device) if isinstance(value, Tensor) else value)
+        plan.regions, plan.on_cpu = state.regions.to(device), False
+        state._devices["plan 2 8 2", device] = plan
+    query, entries = torch.empty(2, 8, 50, 16, device=device), torch.empty(2, 2, 50, 16, device=device)
+    layer.update(entries, entries)
+    state.expect(0, query, entries, entries)
+    state.finish(True)
+    query, entries = query[:, :, :1], entries[:, :, :1]
+    for mask in (torch.ones(2, 1, 1, 100, dtype=torch.bool, device=device), None):
+        with OnDevice():
+            state.step()
+            read = layer.update(entries, entries)
+            if state.decoding:
+                decoded = state.plan(query, layer.entries()).decode(
+                    query, layer.entries(), 0.25, state.bias(mask, device)
+                )
+                state.counters.add_read(0, decoded.read)
+                assert decoded.output.shape == (2, 8, 1, 16)
+            state.finish(True)
+        assert read[0].shape[2] == 100  # no row has fewer visual tokens than the second, none
+
+
 def held(cache: StaticCache) -> dict[str, Any]:
     """Address and shape of every tensor that a step may read, and every number that a compiler might rely on."""
     found: dict[str, Any] = {}
@@ -171,7 +228,7 @@ def held(cache: StaticCache) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["llava", "gemma3"])
 def test_nothing_moves_from_step_to_step(name: str) -> None:
-    case = batch(tiny(name))
+    case = batch(supported(name))
     mask = case.inputs["attention_mask"]
     with torch.no_grad(), patched(case.model, SETTINGS["periphery"]):
         cache, before = static(case), None
@@ -304,7 +361,7 @@ def test_what_a_static_cache_refuses(case: Case) -> None:
 
 
 def test_sliding_windows_have_no_room_for_context_tokens() -> None:
-    case = tiny("gemma3")
+    case = supported("gemma3")
     tokens = torch.randn(3, case.model.config.get_text_config().hidden_size)
     with patched(case.model, QUARTER, context_tokens=tokens), pytest.raises(CacheError, match="sliding windows"):
         generate(case, cache_implementation="static")

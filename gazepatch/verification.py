@@ -20,6 +20,10 @@ from gazepatch.registry import adapter_for
 #: Largest difference of logits that is put down to the order of additions, relative to the largest logit.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}
 
+#: How many times more a model with gaze may differ between cached and uncached than it does unpatched. Few decoders
+#: magnify rounding that much, and where one does, a choice among nearly equal regions does so again.
+SLACK = 10
+
 
 @dataclass(frozen=True)
 class Check:
@@ -74,6 +78,7 @@ def _verify(
 ) -> Verification:
     always = dataclasses.replace(settings, min_visual_tokens=0)
     dense, tokens = generate_logits(model, inputs, steps)
+    own = _gap(dense, _uncached(model, inputs, tokens))
     before = fingerprint(model)  # behind the first run, at which transformers sets up hooks of its own
     with patched(model, dataclasses.replace(always, budget=1.0, context_tokens=0)):
         whole, _ = generate_logits(model, inputs, steps, tokens)
@@ -88,7 +93,12 @@ def _verify(
             Check(
                 "dense equivalence", _gap(dense, whole), limit, f"largest logit difference at budget 1, {steps} steps"
             ),
-            Check("cached equals uncached", _gap(cached, uncached), limit, "largest logit difference, same steps"),
+            Check(
+                "cached equals uncached",
+                _gap(cached, uncached),
+                min(max(limit, SLACK * own), SLACK * limit),
+                "largest logit difference, same steps",
+            ),
             Check("exact undo: logits", _gap(dense, again), 0.0, "largest logit difference, before and after"),
             Check("exact undo: model", _changes(before, after), 0.0, "hooks, attributes and registries changed"),
         ]

@@ -35,8 +35,8 @@ class Scores(NamedTuple):
         return self.softcap is None and self.sinks is None and self.bias is None
 
     def of(self, products: Tensor) -> Tensor:
-        """Scores, in float32, of dot products of any shape."""
-        scores = products.float() * self.scale
+        """Scores, in float32 or more, of dot products of any shape."""
+        scores = products.to(at_least_single(products.dtype)) * self.scale
         return scores if self.softcap is None else torch.tanh(scores / self.softcap) * self.softcap
 
     def of_queries(self, index: Tensor | slice) -> Scores:
@@ -70,3 +70,8 @@ def added(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
     if mask is None or bias is None:
         return bias if mask is None else mask
     return mask + bias
+
+
+def at_least_single(dtype: torch.dtype) -> torch.dtype:
+    """The precision to work in with tensors of this one."""
+    return torch.promote_types(dtype, torch.float32)

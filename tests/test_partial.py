@@ -181,3 +181,11 @@ def test_gradients_are_those_of_plain_attention() -> None:
     expected = torch.autograd.grad((plain(query, key, value)[0] * seed).sum(), (query, key, value))
     for actual, wanted in zip(gradients, expected, strict=True):
         torch.testing.assert_close(actual, wanted, atol=2e-6, rtol=1e-5)
+
+
+def test_double_precision_stays_double() -> None:
+    query, key, value = tensors(63, dtype=torch.float64)
+    bias = torch.zeros(63, dtype=torch.float64)
+    bias[::5] = ABSENT
+    parts = [attend(query, key[:, :, s], value[:, :, s], SCORES, bias[s]) for s in (slice(0, 20), slice(20, 63))]
+    torch.testing.assert_close(combine(parts), plain(query, key, value, bias)[0], atol=1e-12, rtol=0)

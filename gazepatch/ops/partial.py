@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gazepatch.scores import Scores
+from gazepatch.scores import Scores, at_least_single
 
 # What F.scaled_dot_product_attention calls on CPU; called by name for the log-sum-exp, which it computes anyway.
 _FLASH_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -43,8 +43,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scores: Scores, bias: Tens
         and query.shape[-1] == value.shape[-1]
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
     ):
-        # The bias stays float32: in float16 ABSENT is -inf, for which the operator gives a weight of 0 (a share of 1).
-        mask = None if bias is None else bias.float()
+        # Not in float16, where ABSENT is -inf, for which the operator gives a weight of 0 (a share of 1).
+        mask = None if bias is None else bias.to(at_least_single(query.dtype))
         dense = (x if x.stride(-1) == 1 else x.contiguous() for x in tensors)  # it does not ask, and reads nonsense
         return Part(*_FLASH_CPU(*dense, 0.0, False, attn_mask=mask, scale=scores.scale))
     logits = scores.of(torch.matmul(query, key.transpose(-1, -2)))
@@ -61,11 +61,12 @@ def sink(weight: Tensor) -> Part:
 
 def combine(parts: list[Part]) -> Tensor:
     """Attention over the union of disjoint sets of keys, `[B, H, Q, D]`."""
-    # In float32: rounding the shares and every step costs more than the precision of the parts does.
-    output, weight = parts[0].output.float(), parts[0].weight
+    # Rounding the shares and every step to less costs more than the precision of the parts does.
+    dtype = at_least_single(parts[0].output.dtype)
+    output, weight = parts[0].output.to(dtype), parts[0].weight.to(dtype)
     for i, part in enumerate(parts[1:], start=2):
         share = torch.sigmoid(part.weight - weight)[..., None]
-        output = torch.lerp(output, part.output.float(), share)
+        output = torch.lerp(output, part.output.to(dtype), share)
         if i < len(parts):
             weight = torch.logaddexp(weight, part.weight)
     return output.to(parts[0].output.dtype)

@@ -61,7 +61,9 @@ class GazeTrainer(Trainer):
         made: torch.optim.Optimizer = super().create_optimizer(*(() if model is None else (model,)))
         tokens = context_tokens_of(self.trained.model)
         for group in list(made.param_groups):
-            if tokens is not None and len(rest := [p for p in group["params"] if p is not tokens]) < len(group["params"]):
+            if tokens is not None and len(rest := [p for p in group["params"] if p is not tokens]) < len(
+                group["params"]
+            ):
                 group["params"] = rest
                 made.add_param_group({**group, "params": [tokens], "lr": self.context_rate})
         return made

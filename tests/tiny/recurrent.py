@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import transformers
 
-from tiny.grids import DEEP, EXPERTS, MARKS, MROPE, grids
 from tiny.models import VOCAB, pixels, text, tower
 from tiny.prompts import AUDIO, BREAK, END, IMAGE, START, VIDEO_TOKEN, Case, Media, square
 from tiny.runs import line
 from tiny.sized import SIZES
+from tiny.thw import DEEP, EXPERTS, MARKS, MROPE, grids
 
 LINEAR: dict[str, Any] = {
     "linear_key_head_dim": 8,

@@ -23,6 +23,10 @@ FULL_ATTENTION = "full_attention"
 FULL_ONLY = "full attention only"
 RECURRENT = "recurrent layers would carry them along"
 
+# Text decoders whose caches get latents and rotated keys, of which their attention modules make the keys and values of
+# all heads: linearly, by a method `expand_kv` (MLA).
+LATENT = ("deepseek_v3", "mistral4")
+
 # Text decoders with learned sinks in the softmax of (some of) their layers.
 SINKS = ("deepseek_v4", "flint", "gpt_oss", "granite_swa", "granitemoe_swa", "hy_v4", "mimo_v2_flash")
 
@@ -72,6 +76,10 @@ class Adapter:
         types, shared = _layer_types(text), getattr(text, "num_kv_shared_layers", None) or 0
         storing = {kind: i for i, kind in enumerate(types[: len(types) - shared])}
         return {i: storing[types[i]] for i in range(len(types) - shared, len(types))}
+
+    def latent(self, config: Any) -> bool:
+        """Whether the cache holds latents, of which attention modules make keys and values by `expand_kv` (MLA)."""
+        return self.text_config(config).model_type in LATENT
 
     def context_reason(self, config: Any) -> str:
         """Why context tokens would change more than they should in a model of this configuration; empty: they do not.
@@ -201,6 +209,6 @@ def _beyond_dot_products(text: Any) -> str | None:
         return "attention scores are soft-capped"
     if text.model_type in SINKS:
         return "attention has sinks"
-    if getattr(text, "kv_lora_rank", None) is not None:
+    if getattr(text, "kv_lora_rank", None) is not None and text.model_type not in LATENT:
         return "keys and values come from latents they share (MLA)"
     return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 _SPARSE = "an indexer of its own already picks the keys that its layers of full attention read"
 _BIAS = "its attention adds biases by relative position to the scores, which the mean of a window does not have"
-_LATENTS = "its cache holds latents, from which all keys and values are made anew at every step: nothing would be saved"
 _CROSS = "its decoder sees images through cross-attention alone: there are no visual tokens in the sequence"
 _ENCODER = "its images stay in an encoder: there are no visual tokens in the decoder's sequence"
 _FEW = "its images are a handful of query vectors, which there is nothing to choose among"
@@ -23,7 +22,6 @@ REFUSED = {
     "inkling_mm_model": _BIAS,
     "instructblip": _FEW,
     "instructblipvideo": _FEW,
-    "kimi_k25": _LATENTS,
     "kosmos-2": "its decoder places images itself, by a mask instead of token ids",
     "kosmos-2.5": "its decoder places images itself, by a mask instead of token ids",
     "mistral4": "it is a text decoder alone: with a vision tower it is a mistral3",

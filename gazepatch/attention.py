@@ -19,6 +19,7 @@ from gazepatch.cache import GazeLayer
 from gazepatch.errors import UnsupportedModelError
 from gazepatch.forward import OF_FORWARD, Forward, Runtime
 from gazepatch.insertion import OwnImage
+from gazepatch.latents import LatentLayer
 from gazepatch.ops.prefill import gaze_prefill
 
 Attended = tuple[Tensor, Tensor | None]
@@ -62,11 +63,11 @@ class GazeAttention:
         gazes, store = layer in self.runtime.gaze_layers, self.runtime.store_of.get(layer, layer)
         if gazes and forward.state.decoding:
             _refuse_unsupported(kwargs)
-            return self.decode(forward, layer, query, _scale(query, kwargs), attention_mask), None
+            return self.decode(forward, layer, module, query, _scale(query, kwargs), attention_mask), None
         if forward.state.decoding and store in self.runtime.stores:  # the layer it shares keys with did not return all
             key, value = _layer(forward, store).logical()
         if gazes and forward.state.spans and forward.tokens == 1:
-            forward.count_whole(layer, query.shape[1], key.shape[1])
+            forward.count_whole(layer, query.shape[1], 1 if self.runtime.latent else key.shape[1])
         if forward.insertion is not None:
             # Context tokens repeat positions, which flash attention would take for the borders of packed sequences.
             kwargs["position_ids"] = None
@@ -75,7 +76,8 @@ class GazeAttention:
             output = self._own_image(own, module, query, key, value, attention_mask, output, **kwargs)
         if gazes and forward.routed is not None:
             _refuse_unsupported(kwargs)
-            output = self._prefill(forward, layer, query, key, value, _scale(query, kwargs), attention_mask, output)
+            scale = _scale(query, kwargs)
+            output = self._prefill(forward, layer, module, query, key, value, scale, attention_mask, output)
         return output, weights
 
     def dense(self, module: nn.Module, *args: Any, **kwargs: Any) -> Attended:
@@ -85,16 +87,20 @@ class GazeAttention:
         attended: Attended = ALL_ATTENTION_FUNCTIONS.get_interface(self.original, eager)(module, *args, **kwargs)
         return attended
 
-    def decode(self, forward: Forward, layer: int, query: Tensor, scale: float, mask: Any) -> Tensor:
+    def decode(self, forward: Forward, layer: int, module: Any, query: Tensor, scale: float, mask: Any) -> Tensor:
         """One routed step of one layer: `query` `[B, H, 1, D]` gives `[B, 1, H, D_v]`."""
-        entries, state = _layer(forward, self.runtime.store_of.get(layer, layer)).entries(), forward.state
+        store, state = _layer(forward, self.runtime.store_of.get(layer, layer)), forward.state
+        expansion = store.expansion(module.expand_kv) if isinstance(store, LatentLayer) else None
+        query = query if expansion is None else expansion.absorbed(query)
+        entries = store.entries()
         plan = state.plan(query, entries)
         total = state.counters.on_device(layer, query.device) if plan.counts_itself else None
         decoded = plan.decode(query, entries, scale, forward.bias(_as_4d(mask), query.device), total)
         forward.count(layer, query.shape[1], entries.key.shape[1], plan.visual_entries, decoded.read)
         if forward.trace is not None:
             forward.reads[layer] = None if decoded.selected is None else plan.numbers(decoded.selected)
-        return decoded.output.transpose(1, 2)
+        output = decoded.output if expansion is None else expansion.expanded(decoded.output)
+        return output.transpose(1, 2)
 
     def _own_image(
         self,
@@ -123,6 +129,7 @@ class GazeAttention:
         self,
         forward: Forward,
         layer: int,
+        module: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -149,20 +156,25 @@ class GazeAttention:
             query.index_select(2, columns),
             key,
             value,
-            self._means(forward, layer, key, value),
+            self._means(forward, layer, module, key, value),
             state.table("regions", device),
             state.table("region_of", device),
             columns + first,
             mask,
             self.runtime.config,
             scale,
+            self.runtime.latent,
         ).transpose(1, 2)
         return _replaced(dense, columns, rows, gazed)
 
-    def _means(self, forward: Forward, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _means(
+        self, forward: Forward, layer: int, module: Any, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """Means of the windows: as cached, or made here when the forward keeps no cache."""
         if forward.cache is not None:
             store = _layer(forward, self.runtime.store_of.get(layer, layer))
+            if isinstance(store, LatentLayer):
+                return store.means(module.expand_kv)
             assert store.mean_keys is not None
             return store.mean_keys, store.mean_values
         chunk = forward.state.table("chunk", key.device)

@@ -24,6 +24,9 @@ from gazepatch.state import GazeState
 #: Room for new entries: an eighth of what is held, at least this many. Rare copies, and little memory held in vain.
 LEAST_ROOM = 128
 
+#: Tensors `[B, H, T, D]` of the same tokens: keys and values, or one that is both.
+Stores = tuple[Tensor, ...]
+
 
 class GazeLayer(DynamicLayer):
     """Keys and values of one decoder layer, `[B, H_kv, T, D]` for text and `[B, H_kv, N, D]` for visual tokens.
@@ -41,9 +44,9 @@ class GazeLayer(DynamicLayer):
     def _clear(self) -> None:
         self.is_initialized = False
         self._slots = self._used = 0  # slots filled; other entries held
-        self._other: tuple[Tensor, Tensor] | None = None  # with room for more behind `_used`
-        self._visual: tuple[Tensor, Tensor] | None = None
-        self._means: tuple[Tensor, Tensor | None] | None = None
+        self._other: Stores | None = None  # with room for more behind `_used`
+        self._visual: Stores | None = None
+        self._means: Stores | None = None  # of the values with periphery only
 
     # ---- filling
 
@@ -56,7 +59,7 @@ class GazeLayer(DynamicLayer):
         """Append `[B, H_kv, S, D]` keys and values; returns what the attention of this forward reads.
 
         That is the whole sequence in its own order, except for a routed decode step, whose attention reads the stores
-        (`entries`) and gets the other entries here.
+        (`entries`): it gets back what is new.
         """
         if not self.state.running:
             raise CacheError(
@@ -67,50 +70,50 @@ class GazeLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         first = self._slots == 0
         self._slots += key_states.shape[-2]
+        self._keep(self._stored(key_states, value_states))
+        return (key_states, value_states) if first or (self.gazes and self.state.decoding) else self.logical()
+
+    def _stored(self, key: Tensor, value: Tensor) -> Stores:
+        return key, value
+
+    def _keep(self, new: Stores) -> None:
         if self.state.chunk is None or not self.gazes:
-            self._append(key_states, value_states)
-        else:
-            chunk: Chunk = self.state.table("chunk", key_states.device)
-            if chunk.tokens > key_states.shape[-2]:
-                key_states, value_states = self._take_back(key_states, value_states)
-            self._append(chunk.other_entries(key_states), chunk.other_entries(value_states))
-            self._append_visual(chunk.visual_entries(key_states), chunk.visual_entries(value_states), chunk)
-        if first:
-            return key_states, value_states
-        return self._others() if self.gazes and self.state.decoding else self.logical()
+            self._append(new)
+            return
+        chunk: Chunk = self.state.table("chunk", new[0].device)
+        if chunk.tokens > new[0].shape[-2]:
+            # What was kept as text until now is sorted together with what is new.
+            held, self._other, self._used = self._others(), None, 0
+            new = _joined(held, new)
+        self._append(tuple(chunk.other_entries(x) for x in new))
+        self._append_visual(tuple(chunk.visual_entries(x) for x in new), chunk)
 
-    def _take_back(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Empty the store of other entries, to be sorted again together with new ones."""
-        held, self._other, self._used = self._others(), None, 0
-        return torch.cat([held[0], key], 2), torch.cat([held[1], value], 2)
-
-    def _append(self, key: Tensor, value: Tensor) -> None:
-        start, self._used = self._used, self._used + key.shape[-2]
+    def _append(self, new: Stores) -> None:
+        start, self._used = self._used, self._used + new[0].shape[-2]
         if self._other is None or self._used > self._other[0].shape[-2]:
             room = max(LEAST_ROOM, self._used // 8)
-            self._other = _grown(self._other, start, self._used + room, (key, value))
-        for store, new in zip(self._other, (key, value), strict=True):
-            store.narrow(2, start, new.shape[2]).copy_(new)
+            self._other = _grown(self._other, start, self._used + room, new)
+        for store, of_store in zip(self._other, new, strict=True):
+            store.narrow(2, start, of_store.shape[2]).copy_(of_store)
 
-    def _append_visual(self, key: Tensor, value: Tensor, chunk: Chunk) -> None:
+    def _append_visual(self, new: Stores, chunk: Chunk) -> None:
         config = self.state.config
-        mean_keys = means_of(chunk, key, config)
-        mean_values = means_of(chunk, value, config) if config.periphery else None
+        means: Stores = tuple(means_of(chunk, x, config) for x in (new if config.periphery else new[:1]))
         if self._visual is not None and self._means is not None:
-            key, value = (torch.cat(pair, 2) for pair in zip(self._visual, (key, value), strict=True))
-            mean_keys = torch.cat([self._means[0], mean_keys], 2)
-            if mean_values is not None and self._means[1] is not None:
-                mean_values = torch.cat([self._means[1], mean_values], 2)
-        self._visual = key.contiguous(), value.contiguous()
-        # Windows innermost: scores are then products with rows of memory. A kernel reads the other way round.
-        self._means = mean_keys.mT.contiguous().mT if mean_keys.device.type == "cpu" else mean_keys, mean_values
+            new, means = _joined(self._visual, new), _joined(self._means, means)
+        self._visual = tuple(x.contiguous() for x in new)
+        if means[0].device.type == "cpu":
+            # Windows innermost: scores are then products with rows of memory. A kernel reads the other way round.
+            means = (means[0].mT.contiguous().mT, *means[1:])
+        self._means = means
 
     # ---- reading
 
     def entries(self) -> Entries:
         """Everything the layer holds, as a routed decode step reads it."""
-        assert self._visual is not None and self._means is not None
-        return Entries(*self._others(), *self._visual, *self._means)
+        assert self._visual is not None and self.mean_keys is not None
+        key, value, visual_key, visual_value = *self._others(), *self._visual
+        return Entries(key, value, visual_key, visual_value, self.mean_keys, self.mean_values)
 
     @property
     def mean_keys(self) -> Tensor | None:
@@ -120,20 +123,22 @@ class GazeLayer(DynamicLayer):
     @property
     def mean_values(self) -> Tensor | None:
         """`[B, H_kv, R * C, D]` mean values of the windows, kept for the periphery."""
-        return None if self._means is None else self._means[1]
+        return None if self._means is None or not self.state.config.periphery else self._means[-1]
 
-    def _others(self) -> tuple[Tensor, Tensor]:
+    def _others(self) -> Stores:
         assert self._other is not None
-        key, value = self._other
-        return key.narrow(2, 0, self._used), value.narrow(2, 0, self._used)
+        return tuple(x.narrow(2, 0, self._used) for x in self._other)
 
     def logical(self) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, H_kv, L, D]` in the order of the sequence: a copy, or a view if none is visual."""
+        key, value = self._in_order()
+        return key, value
+
+    def _in_order(self) -> Stores:
         if self._visual is None:
             return self._others()
         order = self.state.table("logical_order", self._visual[0].device)
-        key, value = (take(torch.cat(pair, 2), order) for pair in zip(self._visual, self._others(), strict=True))
-        return key, value
+        return tuple(take(x, order) for x in _joined(self._visual, self._others()))
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
@@ -148,7 +153,7 @@ class GazeLayer(DynamicLayer):
     def nbytes(self) -> int:
         """Memory of all stores, with the room for new entries."""
         tensors = [*(self._other or ()), *(self._visual or ()), *(self._means or ())]
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     # ---- what transformers asks of a layer
 
@@ -194,13 +199,10 @@ class GazeLayer(DynamicLayer):
         if self._other is None:
             return
         rows = indices.to(self.device)
-        key, value = self._other
-        self._other = key[rows], value[rows]
+        self._other = tuple(x[rows] for x in self._other)
         if self._visual is not None and self._means is not None:
-            key, value = self._visual
-            self._visual = key[rows], value[rows]
-            mean_values = self._means[1]
-            self._means = self._means[0][rows], None if mean_values is None else mean_values[rows]
+            self._visual = tuple(x[rows] for x in self._visual)
+            self._means = tuple(x[rows] for x in self._means)
         if self.leads:
             self.state.select_rows(indices)
 
@@ -241,16 +243,16 @@ class WindowLayer(DynamicSlidingWindowLayer):
         return kept + query_length, seen - kept
 
 
-def _grown(
-    held: tuple[Tensor, Tensor] | None, used: int, room: int, like: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    stores = []
-    for i, new in enumerate(like):
-        store = new.new_empty(*new.shape[:2], room, new.shape[3])
-        if held is not None:
-            store[:, :, :used] = held[i][:, :, :used]
-        stores.append(store)
-    return stores[0], stores[1]
+def _joined(held: Stores, new: Stores) -> Stores:
+    return tuple(torch.cat(pair, 2) for pair in zip(held, new, strict=True))
+
+
+def _grown(held: Stores | None, used: int, room: int, like: Stores) -> Stores:
+    stores = tuple(new.new_empty(*new.shape[:2], room, new.shape[3]) for new in like)
+    if held is not None:
+        for store, of_store in zip(stores, held, strict=True):
+            store[:, :, :used] = of_store[:, :, :used]
+    return stores
 
 
 def gaze_state(cache: object) -> GazeState | None:
@@ -258,8 +260,17 @@ def gaze_state(cache: object) -> GazeState | None:
     return getattr(cache, "gaze", None)
 
 
-def adopt(cache: object, owner: object, config: GazeConfig, layers: int, gaze_layers: Sequence[int]) -> GazeState:
+def adopt(
+    cache: object,
+    owner: object,
+    config: GazeConfig,
+    layers: int,
+    gaze_layers: Sequence[int],
+    layer_type: type[GazeLayer] = GazeLayer,
+) -> GazeState:
     """Make an empty `DynamicCache` a gaze cache, in place; return the state of one that is the owner's already.
+
+    Layers that gaze become a `layer_type`.
 
     Raises:
         CacheError: The cache is another patch's, holds entries, or is of a kind that cannot gaze.
@@ -282,7 +293,7 @@ def adopt(cache: object, owner: object, config: GazeConfig, layers: int, gaze_la
             "this cache was filled by a model that was not patched: patch the model first, then start with a new cache"
         )
     state = GazeState(owner, config)
-    _replace_layers(cache, state, layers, gaze_layers)
+    _replace_layers(cache, state, layers, gaze_layers, layer_type)
     cache.gaze = state  # type: ignore[attr-defined]
     return state
 
@@ -293,7 +304,9 @@ def _holds_entries(cache: Cache) -> bool:
     return any(getattr(layer, "is_initialized", False) and layer.get_seq_length() > 0 for layer in layers)
 
 
-def _replace_layers(cache: Cache, state: GazeState, layers: int, gaze_layers: Sequence[int]) -> None:
+def _replace_layers(
+    cache: Cache, state: GazeState, layers: int, gaze_layers: Sequence[int], layer_type: type[GazeLayer]
+) -> None:
     # A cache made without a configuration has no layers yet: it would make plain ones as they are asked for.
     kinds = [type(layer) for layer in cache.layers] or [DynamicLayer] * layers
     plain = [i for i, kind in enumerate(kinds) if kind is DynamicLayer]
@@ -304,7 +317,8 @@ def _replace_layers(cache: Cache, state: GazeState, layers: int, gaze_layers: Se
         )
     leader = next(iter(gaze_layers), plain[0] if plain else None)
     for i in plain:
-        made[i] = GazeLayer(state, gazes=i in gaze_layers, leads=i == leader)
+        gazes = i in gaze_layers
+        made[i] = (layer_type if gazes else GazeLayer)(state, gazes, leads=i == leader)
     if state.config.context_tokens:
         for i, layer in enumerate(made):
             if type(layer) is DynamicSlidingWindowLayer:

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from gazepatch.adapters.base import Adapter
-from gazepatch.cache import adopt
+from gazepatch.cache import GazeLayer, adopt
 from gazepatch.config import GazeConfig
 from gazepatch.errors import PatchError, UnsupportedModelError
 from gazepatch.insertion import Insertion, OwnImage, insert
+from gazepatch.latents import LatentLayer
 from gazepatch.layout import Span
 from gazepatch.splice import lengthen, shorten
 from gazepatch.state import GazeState
@@ -125,6 +126,8 @@ class Runtime:
         self.gaze_layers = tuple(gaze_layers)
         self.flash = str(decoder.config._attn_implementation).startswith("flash")  # type: ignore[union-attr]
         self.store_of = adapter.store_layers(model_config)
+        #: Whether caches hold latents, a single key head for all query heads.
+        self.latent = adapter.latent(model_config)
         #: Layers whose entries are kept region by region.
         self.stores = tuple(sorted({self.store_of.get(layer, layer) for layer in gaze_layers}))
         self.decoder_signature = inspect.signature(decoder.forward)
@@ -192,7 +195,7 @@ class Runtime:
         state = (
             GazeState(self, self.config)
             if cache is None
-            else adopt(cache, self, self.config, self.text_config.num_hidden_layers, self.stores)
+            else adopt(cache, self, self.config, self.text_config.num_hidden_layers, self.stores, self._layer_type)
         )
         forward = self.running.forward = self._start(state, cache, rows, tokens)
         if state.slots.inserted:
@@ -216,6 +219,10 @@ class Runtime:
         if forward.trace is not None and output is not None:
             forward.trace.add(forward.reads)
         return output if output is None or forward.insertion is None else shorten(output, forward.insertion)
+
+    @property
+    def _layer_type(self) -> type[GazeLayer]:
+        return LatentLayer if self.latent else GazeLayer
 
     def _runs_again(self, decoder: nn.Module) -> bool:
         """Whether gradient checkpointing will run layers again, outside of this forward."""

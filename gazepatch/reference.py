@@ -22,7 +22,14 @@ class Attended(NamedTuple):
 
 
 def gaze_reference(
-    query: Tensor, key: Tensor, value: Tensor, spans: Sequence[Span], config: GazeConfig, scale: float, visible: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spans: Sequence[Span],
+    config: GazeConfig,
+    scale: float,
+    visible: Tensor,
+    key_heads: int | None = None,
 ) -> Attended:
     """Gaze attention of one text query.
 
@@ -33,19 +40,23 @@ def gaze_reference(
         config: Region, window, budget, head_reduce, periphery and min_visual_tokens are read.
         scale: Scale of the attention scores.
         visible: `[L]` bool, the entries that the query could read before.
+        key_heads: Heads of the cache, whose query heads share a selection: fewer than H_kv where keys are made of
+            latents.
 
     Source: https://arxiv.org/abs/2605.13080.
     """
     query, key, value = query.float(), key.float(), value.float()
     regions = _regions(spans, config)
-    group = len(query) // len(key)
+    per_key = len(query) // len(key)
+    group = len(query) // (key_heads or len(key))
     whole = sum(span.tokens for span in spans) < config.min_visual_tokens
     outputs, kept = [], []
-    for k in range(len(key)):
-        heads = range(k * group, (k + 1) * group)
-        scores = torch.stack([_region_scores(query[h], key[k], regions, scale) for h in heads])
+    for first in range(0, len(query), group):
+        heads = range(first, first + group)
+        scores = torch.stack([_region_scores(query[h], key[h // per_key], regions, scale) for h in heads])
         for h in heads:
-            of_head = scores[h - k * group] if config.head_reduce == "none" else _agree(scores, config.head_reduce)
+            k = h // per_key
+            of_head = scores[h - first] if config.head_reduce == "none" else _agree(scores, config.head_reduce)
             chosen = set(range(len(regions))) if whole else _best(of_head, config.budget_regions(len(regions)))
             read = visible.clone()
             for number, windows in enumerate(regions):

@@ -47,6 +47,7 @@ MODULES = {
     "idefics3": "squares",
     "internvl": "squares",
     "janus": "squares",
+    "kimi_k25": "thw",
     "lfm2_vl": "sized",
     "lfm3_vl": "thw",
     "lighton_ocr": "sized",

@@ -39,12 +39,13 @@ FAMILIES: dict[str, Callable[[bool], Case]] = {
 }
 VIDEO = tuple(name for module in _MODULES for name in module.VIDEO)
 #: Other settings of a model type that has a name of its own.
-VARIANTS = {"llava_full": "llava", "llava_pixtral": "llava"}
+VARIANTS = {"llava_full": "llava", "llava_pixtral": "llava", "mistral3_latent": "mistral3"}
 #: One family or two of every layout and every kind of decoder, for tests of many settings.
 CORE = (
     "gemma3",
     "idefics3",
     "internvl",
+    "kimi_k25",
     "llava",
     "llava_full",
     "llava_next",

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tiny.models import pixels, text
+from tiny.models import latent_text, pixels, text
 from tiny.prompts import (
     AUDIO,
     BREAK,
@@ -57,6 +57,7 @@ def grids(
     apart: bool = False,
     as_images: bool = False,
     types: bool = True,
+    sizes: Sequence[tuple[int, int, int]] = (),
     frames_a_step: int = 1,
     more: Callable[[int, int, int], dict[str, Any]] = lambda t, h, w: {},
     extra: Callable[[Tensor], dict[str, Tensor]] = lambda ids: {},
@@ -71,12 +72,13 @@ def grids(
         apart: Frames are laid out one by one, with words (timestamps) between them.
         as_images: And their tokens have the id of images, between marks of their own.
         types: The model is told which tokens are images and videos.
+        sizes: Others in their place.
         frames_a_step: Frames that make up one step in time.
         more: Further inputs of an image or video of `(t, h, w)` tokens.
         extra: Further inputs, made from the token ids `[B, S]`.
     """
     media = []
-    for t, h, w in VIDEOS if video else IMAGES:
+    for t, h, w in sizes or (VIDEOS if video else IMAGES):
         token = VIDEO_TOKEN if video and not as_images else IMAGE
         kind, values = ("video", "pixel_values_videos") if video else ("image", "pixel_values")
         patches = t * frames_a_step if video else t
@@ -364,6 +366,21 @@ def muse_spark(video: bool) -> Case:
     return muse("MuseSpark", video, experts, audio_token_id=AUDIO, audio_config=hearing)
 
 
+def kimi_k25(video: bool) -> Case:
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.Kimi_K25Config(
+        vision_config={**vision, "patch_size": 4, "pos_emb_height": 8, "pos_emb_width": 8},
+        text_config=latent_text(transformers.DeepseekV3Config),
+        projection_hidden_size=32,
+        tie_word_embeddings=False,
+        **MARKS,
+    )
+    # Every chunk of a video has a grid, as an image has, and here a single frame.
+    return grids(
+        transformers.Kimi_K25ForConditionalGeneration(config), video, patch=(3, 4, 4), types=False, sizes=IMAGES
+    )
+
+
 # ---- GLM
 
 GLM_PATCHES = {**PATCHES, "hidden_size": 32, "image_size": 32, "out_hidden_size": 64, "intermediate_size": 48}
@@ -460,6 +477,7 @@ FAMILIES: dict[str, Callable[[bool], Case]] = {
     "glmga": glmga,
     "hunyuan_vl": hunyuan_vl,
     "hyperclovax_vision_v2": hyperclovax_vision_v2,
+    "kimi_k25": kimi_k25,
     "minimax_m3_vl": minimax_m3_vl,
     "muse_glimmer": muse_glimmer,
     "muse_spark": muse_spark,

@@ -25,7 +25,7 @@ RECURRENT = "recurrent layers would carry them along"
 
 # Text decoders whose caches get latents and rotated keys, of which their attention modules make the keys and values of
 # all heads: linearly, by a method `expand_kv` (MLA).
-LATENT = ("deepseek_v3", "mistral4")
+LATENT = ("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "mistral4", "youtu")
 
 # Text decoders with learned sinks in the softmax of (some of) their layers.
 SINKS = ("deepseek_v4", "flint", "gpt_oss", "granite_swa", "granitemoe_swa", "hy_v4", "mimo_v2_flash")
@@ -210,5 +210,5 @@ def _beyond_dot_products(text: Any) -> str | None:
     if text.model_type in SINKS:
         return "attention has sinks"
     if getattr(text, "kv_lora_rank", None) is not None and text.model_type not in LATENT:
-        return "keys and values come from latents they share (MLA)"
+        return "keys and values are made of latents (MLA) in a way that nobody has looked at"
     return None

@@ -19,7 +19,7 @@ from gazepatch.cache import GazeLayer
 from gazepatch.errors import UnsupportedModelError
 from gazepatch.forward import OF_FORWARD, Forward, Runtime
 from gazepatch.insertion import OwnImage
-from gazepatch.latents import LatentLayer
+from gazepatch.latents import Expansion, LatentLayer
 from gazepatch.ops.prefill import gaze_prefill
 
 Attended = tuple[Tensor, Tensor | None]
@@ -56,7 +56,9 @@ class GazeAttention:
         """Attention of `query` `[B, H, S, D]`, as transformers calls it; returns `[B, S, H, D_v]` and no weights."""
         if kwargs.get("block_indices") is not None and self.original in ("sdpa", "eager"):
             attention_mask = _block_mask(module, query, key, attention_mask, **kwargs)
-        forward: Forward | None = kwargs.pop(OF_FORWARD, None) or self.runtime.running.forward
+        running = self.runtime.running
+        latents, running.latents = running.latents, None
+        forward: Forward | None = kwargs.pop(OF_FORWARD, None) or running.forward
         if forward is None:
             return self.dense(module, query, key, value, attention_mask, **kwargs)
         layer = getattr(module, "layer_idx", -1)
@@ -76,8 +78,11 @@ class GazeAttention:
             output = self._own_image(own, module, query, key, value, attention_mask, output, **kwargs)
         if gazes and forward.routed is not None:
             _refuse_unsupported(kwargs)
-            scale = _scale(query, kwargs)
-            output = self._prefill(forward, layer, module, query, key, value, scale, attention_mask, output)
+            scale, expansion = _scale(query, kwargs), None
+            if latents is not None:  # as decode steps read them, so that the same regions are selected
+                expansion, key = Expansion.of(module.expand_kv, *latents), torch.cat(latents, 3)
+                value = key
+            output = self._prefill(forward, layer, query, key, value, scale, attention_mask, output, expansion)
         return output, weights
 
     def dense(self, module: nn.Module, *args: Any, **kwargs: Any) -> Attended:
@@ -129,13 +134,13 @@ class GazeAttention:
         self,
         forward: Forward,
         layer: int,
-        module: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         scale: float,
         mask: Any,
         dense: Tensor,
+        expansion: Expansion | None,
     ) -> Tensor:
         state, device = forward.state, query.device
         assert forward.routed is not None and forward.routed_rows is not None
@@ -152,29 +157,26 @@ class GazeAttention:
             mask = mask & (torch.arange(key.shape[2], device=device) <= (columns + first)[:, None])
         elif mask is not None:
             mask = mask.index_select(2, columns)
+        routed = query.index_select(2, columns)
         gazed = gaze_prefill(
-            query.index_select(2, columns),
+            routed if expansion is None else expansion.absorbed(routed),
             key,
             value,
-            self._means(forward, layer, module, key, value),
+            self._means(forward, layer, key, value),
             state.table("regions", device),
             state.table("region_of", device),
             columns + first,
             mask,
             self.runtime.config,
             scale,
-            self.runtime.latent,
-        ).transpose(1, 2)
-        return _replaced(dense, columns, rows, gazed)
+        )
+        gazed = gazed if expansion is None else expansion.expanded(gazed)
+        return _replaced(dense, columns, rows, gazed.transpose(1, 2))
 
-    def _means(
-        self, forward: Forward, layer: int, module: Any, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def _means(self, forward: Forward, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
         """Means of the windows: as cached, or made here when the forward keeps no cache."""
         if forward.cache is not None:
             store = _layer(forward, self.runtime.store_of.get(layer, layer))
-            if isinstance(store, LatentLayer):
-                return store.means(module.expand_kv)
             assert store.mean_keys is not None
             return store.mean_keys, store.mean_values
         chunk = forward.state.table("chunk", key.device)

@@ -59,7 +59,7 @@ class GazeLayer(DynamicLayer):
         """Append `[B, H_kv, S, D]` keys and values; returns what the attention of this forward reads.
 
         That is the whole sequence in its own order, except for a routed decode step, whose attention reads the stores
-        (`entries`): it gets back what is new.
+        (`entries`) and gets the other entries here.
         """
         if not self.state.running:
             raise CacheError(
@@ -71,7 +71,13 @@ class GazeLayer(DynamicLayer):
         first = self._slots == 0
         self._slots += key_states.shape[-2]
         self._keep(self._stored(key_states, value_states))
-        return (key_states, value_states) if first or (self.gazes and self.state.decoding) else self.logical()
+        if first:
+            return key_states, value_states
+        return self._of_step(key_states, value_states) if self.gazes and self.state.decoding else self.logical()
+
+    def _of_step(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        key, value = self._others()
+        return key, value
 
     def _stored(self, key: Tensor, value: Tensor) -> Stores:
         return key, value
@@ -102,7 +108,7 @@ class GazeLayer(DynamicLayer):
         if self._visual is not None and self._means is not None:
             new, means = _joined(self._visual, new), _joined(self._means, means)
         self._visual = tuple(x.contiguous() for x in new)
-        if means[0].device.type == "cpu":
+        if means[0].device.type == "cpu" and len(new) > 1:  # not what is read as values too
             # Windows innermost: scores are then products with rows of memory. A kernel reads the other way round.
             means = (means[0].mT.contiguous().mT, *means[1:])
         self._means = means

@@ -23,7 +23,7 @@ from gazepatch.cache import GazeLayer, adopt
 from gazepatch.config import GazeConfig
 from gazepatch.errors import PatchError, UnsupportedModelError
 from gazepatch.insertion import Insertion, OwnImage, insert
-from gazepatch.latents import LatentLayer
+from gazepatch.latents import Expand, LatentLayer
 from gazepatch.layout import Span
 from gazepatch.splice import lengthen, shorten
 from gazepatch.state import GazeState
@@ -104,6 +104,7 @@ class _Running(threading.local):
         self.capturing = False
         self.dense = False
         self.forward: Forward | None = None
+        self.latents: tuple[Tensor, Tensor] | None = None
         self.trace: Trace | None = None
 
 
@@ -173,6 +174,16 @@ class Runtime:
 
         return captured
 
+    def expanding(self, expand: Expand) -> Expand:
+        """Wrap `expand_kv` of an attention module, to see the latents of a forward without a cache too."""
+
+        @functools.wraps(expand)
+        def expanded(latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
+            self.running.latents = latent, rotated
+            return expand(latent, rotated)
+
+        return expanded
+
     # ---- hooks on the text decoder
 
     def before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -212,7 +223,7 @@ class Runtime:
 
     def after_decoder(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """The forward is over, or failed (`output` is None)."""
-        forward, self.running.forward = self.running.forward, None
+        forward, self.running.forward, self.running.latents = self.running.forward, None, None
         if forward is None:
             return None
         forward.state.finish(completed=output is not None)

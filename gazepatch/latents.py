@@ -33,12 +33,21 @@ class Expansion(NamedTuple):
     key: Tensor
     value: Tensor
 
+    @classmethod
+    def of(cls, expand: Expand, latent: Tensor, rotated: Tensor) -> Expansion:
+        """That of a module, for entries of the same widths, type and device as these."""
+        widths = [latent.shape[3], rotated.shape[3]]
+        identity = torch.eye(sum(widths), dtype=latent.dtype, device=latent.device)[None, None]
+        # Through the module's own code, so that adapters of PEFT and quantised weights are in it.
+        key, value = expand(*identity.split(widths, 3))
+        return cls(key[0], value[0])
+
     def absorbed(self, query: Tensor) -> Tensor:
-        """Queries `[B, H, 1, D]` of expanded keys as `[B, H, 1, E]`, whose products with entries are the same."""
+        """Queries `[B, H, Q, D]` of expanded keys as `[B, H, Q, E]`, whose products with entries are the same."""
         return torch.einsum("bhqd,hed->bhqe", query, self.key).to(query.dtype)
 
     def expanded(self, average: Tensor) -> Tensor:
-        """Averages of entries `[B, H, 1, E]` as those of their values, `[B, H, 1, D_v]`."""
+        """Averages of entries `[B, H, Q, E]` as those of their values, `[B, H, Q, D_v]`."""
         return torch.einsum("bhqe,hed->bhqd", average, self.value).to(average.dtype)
 
 
@@ -57,6 +66,9 @@ class LatentLayer(GazeLayer):
         self._widths = [key.shape[3], value.shape[3]]
         return (torch.cat([key, value], 3),)
 
+    def _of_step(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return key, value  # the module expands what it gets back, which nobody reads
+
     def logical(self) -> tuple[Tensor, Tensor]:
         """Latents `[B, 1, L, r]` and rotated parts `[B, 1, L, d]` in the order of the sequence."""
         return self._parts(self._in_order()[0])
@@ -67,19 +79,11 @@ class LatentLayer(GazeLayer):
         (other,), (visual,) = self._others(), self._visual
         return Entries(other, other, visual, visual, self.mean_keys, self.mean_values)
 
-    def means(self, expand: Expand) -> tuple[Tensor, Tensor]:
-        """Mean keys and values `[B, H, R * C, D]` of the windows."""
-        assert self.mean_keys is not None
-        return expand(*self._parts(self.mean_keys))
-
     def expansion(self, expand: Expand) -> Expansion:
         """The matrices of the layer's module, made once a sequence: as keys of other caches, they are not made anew."""
         made = self._expansion
         if made is None:
-            # Through the module's own code, so that adapters of PEFT and quantised weights are in it.
-            identity = torch.eye(sum(self._widths), dtype=self.dtype, device=self.device)
-            key, value = expand(*self._parts(identity[None, None]))
-            made = Expansion(key[0], value[0])
+            made = Expansion.of(expand, *self._parts(self._others()[0]))
             if not torch.is_grad_enabled():  # a graph is gone after the first backward
                 self._expansion = made
         return made

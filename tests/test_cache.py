@@ -23,9 +23,9 @@ WHOLE = GazeConfig(region=(3, 3, 1), window=(1, 3, 1), budget=1.0, periphery=Fal
 QUARTER = dataclasses.replace(WHOLE, budget=0.25)
 
 
-@pytest.fixture
-def case() -> Case:
-    return tiny("llava")
+@pytest.fixture(params=["llava", "llava_latent"])
+def case(request: pytest.FixtureRequest) -> Case:
+    return tiny(request.param)
 
 
 def generate(case: Case, steps: int = 6, **inputs: object) -> Tensor:

@@ -32,7 +32,6 @@ def gaze_prefill(
     mask: Tensor | None,
     config: GazeConfig,
     scale: float,
-    agreed: bool = False,
 ) -> Tensor:
     """Gaze attention of several text queries.
 
@@ -46,7 +45,6 @@ def gaze_prefill(
         mask: `[B or 1, 1, Q, L]`, boolean or to be added to the scores; None: causal.
         config: Settings.
         scale: Scale of the attention scores.
-        agreed: Whether all key heads read the same regions, as where all of them are made of one latent.
 
     Returns:
         `[B, H, Q, D_v]`.
@@ -58,8 +56,9 @@ def gaze_prefill(
     for first in range(0, queries, block):
         part = slice(first, first + block)
         bias = None if mask is None else _as_bias(mask[:, :, part])
-        tables = regions, region_of, positions[part], bias
-        outputs.append(_block(query[:, :, part], key, value, means, *tables, config, scale, agreed))
+        outputs.append(
+            _block(query[:, :, part], key, value, means, regions, region_of, positions[part], bias, config, scale)
+        )
     return torch.cat(outputs, 2)
 
 
@@ -74,7 +73,6 @@ def _block(
     bias: Tensor | None,
     config: GazeConfig,
     scale: float,
-    agreed: bool,
 ) -> Tensor:
     batch, heads, queries, dim = query.shape
     key_heads, group = key.shape[1], heads // key.shape[1]
@@ -92,7 +90,7 @@ def _block(
     windows_seen = seen.repeat_interleave(regions.windows, -1)[:, None, :, None]
     logits = logits.masked_fill(~windows_seen, ABSENT)
     weights = logits.softmax(-1)
-    taken = _taken(weights.detach(), seen, regions, config, agreed)  # [B, H_kv, Q, 1 or G, R]
+    taken = _taken(weights.detach(), seen, regions, config)  # [B, H_kv, Q, 1 or G, R]
     parts = [_attend_taken(grouped, key, value, region_of, taken, positions, bias, scale, config.backend)]
     if config.periphery and means[1] is not None:
         far = weights.unflatten(-1, (-1, regions.windows)).masked_fill(taken[..., None], 0.0).flatten(-2)
@@ -131,13 +129,9 @@ def _attend_taken(
     return attend(query, key, value, scale, full.clamp(min=ABSENT))
 
 
-def _taken(weights: Tensor, seen: Tensor, regions: Regions, config: GazeConfig, agreed: bool) -> Tensor:
+def _taken(weights: Tensor, seen: Tensor, regions: Regions, config: GazeConfig) -> Tensor:
     """`[B, H_kv, Q, 1 or G, R]` whether a query reads a region."""
-    scores = region_scores(weights, regions.windows, config.head_reduce)
-    if agreed and config.head_reduce != "none":
-        of_all = scores.amax(1, keepdim=True) if config.head_reduce == "max" else scores.mean(1, keepdim=True)
-        scores = of_all.expand_as(scores)
-    scores = scores.masked_fill(~seen[:, None, :, None], -1.0)
+    scores = region_scores(weights, regions.windows, config.head_reduce).masked_fill(~seen[:, None, :, None], -1.0)
     budgets = _budgets(seen, regions, config)
     selected = select(scores, max(1, int(budgets.max())))
     within = torch.arange(selected.shape[-1], device=seen.device) < budgets[:, None, :, None, None]

@@ -39,7 +39,7 @@ FAMILIES: dict[str, Callable[[bool], Case]] = {
 }
 VIDEO = tuple(name for module in _MODULES for name in module.VIDEO)
 #: Other settings of a model type that has a name of its own.
-VARIANTS = {"llava_full": "llava", "llava_pixtral": "llava", "mistral3_latent": "mistral3"}
+VARIANTS = {name: name.partition("_")[0] for name in ("llava_full", "llava_latent", "llava_pixtral", "mistral3_latent")}
 #: One family or two of every layout and every kind of decoder, for tests of many settings.
 CORE = (
     "gemma3",

@@ -26,6 +26,10 @@ FULL_ONLY = "full attention only"
 RECURRENT = "recurrent layers would carry them along"
 CONVOLUTIONS = "its short convolutions would mix them into text"
 
+# Text decoders whose caches get latents and rotated keys, of which their attention modules make the keys and values of
+# all heads: linearly, by a method `expand_kv` (MLA).
+LATENT = ("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "mistral4", "youtu")
+
 
 class Adapter:
     """Facts about the model types in `model_types`."""
@@ -87,6 +91,10 @@ class Adapter:
         types, shared = _layer_types(text), getattr(text, "num_kv_shared_layers", None) or 0
         storing = {kind: i for i, kind in enumerate(types[: len(types) - shared])}
         return {i: storing[types[i]] for i in range(len(types) - shared, len(types))}
+
+    def latent(self, config: Any) -> bool:
+        """Whether the cache holds latents, of which attention modules make keys and values by `expand_kv` (MLA)."""
+        return self.text_config(config).model_type in LATENT
 
     def context_reason(self, config: Any) -> str:
         """Why context tokens would change more than they should in a model of this configuration; empty: they do not.
@@ -217,6 +225,6 @@ def _layer_types(text: Any) -> list[str]:
 
 def _beyond_dot_products(text: Any) -> str | None:
     """Why no layer of this text decoder can gaze: its attention is more than scaled dot products with cached keys."""
-    if getattr(text, "kv_lora_rank", None) is not None:
-        return "keys and values come from latents they share (MLA)"
+    if getattr(text, "kv_lora_rank", None) is not None and text.model_type not in LATENT:
+        return "keys and values are made of latents (MLA) in a way that nobody has looked at"
     return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 _SPARSE = "an indexer of its own already picks the keys that its layers of full attention read"
-_LATENTS = "its cache holds latents, from which all keys and values are made anew at every step: nothing would be saved"
 _ENCODER = "its images stay in an encoder: there are no visual tokens in the decoder's sequence"
 _FEW = "its images are a handful of query vectors, which there is nothing to choose among"
 
@@ -19,7 +18,6 @@ REFUSED = {
     "idefics": "its cross-attention makes all keys anew at every step, mostly of a few latents: nothing would be saved",
     "instructblip": _FEW,
     "instructblipvideo": _FEW,
-    "kimi_k25": _LATENTS,
     "kosmos-2": "its decoder places images itself, by a mask instead of token ids",
     "kosmos-2.5": "its decoder places images itself, by a mask instead of token ids",
     "mistral4": "it is a text decoder alone: with a vision tower it is a mistral3",

@@ -61,6 +61,13 @@ class VideoLlama3(Thw):
         return merges
 
 
+class Kimi(Thw):
+    """The frames of a chunk of a video, which has a grid of its own, are averaged into one."""
+
+    def pieces(self, grid: tuple[int, int, int], apart: bool) -> Media:
+        return super().pieces((1, *grid[1:]), apart=False)
+
+
 class HunYuan(Thw):
     """A feature begins the image, one ends every row of it, and one ends the image."""
 
@@ -89,6 +96,10 @@ def _muse_merge(config: Any) -> int:
     return int(config.vision_config.merge_size)
 
 
+def _kimi_merge(config: Any) -> int:
+    return int(config.vision_config.merge_kernel_size[0])
+
+
 ADAPTERS: tuple[Adapter, ...] = (
     Thw(("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "hyperclovax_vision_v2")),
     Thw(("qwen3_vl", "qwen3_vl_moe", "cosmos3_omni", "cosmos3_edge"), videos=APART),
@@ -105,6 +116,8 @@ ADAPTERS: tuple[Adapter, ...] = (
         layers=FULL_ONLY,
         no_context="its block-sparse layers would count them",
     ),
+    # In transformers 5.23 itself, chunks of more than one frame fail.
+    Kimi(("kimi_k25",), videos="chunk by chunk", merge=_kimi_merge),
     Glm(("glm4v", "glm46v", "glmga", "glm4v_moe", "glm_ocr"), videos=APART),
     Inkling2(
         ("inkling2",),

@@ -28,7 +28,8 @@ from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlavaConfi
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from gazepatch.cache import GazeLayer, adopt
+from gazepatch.adoption import adopt
+from gazepatch.cache import GazeLayer
 from gazepatch.config import GazeConfig
 from gazepatch.layout import Span
 from gazepatch.ops.decode import DecodePlan, gaze_decode
@@ -198,7 +199,7 @@ def fill(cache: DynamicCache, model: LlavaForConditionalGeneration, side: int, s
     state = None
     if is_patched(model):
         runtime = patch_of(model).runtime
-        state = adopt(cache, runtime, runtime.config, layers, runtime.gaze_layers)
+        state = adopt(cache, runtime, runtime.config, runtime.layers)
         state.begin([span(side)], 1, tokens)
     for i in range(layers):
         key, value = torch.randn(2, 1, KEY_HEADS, tokens, DIM, generator=generator).to(model.dtype)

@@ -15,10 +15,10 @@ from on_gpu import TEXT, graph_ms
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, StaticCache
 
+from gazepatch.adoption import adopt
 from gazepatch.config import GazeConfig
 from gazepatch.layout import Grid, Span
 from gazepatch.patch import is_patched, patch_of, patched
-from gazepatch.static import adopt
 
 #: Tokens there is room for behind the prompt: every replay of a graph appends one.
 ROOM = 64
@@ -75,7 +75,7 @@ def filled(model: Any, grid: Grid, seed: int = 0) -> tuple[StaticCache, int]:
     state = None
     if is_patched(model):
         runtime = patch_of(model).runtime
-        state = adopt(cache, runtime, runtime.config, text.num_hidden_layers, runtime.gaze_layers)
+        state = adopt(cache, runtime, runtime.config, runtime.layers)
         state.begin([Span(0, TEXT // 2, TEXT // 2 + visual, grid, 0)], 1, tokens)
     generator = torch.Generator(model.device).manual_seed(seed)
     shape = (2, 1, text.num_key_value_heads, tokens, text.hidden_size // text.num_attention_heads)

@@ -19,6 +19,7 @@ from gazepatch.cache import GazeLayer
 from gazepatch.errors import UnsupportedModelError
 from gazepatch.forward import OF_FORWARD, Forward, Runtime
 from gazepatch.insertion import OwnImage
+from gazepatch.latents import Expansion, LatentLayer
 from gazepatch.ops.prefill import gaze_prefill
 from gazepatch.scores import Scores
 from gazepatch.static import StaticState
@@ -52,12 +53,14 @@ class GazeAttention:
         return ALL_MASK_ATTENTION_FUNCTIONS[self.original](*args, **kwargs)
 
     def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> Attended:
         """Attention of `query` `[B, H, S, D]`, as transformers calls it; returns `[B, S, H, D_v]` and no weights."""
         if kwargs.get("block_indices") is not None and self.original in ("sdpa", "eager"):
             attention_mask = _block_mask(module, query, key, attention_mask, **kwargs)
-        forward: Forward | None = kwargs.pop(OF_FORWARD, None) or self.runtime.running.forward
+        running = self.runtime.running
+        latents, running.latents = running.latents, None
+        forward: Forward | None = kwargs.pop(OF_FORWARD, None) or running.forward
         if forward is None:
             return self.dense(module, query, key, value, attention_mask, **kwargs)
         if forward.state.slots.inserted and getattr(module, "attn_temperature_tuning", False) and not module.use_rope:
@@ -68,14 +71,14 @@ class GazeAttention:
         gazes, store = layer in self.runtime.gaze_layers, self.runtime.store_of.get(layer, layer)
         if gazes and forward.state.decoding:
             _refuse_unsupported(kwargs)
-            return self.decode(forward, layer, query, self._scores(query, kwargs), attention_mask), None
+            return self.decode(forward, layer, module, query, self._scores(query, kwargs), attention_mask), None
         if forward.state.decoding and store in self.runtime.stores:  # the layer it shares keys with did not return all
             key, value = _layer(forward, store).logical()
         attention_mask = _of_keys(attention_mask, key)
         if gazes and isinstance(forward.state, StaticState):
             forward.state.expect(layer, query, key, value)
         elif gazes and forward.state.spans and forward.tokens == 1 and forward.state.regions is None:
-            forward.count_whole(layer, query.shape[1], key.shape[1])
+            forward.count_whole(layer, query.shape[1], 1 if self.runtime.latent else key.shape[1])
         if forward.insertion is not None:
             # Context tokens repeat positions, which flash attention would take for the borders of packed sequences.
             kwargs["position_ids"] = None
@@ -84,9 +87,11 @@ class GazeAttention:
             output = self._own_image(own, module, query, key, value, attention_mask, output, **kwargs)
         if gazes and forward.routed is not None:
             _refuse_unsupported(kwargs)
-            output = self._prefill(
-                forward, layer, query, key, value, self._scores(query, kwargs), attention_mask, output
-            )
+            scores, expansion = self._scores(query, kwargs), None
+            if latents is not None:  # as decode steps read them, so that the same regions are selected
+                expansion, key = Expansion.of(module.expand_kv, *latents), torch.cat(latents, 3)
+                value = key
+            output = self._prefill(forward, layer, query, key, value, scores, attention_mask, output, expansion)
         return output, weights
 
     def dense(self, module: nn.Module, *args: Any, **kwargs: Any) -> Attended:
@@ -94,16 +99,20 @@ class GazeAttention:
         attended: Attended = _implementation(self.original, module)(module, *args, **kwargs)
         return attended
 
-    def decode(self, forward: Forward, layer: int, query: Tensor, scores: Scores, mask: Any) -> Tensor:
+    def decode(self, forward: Forward, layer: int, module: Any, query: Tensor, scores: Scores, mask: Any) -> Tensor:
         """One routed step of one layer: `query` `[B, H, 1, D]` gives `[B, 1, H, D_v]`."""
-        entries, state = _layer(forward, self.runtime.store_of.get(layer, layer)).entries(), forward.state
+        store, state = _layer(forward, self.runtime.store_of.get(layer, layer)), forward.state
+        expansion = store.expansion(module.expand_kv) if isinstance(store, LatentLayer) else None
+        query = query if expansion is None else expansion.absorbed(query)
+        entries = store.entries()
         plan, scores = state.plan(query, entries), state.laid(scores)
         total = state.counters.on_device(layer, query.device) if plan.counts_itself else None
         decoded = plan.decode(query, entries, scores, forward.bias(_as_4d(mask), query.device), total)
         forward.count(layer, query.shape[1], entries.key.shape[1], plan.visual_entries, decoded.read)
         if forward.trace is not None:
             forward.reads[layer] = None if decoded.selected is None else plan.numbers(decoded.selected)
-        return decoded.output.transpose(1, 2)
+        output = decoded.output if expansion is None else expansion.expanded(decoded.output)
+        return output.transpose(1, 2)
 
     def _scores(self, query: Tensor, kwargs: dict[str, Any]) -> Scores:
         """What the model's own implementation makes of dot products: sdpa knows neither soft caps nor sinks."""
@@ -151,6 +160,7 @@ class GazeAttention:
         scores: Scores,
         mask: Any,
         dense: Tensor,
+        expansion: Expansion | None,
     ) -> Tensor:
         state, device = forward.state, query.device
         assert forward.routed is not None and forward.routed_rows is not None
@@ -167,8 +177,9 @@ class GazeAttention:
             mask = mask & (torch.arange(key.shape[2], device=device) <= (columns + first)[:, None])
         elif mask is not None:
             mask = mask.index_select(2, columns)
+        routed = query.index_select(2, columns)
         gazed = gaze_prefill(
-            query.index_select(2, columns),
+            routed if expansion is None else expansion.absorbed(routed),
             key,
             value,
             self._means(forward, layer, key, value),
@@ -178,8 +189,9 @@ class GazeAttention:
             mask,
             self.runtime.config,
             state.laid(scores).of_queries(columns),
-        ).transpose(1, 2)
-        return _replaced(dense, columns, rows, gazed)
+        )
+        gazed = gazed if expansion is None else expansion.expanded(gazed)
+        return _replaced(dense, columns, rows, gazed.transpose(1, 2))
 
     def _means(self, forward: Forward, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
         """Means of the windows: as cached, or made here when the forward keeps no cache."""

@@ -1,27 +1,18 @@
-"""The gaze cache: transformers' own `DynamicCache` object with its layers replaced, in place, while it is empty.
+"""The layers of a gaze cache.
 
-`DynamicCache` copies every entry at every step. A `GazeLayer` appends in place, keeps visual entries region by region
-in a store of their own, and knows the descriptors of their windows. What all layers share (where the visual tokens
-are) is kept once, in the cache's `GazeState`.
+transformers' `DynamicCache` copies every entry at every step. A `GazeLayer` appends in place, keeps visual entries
+region by region in a store of their own, and knows the descriptors of their windows. What all layers share (where the
+visual tokens are) is kept once, in the cache's `GazeState`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import (
-    Cache,
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionLayer,
-)
+from transformers.cache_utils import DynamicLayer
 
-from gazepatch.config import GazeConfig
 from gazepatch.errors import CacheError
 from gazepatch.ops.decode import Entries
 from gazepatch.ops.plan import means_of
@@ -30,6 +21,9 @@ from gazepatch.state import GazeState
 
 #: Room for new entries: an eighth of what is held, at least this many. Rare copies, and little memory held in vain.
 LEAST_ROOM = 128
+
+#: Tensors `[B, H, T, D]` of the same tokens: keys and values, or one that is both.
+Stores = tuple[Tensor, ...]
 
 
 class GazeLayer(DynamicLayer):
@@ -48,9 +42,9 @@ class GazeLayer(DynamicLayer):
     def _clear(self) -> None:
         self.is_initialized = False
         self._slots = self._used = 0  # slots filled; other entries held
-        self._other: tuple[Tensor, Tensor] | None = None  # with room for more behind `_used`
-        self._visual: tuple[Tensor, Tensor] | None = None
-        self._means: tuple[Tensor, Tensor | None] | None = None
+        self._other: Stores | None = None  # with room for more behind `_used`
+        self._visual: Stores | None = None
+        self._means: Stores | None = None  # of the values with periphery only
 
     # ---- filling
 
@@ -74,55 +68,61 @@ class GazeLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         first = self._slots == 0
         self._slots += key_states.shape[-2]
-        if self.state.chunk is None or not self.gazes:
-            self._append(key_states, value_states)
-        else:
-            chunk: Chunk = self.state.table("chunk", key_states.device)
-            if chunk.tokens > key_states.shape[-2]:
-                key_states, value_states = self._take_back(key_states, value_states)
-            self._append(chunk.other_entries(key_states), chunk.other_entries(value_states))
-            self._append_visual(chunk.visual_entries(key_states), chunk.visual_entries(value_states), chunk)
+        self._keep(self._stored(key_states, value_states))
         if first:
             return key_states, value_states
-        return self._others() if self.gazes and self.state.decoding else self.logical()
+        return self._of_step(key_states, value_states) if self.gazes and self.state.decoding else self.logical()
 
-    def _take_back(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Empty the store of other entries, to be sorted again together with new ones."""
-        held, self._other, self._used = self._others(), None, 0
-        return torch.cat([held[0], key], 2), torch.cat([held[1], value], 2)
+    def _of_step(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        key, value = self._others()
+        return key, value
 
-    def _append(self, key: Tensor, value: Tensor) -> None:
-        start, self._used = self._used, self._used + key.shape[-2]
-        self._make_room(start, key, value)
+    def _stored(self, key: Tensor, value: Tensor) -> Stores:
+        return key, value
+
+    def _keep(self, new: Stores) -> None:
+        if self.state.chunk is None or not self.gazes:
+            self._append(new)
+            return
+        chunk: Chunk = self.state.table("chunk", new[0].device)
+        if chunk.tokens > new[0].shape[-2]:
+            # What was kept as text until now is sorted together with what is new.
+            held, self._other, self._used = self._others(), None, 0
+            new = _joined(held, new)
+        self._append(tuple(chunk.other_entries(x) for x in new))
+        self._append_visual(tuple(chunk.visual_entries(x) for x in new), chunk)
+
+    def _append(self, new: Stores) -> None:
+        start, self._used = self._used, self._used + new[0].shape[-2]
+        self._make_room(start, new)
         assert self._other is not None
-        for store, new in zip(self._other, (key, value), strict=True):
-            store.narrow(2, start, new.shape[2]).copy_(new)
+        for store, of_store in zip(self._other, new, strict=True):
+            store.narrow(2, start, of_store.shape[2]).copy_(of_store)
 
-    def _make_room(self, start: int, key: Tensor, value: Tensor) -> None:
+    def _make_room(self, start: int, new: Stores) -> None:
         """Have a store of other entries with room for all that are used; the first `start` of them are held."""
         if self._other is None or self._used > self._other[0].shape[-2]:
             room = max(LEAST_ROOM, self._used // 8)
-            self._other = _grown(self._other, start, self._used + room, (key, value))
+            self._other = _grown(self._other, start, self._used + room, new)
 
-    def _append_visual(self, key: Tensor, value: Tensor, chunk: Chunk) -> None:
+    def _append_visual(self, new: Stores, chunk: Chunk) -> None:
         config = self.state.config
-        mean_keys = means_of(chunk, key, config)
-        mean_values = means_of(chunk, value, config) if config.periphery else None
+        means: Stores = tuple(means_of(chunk, x, config) for x in (new if config.periphery else new[:1]))
         if self._visual is not None and self._means is not None:
-            key, value = (torch.cat(pair, 2) for pair in zip(self._visual, (key, value), strict=True))
-            mean_keys = torch.cat([self._means[0], mean_keys], 2)
-            if mean_values is not None and self._means[1] is not None:
-                mean_values = torch.cat([self._means[1], mean_values], 2)
-        self._visual = key.contiguous(), value.contiguous()
-        # Windows innermost: scores are then products with rows of memory. A kernel reads the other way round.
-        self._means = mean_keys.mT.contiguous().mT if mean_keys.device.type == "cpu" else mean_keys, mean_values
+            new, means = _joined(self._visual, new), _joined(self._means, means)
+        self._visual = tuple(x.contiguous() for x in new)
+        if means[0].device.type == "cpu" and len(new) > 1:  # not what is read as values too
+            # Windows innermost: scores are then products with rows of memory. A kernel reads the other way round.
+            means = (means[0].mT.contiguous().mT, *means[1:])
+        self._means = means
 
     # ---- reading
 
     def entries(self) -> Entries:
         """Everything the layer holds, as a routed decode step reads it."""
-        assert self._visual is not None and self._means is not None
-        return Entries(*self._others(), *self._visual, *self._means)
+        assert self._visual is not None and self.mean_keys is not None
+        key, value, visual_key, visual_value = *self._others(), *self._visual
+        return Entries(key, value, visual_key, visual_value, self.mean_keys, self.mean_values)
 
     @property
     def mean_keys(self) -> Tensor | None:
@@ -132,20 +132,22 @@ class GazeLayer(DynamicLayer):
     @property
     def mean_values(self) -> Tensor | None:
         """`[B, H_kv, R * C, D]` mean values of the windows, kept for the periphery."""
-        return None if self._means is None else self._means[1]
+        return None if self._means is None or not self.state.config.periphery else self._means[-1]
 
-    def _others(self) -> tuple[Tensor, Tensor]:
+    def _others(self) -> Stores:
         assert self._other is not None
-        key, value = self._other
-        return key.narrow(2, 0, self._used), value.narrow(2, 0, self._used)
+        return tuple(x.narrow(2, 0, self._used) for x in self._other)
 
     def logical(self) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, H_kv, L, D]` in the order of the sequence: a copy, or a view if none is visual."""
+        key, value = self._in_order()
+        return key, value
+
+    def _in_order(self) -> Stores:
         if self._visual is None:
             return self._others()
         order = self.state.table("logical_order", self._visual[0].device)
-        key, value = (take(torch.cat(pair, 2), order) for pair in zip(self._visual, self._others(), strict=True))
-        return key, value
+        return tuple(take(x, order) for x in _joined(self._visual, self._others()))
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
@@ -160,7 +162,7 @@ class GazeLayer(DynamicLayer):
     def nbytes(self) -> int:
         """Memory of all stores, with the room for new entries."""
         tensors = [*(self._other or ()), *(self._visual or ()), *(self._means or ())]
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     # ---- what transformers asks of a layer
 
@@ -206,13 +208,10 @@ class GazeLayer(DynamicLayer):
         if self._other is None:
             return
         rows = indices.to(self.device)
-        key, value = self._other
-        self._other = key[rows], value[rows]
+        self._other = tuple(x[rows] for x in self._other)
         if self._visual is not None and self._means is not None:
-            key, value = self._visual
-            self._visual = key[rows], value[rows]
-            mean_values = self._means[1]
-            self._means = self._means[0][rows], None if mean_values is None else mean_values[rows]
+            self._visual = tuple(x[rows] for x in self._visual)
+            self._means = tuple(x[rows] for x in self._means)
         if self.leads:
             self.state.select_rows(indices)
 
@@ -223,162 +222,13 @@ class GazeLayer(DynamicLayer):
     prefetch = offload
 
 
-class HybridLayer(LinearAttentionAndFullAttentionLayer, GazeLayer):  # type: ignore[misc, override]
-    """A `GazeLayer` that keeps the last inputs of short convolutions too, as transformers' layer does (Inkling)."""
-
-    def __init__(self, state: GazeState, gazes: bool, leads: bool, number_of_states: int) -> None:
-        GazeLayer.__init__(self, state, gazes, leads)
-        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
-
-    def lazy_initialization(self, *keys_and_values: Tensor, **of_state: Any) -> None:  # type: ignore[override]
-        """Of the keys and values, or of one state."""
-        if keys_and_values:
-            GazeLayer.lazy_initialization(self, *keys_and_values)
-        else:
-            LinearAttentionLayer.lazy_initialization(self, **of_state)
-
-    def reset(self) -> None:
-        """Forget everything, keep the object."""
-        LinearAttentionLayer.reset(self)
-        GazeLayer.reset(self)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens, if the states before them were recorded."""
-        LinearAttentionLayer.crop(self, tokens_to_remove)
-        GazeLayer.crop(self, tokens_to_remove)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keep the rows `beam_idx` `[B]`, for beam search."""
-        GazeLayer.reorder_cache(self, beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows `indices` `[B]`."""
-        LinearAttentionLayer.reorder_cache(self, indices)  # type: ignore[arg-type]
-        GazeLayer.batch_select_indices(self, indices)
-
-    def offload(self) -> None:
-        """Refuse, as any gaze layer."""
-        GazeLayer.offload(self)
-
-    prefetch = offload
+def _joined(held: Stores, new: Stores) -> Stores:
+    return tuple(torch.cat(pair, 2) for pair in zip(held, new, strict=True))
 
 
-class WindowLayer(DynamicSlidingWindowLayer):
-    """A sliding window among context tokens: it counts positions, so it holds as many slots more as were inserted."""
-
-    def __init__(self, state: GazeState, window: int) -> None:
-        self.state, self.positions = state, window
-        super().__init__(window)
-
-    @property
-    def sliding_window(self) -> int:
-        """Slots among which the whole window is, whatever they hold. The mask hides those outside."""
-        return self.positions + self.state.slots.inserted
-
-    @sliding_window.setter
-    def sliding_window(self, window: int) -> None:
-        self.positions = window
-
-    def get_seq_length(self) -> int:
-        """Tokens seen; inside the text decoder, context tokens count."""
-        return self.state.seen(self.cumulative_length)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys that a mask for `query_length` new tokens covers."""
-        seen = self.get_seq_length()
-        if self.state.running:  # slots were dropped when fewer were inserted than now
-            kept = 0 if self.keys is None else min(self.keys.shape[-2], self.sliding_window - 1)
-        else:
-            kept = min(seen, self.positions - 1)
-        return kept + query_length, seen - kept
-
-
-def _grown(
-    held: tuple[Tensor, Tensor] | None, used: int, room: int, like: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    stores = []
-    for i, new in enumerate(like):
-        store = new.new_empty(*new.shape[:2], room, new.shape[3])
-        if held is not None:
-            store[:, :, :used] = held[i][:, :, :used]
-        stores.append(store)
-    return stores[0], stores[1]
-
-
-def gaze_state(cache: object) -> GazeState | None:
-    """The state of a cache that a patched model fills, or None for any other."""
-    return getattr(cache, "gaze", None)
-
-
-def adopt(
-    cache: object,
-    owner: object,
-    config: GazeConfig,
-    layers: int,
-    gaze_layers: Sequence[int],
-    left: Sequence[int] = (),
-) -> GazeState:
-    """Make an empty `DynamicCache` a gaze cache, in place; return the state of one that is the owner's already.
-
-    Layers `left` hold something else than the sequence, and stay as they are.
-
-    Raises:
-        CacheError: The cache is another patch's, holds entries, or is of a kind that cannot gaze.
-    """
-    if (state := gaze_state(cache)) is not None:
-        if state.owner() is not owner:
-            raise CacheError(
-                "this cache was filled by another model, or before the model was restored and patched again: "
-                "start with a new cache"
-            )
-        return state
-    if not isinstance(cache, DynamicCache) or getattr(cache, "offloading", False):
-        kind = "an offloaded cache" if getattr(cache, "offloading", False) else f"a {type(cache).__name__}"
-        raise CacheError(
-            f"a patched model needs transformers' plain DynamicCache or StaticCache, got {kind}: generate with "
-            "cache_implementation='dynamic' or 'static', or pass past_key_values=DynamicCache()"
-        )
-    check_empty(cache)
-    state = GazeState(owner, config)
-    _replace_layers(cache, state, layers, gaze_layers, left)
-    cache.gaze = state  # type: ignore[attr-defined]
-    return state
-
-
-def check_empty(cache: Cache) -> None:
-    """Raise CacheError if any layer of a cache that is not ours has seen a token."""
-    # Layers that share the keys of another one, or are recurrent, do not know a length.
-    layers: list[Any] = [layer for layer in cache.layers if hasattr(layer, "get_seq_length")]
-    if any(getattr(layer, "is_initialized", False) and layer.get_seq_length() > 0 for layer in layers):
-        raise CacheError(
-            "this cache was filled by a model that was not patched: patch the model first, then start with a new cache"
-        )
-
-
-def _replace_layers(
-    cache: Cache, state: GazeState, layers: int, gaze_layers: Sequence[int], left: Sequence[int]
-) -> None:
-    # A cache made without a configuration has no layers yet: it would make plain ones as they are asked for.
-    kinds = [type(layer) for layer in cache.layers] or [DynamicLayer] * layers
-    kept = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
-    plain = [i for i, kind in enumerate(kinds) if kind in kept and i not in left]
-    made = list(cache.layers) or [DynamicLayer() for _ in kinds]
-    if missing := sorted(set(gaze_layers) - set(plain)):
-        raise CacheError(
-            f"layers {missing} were to gaze, but the cache keeps them as {[kinds[i].__name__ for i in missing]}"
-        )
-    leader = next(iter(gaze_layers), plain[0] if plain else None)
-    for i in plain:
-        gazes, leads, layer = i in gaze_layers, i == leader, made[i]
-        if isinstance(layer, LinearAttentionAndFullAttentionLayer):
-            made[i] = HybridLayer(state, gazes, leads, layer.number_of_states)
-        else:
-            made[i] = GazeLayer(state, gazes, leads)
-    if state.config.context_tokens:
-        for i, layer in enumerate(made):
-            if type(layer) is DynamicSlidingWindowLayer:
-                made[i] = WindowLayer(state, layer.sliding_window)
-    for before, layer in zip(cache.layers, made, strict=False):
-        if getattr(before, "record_past", False):  # assisted generation asks for it before the first forward
-            layer.record_past = True  # type: ignore[union-attr]
-    cache.layers[:] = made
+def _grown(held: Stores | None, used: int, room: int, like: Stores) -> Stores:
+    stores = tuple(new.new_empty(*new.shape[:2], room, new.shape[3]) for new in like)
+    if held is not None:
+        for store, of_store in zip(stores, held, strict=True):
+            store[:, :, :used] = of_store[:, :, :used]
+    return stores

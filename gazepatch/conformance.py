@@ -72,7 +72,7 @@ class AdapterConformance:
             generate_logits(case.model, case.inputs, 1)
             visual = stats(case.model).visual_entries
         assert [step.layer for step in steps] == inspect(case.model).gaze_layers
-        assert visual == sum(span.tokens for span in case.spans) * sum(step.key.shape[1] for step in steps)
+        assert visual == sum(span.tokens for span in case.spans) * sum(step.key_heads for step in steps)
 
     def test_full_budget_generates_the_dense_tokens(self, case: CaseLike) -> None:
         dense, tokens = generate_logits(case.model, case.inputs, 32)
@@ -148,10 +148,11 @@ class _Step:
     visible: Tensor
     scores: Scores
     output: Tensor
+    key_heads: int
 
     def check(self, settings: GazeConfig, spans: Sequence[Span]) -> int:
         """Compare with the reference; returns the visual entries that it kept, summed over selections."""
-        kept, group = 0, self.query.shape[1] // self.key.shape[1]
+        kept, group = 0, self.query.shape[1] // self.key_heads
         for row in range(len(self.query)):
             of_row = [span for span in spans if span.row == row]
             expected = self.expected(row, settings, of_row)
@@ -176,6 +177,7 @@ class _Step:
             math.inf if softcap is None else softcap,
             None if sinks is None else sinks.expand(rows, -1, -1)[row, :, -1],
             None if bias is None else bias.expand(rows, -1, -1, -1)[row, :, -1],
+            self.key_heads,
         )
 
 
@@ -186,14 +188,17 @@ def _spied(model: nn.Module) -> Iterator[list[_Step]]:
     attention, runtime = patch_of(model).attention, patch_of(model).runtime
     decode = attention.decode
 
-    def noted(forward: Any, layer: int, query: Tensor, scores: Scores, mask: Any) -> Tensor:
-        output = decode(forward, layer, query, scores, mask)
+    def noted(forward: Any, layer: int, module: Any, query: Tensor, scores: Scores, mask: Any) -> Tensor:
+        output = decode(forward, layer, module, query, scores, mask)
         key, value = forward.cache.layers[runtime.store_of.get(layer, layer)].logical()
+        key_heads = key.shape[1]
+        if runtime.latent:
+            key, value = module.expand_kv(key, value)
         visible = torch.ones(len(query), key.shape[2], dtype=torch.bool)
         if mask is not None:
             row = mask[:, 0, -1]
             visible = (row if row.dtype == torch.bool else row == 0).expand_as(visible)
-        steps.append(_Step(layer, query, key, value, visible, scores, output))
+        steps.append(_Step(layer, query, key, value, visible, scores, output, key_heads))
         return output
 
     attention.decode = noted  # type: ignore[method-assign]

@@ -19,14 +19,17 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from gazepatch.adapters.base import Adapter
+from gazepatch.adoption import Layers, adopt, stepping
+from gazepatch.cache import GazeLayer
 from gazepatch.config import GazeConfig
 from gazepatch.crossing import new_keys, state_of_images
 from gazepatch.errors import PatchError, UnsupportedModelError
 from gazepatch.insertion import Insertion, OwnImage, insert
+from gazepatch.latents import Expand, LatentLayer
 from gazepatch.layout import Span
 from gazepatch.splice import lengthen, lengthen_step, shorten
 from gazepatch.state import GazeState
-from gazepatch.static import StaticState, adopt, stepping
+from gazepatch.static import StaticState
 from gazepatch.stats import Counters
 from gazepatch.trace import Trace
 
@@ -108,6 +111,7 @@ class _Running(threading.local):
         self.capturing = False
         self.dense = False
         self.forward: Forward | None = None
+        self.latents: tuple[Tensor, Tensor] | None = None
         self.trace: Trace | None = None
 
 
@@ -130,9 +134,17 @@ class Runtime:
         self.gaze_layers = tuple(gaze_layers)
         self.flash = str(decoder.config._attn_implementation).startswith("flash")  # type: ignore[union-attr]
         self.store_of = adapter.store_layers(model_config)
+        #: Whether caches hold latents, a single key head for all query heads.
+        self.latent = adapter.latent(model_config)
         self.cross_layers = adapter.cross_layers(model_config)
         #: Layers whose entries are kept region by region, among those of the sequence.
         self.stores = tuple(sorted({self.store_of.get(layer, layer) for layer in gaze_layers} - {*self.cross_layers}))
+        self.layers = Layers(
+            self.text_config.num_hidden_layers,
+            self.stores,
+            self.cross_layers,
+            LatentLayer if self.latent else GazeLayer,
+        )
         self.decoder_signature = inspect.signature(decoder.forward)
         self.counters = Counters()
         self.running = _Running()
@@ -176,6 +188,16 @@ class Runtime:
 
         return captured
 
+    def expanding(self, expand: Expand) -> Expand:
+        """Wrap `expand_kv` of an attention module, to see the latents of a forward without a cache too."""
+
+        @functools.wraps(expand)
+        def expanded(latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
+            self.running.latents = latent, rotated
+            return expand(latent, rotated)
+
+        return expanded
+
     # ---- hooks on the text decoder
 
     def before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -198,11 +220,7 @@ class Runtime:
             cache = kwargs["past_key_values"] = None  # the layers would not fill it either
         if cache is None and self._will_cache(module, kwargs):
             cache = kwargs["past_key_values"] = DynamicCache(config=self.text_config)
-        state = (
-            GazeState(self, self.config)
-            if cache is None
-            else adopt(cache, self, self.config, self.text_config.num_hidden_layers, self.stores, self.cross_layers)
-        )
+        state = GazeState(self, self.config) if cache is None else adopt(cache, self, self.config, self.layers)
         forward = self.running.forward = self._start(state, cache, rows, tokens)
         if self.adapter.across:
             forward.across = self._across(forward, kwargs, rows)
@@ -221,7 +239,7 @@ class Runtime:
 
     def after_decoder(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """The forward is over, or failed (`output` is None)."""
-        forward, self.running.forward = self.running.forward, None
+        forward, self.running.forward, self.running.latents = self.running.forward, None, None
         if forward is None:
             return None
         for each in (forward, forward.across):

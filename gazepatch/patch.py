@@ -297,6 +297,10 @@ def _change(
     for modality in MODALITIES:
         if (function := getattr(base, name := f"get_{modality}_features", None)) is not None:
             _set(base, name, runtime.capture(modality, function), undo)
+    if runtime.latent:
+        for module in decoder.modules():
+            if (expand := getattr(module, "expand_kv", None)) is not None:
+                _set(module, "expand_kv", runtime.expanding(expand), undo)
     # One at a time, each with its undoing, so that a failure half-way leaves nothing.
     undo.append(base.register_forward_pre_hook(runtime.before_model, with_kwargs=True).remove)
     undo.append(base.register_forward_hook(runtime.after_model, always_call=True).remove)

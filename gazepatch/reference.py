@@ -35,6 +35,7 @@ def gaze_reference(
     softcap: float = math.inf,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    key_heads: int | None = None,
 ) -> Attended:
     """Gaze attention of one text query.
 
@@ -48,6 +49,8 @@ def gaze_reference(
         softcap: Bound of the scores; infinite: none.
         sinks: `[H]` scores of one more key, whose value is zero.
         bias: `[H, L]`, added to the scores of the keys.
+        key_heads: Heads of the cache, whose query heads share a selection: fewer than H_kv where keys are made of
+            latents.
 
     Source: https://arxiv.org/abs/2605.13080.
     """
@@ -55,14 +58,16 @@ def gaze_reference(
     score = functools.partial(_score, scale=scale, softcap=softcap)
     bias = torch.zeros(len(query), key.shape[1]) if bias is None else bias.float()
     regions = _regions(spans, config)
-    group = len(query) // len(key)
+    per_key = len(query) // len(key)
+    group = len(query) // (key_heads or len(key))
     whole = sum(span.tokens for span in spans) < config.min_visual_tokens
     outputs, kept = [], []
-    for k in range(len(key)):
-        heads = range(k * group, (k + 1) * group)
-        scores = torch.stack([_region_scores(query[h], key[k], regions, score, bias[h]) for h in heads])
+    for first in range(0, len(query), group):
+        heads = range(first, first + group)
+        scores = torch.stack([_region_scores(query[h], key[h // per_key], regions, score, bias[h]) for h in heads])
         for h in heads:
-            of_head = scores[h - k * group] if config.head_reduce == "none" else _agree(scores, config.head_reduce)
+            k = h // per_key
+            of_head = scores[h - first] if config.head_reduce == "none" else _agree(scores, config.head_reduce)
             chosen = set(range(len(regions))) if whole else _best(of_head, config.budget_regions(len(regions)))
             read = visible.clone()
             for number, windows in enumerate(regions):

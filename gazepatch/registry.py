@@ -49,6 +49,7 @@ MODULES = {
     "inkling_mm_model": "patterns",
     "internvl": "squares",
     "janus": "squares",
+    "kimi_k25": "thw",
     "lfm2_vl": "sized",
     "lfm3_vl": "thw",
     "lighton_ocr": "sized",

@@ -1,4 +1,4 @@
-"""The static gaze cache: transformers' own `StaticCache` object with its layers replaced, in place, while it is empty.
+"""The layers of a static gaze cache.
 
 Memory for all tokens there will ever be is taken at the prompt. A decode step then changes nothing but what is in it:
 its tensors keep their shapes and addresses, lengths and counts are numbers on the device, and no Python value differs
@@ -12,10 +12,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import StaticCache, StaticLayer, StaticSlidingWindowLayer
 
-from gazepatch import cache as dynamic
-from gazepatch.cache import GazeLayer
+from gazepatch.cache import GazeLayer, Stores
 from gazepatch.config import GazeConfig
 from gazepatch.errors import CacheError
 from gazepatch.insertion import Insertion
@@ -187,7 +185,8 @@ class StaticGazeLayer(GazeLayer):
             for store, new in zip(self._other, (key_states, value_states), strict=True):
                 store.index_copy_(2, slot, new)
             self.filled.add_(1)
-            return self._other
+            key, value = self._other
+            return key, value
         self._slots = self.state.length
         self._used = self._slots - self._apart
         read = super().update(key_states, value_states)
@@ -199,26 +198,21 @@ class StaticGazeLayer(GazeLayer):
         super()._clear()
         self._apart = 0
 
-    def _make_room(self, start: int, key: Tensor, value: Tensor) -> None:
+    def _make_room(self, start: int, new: Stores) -> None:
         room = self.state.room - (self._slots - self._used)
         held = self._other
         if held is not None and held[0].shape[2] == room:
             return
-        shapes = [(*new.shape[:2], room, new.shape[3]) for new in (key, value)]
-        made = [self._place(name, key.new_zeros(shape)) for name, shape in zip(("key", "value"), shapes, strict=True)]
-        if held is not None:
-            for store, before in zip(made, held, strict=True):
-                store[:, :, :start] = before[:, :, :start]
-        self._other = made[0], made[1]
+        made = [x.new_zeros(*x.shape[:2], room, x.shape[3]) for x in new]
+        self._other = tuple(self._place(f"other {i}", store) for i, store in enumerate(made))
+        for store, before in zip(self._other, held or (), strict=False):
+            store[:, :, :start] = before[:, :, :start]
 
-    def _append_visual(self, key: Tensor, value: Tensor, chunk: Chunk) -> None:
-        super()._append_visual(key, value, chunk)
+    def _append_visual(self, new: Stores, chunk: Chunk) -> None:
+        super()._append_visual(new, chunk)
         assert self._visual is not None and self._means is not None
-        key, value = self._visual
-        self._visual = self._place("visual key", key), self._place("visual value", value)
-        mean_keys, mean_values = self._means
-        placed = None if mean_values is None else self._place("mean value", mean_values)
-        self._means = self._place("mean key", mean_keys), placed
+        self._visual = tuple(self._place(f"visual {i}", store) for i, store in enumerate(self._visual))
+        self._means = tuple(self._place(f"means {i}", store) for i, store in enumerate(self._means))
 
     def _place(self, name: str, new: Tensor) -> Tensor:
         """`new` at an address that lasts: that of an earlier prompt, if it took as much."""
@@ -230,7 +224,7 @@ class StaticGazeLayer(GazeLayer):
 
     # ---- reading
 
-    def _others(self) -> tuple[Tensor, Tensor]:
+    def _others(self) -> Stores:
         if self.state.ready and self._other is not None:
             return self._other
         return super()._others()
@@ -276,61 +270,8 @@ class StaticGazeLayer(GazeLayer):
             self.state.select_rows(indices)
 
 
-def adopt(
-    cache: object,
-    owner: object,
-    config: GazeConfig,
-    layers: int,
-    gaze_layers: Sequence[int],
-    left: Sequence[int] = (),
-) -> GazeState:
-    """Make an empty `DynamicCache` or `StaticCache` a gaze cache; return the state of one that is the owner's already.
-
-    Layers `left` hold something else than the sequence, for which a static cache has no room.
-
-    Raises:
-        CacheError: The cache is another patch's, holds entries, or is of a kind that cannot gaze.
-    """
-    if dynamic.gaze_state(cache) is None and isinstance(cache, StaticCache) and not cache.offloading:
-        dynamic.check_empty(cache)
-        if left:
-            raise CacheError(
-                "a static cache cannot hold the keys of cross-attention layers that gaze: generate with "
-                "cache_implementation='dynamic'"
-            )
-        _replace_layers(cache, owner, config, gaze_layers)
-    state = dynamic.adopt(cache, owner, config, layers, gaze_layers, left)
-    if isinstance(state, StaticState):
-        state.catch_up()
-    return state
-
-
-def stepping(cache: object, owner: object) -> StaticState | None:
-    """The state of the owner's static cache, if it is ready for a decode step."""
-    state = dynamic.gaze_state(cache)
-    return state if isinstance(state, StaticState) and state.ready and state.owner() is owner else None
-
-
 def _settled(memory: Tensor) -> Tensor:
     """Tell a compiler that this tensor will not move: a CUDA graph need not copy it before every replay."""
     if not torch.compiler.is_compiling():
         torch._dynamo.mark_static_address(memory)
     return memory
-
-
-def _replace_layers(cache: StaticCache, owner: object, config: GazeConfig, gaze_layers: Sequence[int]) -> None:
-    kinds = [type(layer) for layer in cache.layers]
-    if missing := [i for i in gaze_layers if kinds[i] is not StaticLayer]:
-        raise CacheError(
-            f"layers {missing} were to gaze, but the cache keeps them as {[kinds[i].__name__ for i in missing]}"
-        )
-    if config.context_tokens and StaticSlidingWindowLayer in kinds:
-        raise CacheError(
-            "a static cache has no room for context tokens in the sliding windows of this model: generate with "
-            "cache_implementation='dynamic'"
-        )
-    state = StaticState(owner, config, cache.layers[gaze_layers[0]].get_max_length())
-    # Others stay as they are, unless context tokens lengthen them.
-    for i in [i for i, kind in enumerate(kinds) if kind is StaticLayer] if config.context_tokens else gaze_layers:
-        cache.layers[i] = StaticGazeLayer(state, gazes=i in gaze_layers, leads=i == gaze_layers[0])
-    cache.gaze = state  # type: ignore[attr-defined]

@@ -428,7 +428,7 @@ def test_decoder(case: Case) -> None:
 
 
 SLIDING, FULL = "sliding_attention layer", None
-LATENTS = "keys and values come from latents they share (MLA)"
+LATENTS = "keys and values are made of latents (MLA) in a way that nobody has looked at"
 
 TEXT_DECODERS: dict[str, tuple[Callable[[], Any], list[str | None]]] = {
     "llama": (text, [FULL] * 2),
@@ -444,7 +444,9 @@ TEXT_DECODERS: dict[str, tuple[Callable[[], Any], list[str | None]]] = {
     "gemma2, soft caps": (lambda: text(transformers.Gemma2Config), [SLIDING, FULL]),
     "gpt_oss, sinks": (lambda: text(transformers.GptOssConfig), [SLIDING, FULL]),
     "mimo_v2_flash": (lambda: text(transformers.MiMoV2FlashConfig), [FULL, SLIDING]),
-    "deepseek_v3": (lambda: text(transformers.DeepseekV3Config), [LATENTS] * 2),
+    "deepseek_v3": (lambda: text(transformers.DeepseekV3Config), [FULL] * 2),
+    "mistral4": (lambda: text(transformers.Mistral4Config), [FULL] * 2),
+    "longcat_flash": (lambda: text(transformers.LongcatFlashConfig), [LATENTS] * 2),
     "llama4": (
         lambda: text(transformers.Llama4TextConfig, num_hidden_layers=4),
         ["chunked_attention layer"] * 3 + [FULL],
@@ -497,6 +499,17 @@ def test_a_compressed_video_has_no_grid(cases: Callable[[str, bool], Case]) -> N
     spans = adapter_of(case).locate(case.model.config, [compressed], captured)
     assert spans and all(span.grid is None for span in spans)
     assert sum(span.tokens for span in spans) == compressed.count(VIDEO_TOKEN)
+
+
+def test_the_frames_of_a_chunk_of_kimi_are_one(cases: Callable[[str, bool], Case]) -> None:
+    config, adapter = cases("kimi_k25", True).model.config, adapter_for("kimi_k25")
+    grids = torch.tensor([[4, 12, 20], [3, 12, 20]])
+    ids = [[1, *[VIDEO_TOKEN] * 60, 2, *[VIDEO_TOKEN] * 60, 2]]
+    spans = adapter.locate(config, ids, {"video": {"video_grid_thw": grids}})
+    assert [(span.start, span.grid, span.media, span.frame) for span in spans] == [
+        (1, (1, 6, 10), 0, None),
+        (62, (1, 6, 10), 1, None),
+    ]
 
 
 def test_fine_tiles_of_granite_docling_have_twice_the_side(cases: Callable[[str, bool], Case]) -> None:

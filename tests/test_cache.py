@@ -12,9 +12,10 @@ from tiny import Case, batch, tiny
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
-from gazepatch.cache import LEAST_ROOM, GazeLayer, HybridLayer
+from gazepatch.cache import LEAST_ROOM, GazeLayer
 from gazepatch.config import GazeConfig
 from gazepatch.errors import CacheError
+from gazepatch.hybrid import HybridLayer
 from gazepatch.layout import Span
 from gazepatch.patch import apply, patch_of, patched, restore, stats
 from gazepatch.state import GazeState
@@ -23,9 +24,9 @@ WHOLE = GazeConfig(region=(3, 3, 1), window=(1, 3, 1), budget=1.0, periphery=Fal
 QUARTER = dataclasses.replace(WHOLE, budget=0.25)
 
 
-@pytest.fixture
-def case() -> Case:
-    return tiny("llava")
+@pytest.fixture(params=["llava", "llava_latent"])
+def case(request: pytest.FixtureRequest) -> Case:
+    return tiny(request.param)
 
 
 def generate(case: Case, steps: int = 6, **inputs: object) -> Tensor:

@@ -266,7 +266,16 @@ TURNS = {
 #: Gemma 3 makes its images see themselves in the first forward of a cache only, so that is where they have to be.
 TALKS = [
     (name, turns)
-    for name in ("llava", "llava_pixtral", "internvl", "internvl_short", "qwen2_vl", "qwen3_vl", "gemma3_short")
+    for name in (
+        "llava",
+        "llava_pixtral",
+        "internvl",
+        "internvl_short",
+        "kimi_k25",
+        "qwen2_vl",
+        "qwen3_vl",
+        "gemma3_short",
+    )
     for turns in (["text"] if name == "gemma3_short" else TURNS)
 ]
 

@@ -139,7 +139,9 @@ def samples(case: Case) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("rows", ["one image and none", "one image and two"])
 @pytest.mark.parametrize("answers", [beams, samples])
-@pytest.mark.parametrize("name", ["llava", "internvl_short", "qwen2_vl", "qwen3_vl", "gemma3_short", "mistral3"])
+@pytest.mark.parametrize(
+    "name", ["llava", "internvl_short", "kimi_k25", "qwen2_vl", "qwen3_vl", "gemma3_short", "mistral3"]
+)
 @torch.no_grad()
 def test_several_answers(name: str, answers: Any, rows: str) -> None:
     case = tiny(name)

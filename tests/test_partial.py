@@ -185,7 +185,7 @@ def test_gradients_are_those_of_plain_attention() -> None:
 
 def test_double_precision_stays_double() -> None:
     query, key, value = tensors(63, dtype=torch.float64)
-    bias = torch.zeros(63, dtype=torch.float64)
-    bias[::5] = ABSENT
-    parts = [attend(query, key[:, :, s], value[:, :, s], SCORES, bias[s]) for s in (slice(0, 20), slice(20, 63))]
+    bias = torch.zeros(1, 1, 1, 63, dtype=torch.float64)
+    bias[..., ::5] = ABSENT
+    parts = [attend(query, key[:, :, s], value[:, :, s], SCORES, bias[..., s]) for s in (slice(0, 20), slice(20, 63))]
     torch.testing.assert_close(combine(parts), plain(query, key, value, bias)[0], atol=1e-12, rtol=0)

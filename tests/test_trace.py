@@ -78,7 +78,7 @@ def test_layers_read_what_the_trace_says(turns: Any, settings: str, sequences: C
 
 @pytest.mark.parametrize("settings", [{}, {"head_reduce": "none", "budget": 2}], ids=["share", "number for each head"])
 @pytest.mark.parametrize("rows", ["one row", "two rows"])
-@pytest.mark.parametrize("name", ["llava", "llava_next", "idefics3", "mistral3", "mllama", "qwen2_vl"])
+@pytest.mark.parametrize("name", ["llava", "llava_next", "idefics3", "kimi_k25", "mistral3", "mllama", "qwen2_vl"])
 def test_generate_reads_what_the_trace_says(name: str, rows: str, settings: dict[str, Any]) -> None:
     case = tiny(name) if rows == "one row" else batch(tiny(name))
     config = replace(SMALL, **settings)
@@ -86,11 +86,11 @@ def test_generate_reads_what_the_trace_says(name: str, rows: str, settings: dict
         generate_logits(case.model, case.inputs, 3)
     assert trace.settings == config and trace.spans == case.spans
     assert len(trace.steps) == 3 and len(spied) == 3 * len(trace.steps[0])
-    share = 1 if config.head_reduce == "none" else 2
     for number, step in enumerate(spied):
         for row, read in enumerate(trace.steps[number // len(trace.steps[0])][step.layer]):
             own = [span for span in case.spans if span.row == row]
             kept = step.expected(row, config, own).kept
+            share = 1 if config.head_reduce == "none" else len(kept) // step.key_heads
             visual = [position for span in own for position in span.positions()]
             expected = [{p for p in visual if of_head[p]} for of_head in kept[::share]]
             assert read is not None and expected == read_positions(trace, row, read, case.spans)

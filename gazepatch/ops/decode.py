@@ -208,7 +208,9 @@ def _attend_selected(
     parts = []
     for some in (slice(first, first + size) for first in range(0, groups, size)):
         key = plan.read(entries.visual_key, pages[some], 0)
-        value = plan.read(entries.visual_value, pages[some], 1)
+        # Latents are their own values: they are read once.
+        alike = entries.visual_value is entries.visual_key
+        value = key if alike else plan.read(entries.visual_value, pages[some], 1)
         parts.append(attend(query[None, some], key[None], value[None], scores, None if bias is None else bias[:, some]))
     output, weight = parts[0] if len(parts) == 1 else (torch.cat(of_all, 1) for of_all in zip(*parts, strict=True))
     return Part(output.reshape(batch, key_heads, group, -1), weight.reshape(batch, key_heads, group)), read

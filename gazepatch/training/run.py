@@ -22,7 +22,7 @@ from gazepatch.folders import check_output
 from gazepatch.layers import gaze_layers
 from gazepatch.loading import base_config
 from gazepatch.lora import require_peft
-from gazepatch.patch import apply, set_budget
+from gazepatch.patch import apply, root_model, set_budget
 from gazepatch.registry import adapter_for
 from gazepatch.training.bar import Bar
 from gazepatch.training.chat import Collator
@@ -202,9 +202,9 @@ def _prepare(source: str | Path, config: GazeConfig, training: TrainConfig) -> t
 
 def _teacher(source: str | Path, arguments: TrainingArguments, spread: bool) -> nn.Module:
     """A copy of the model as it was, spread over the processes if the model is."""
-    teacher = AutoModelForImageTextToText.from_pretrained(source).requires_grad_(False).eval()
+    teacher: nn.Module = AutoModelForImageTextToText.from_pretrained(source).requires_grad_(False).eval()
     if spread:
-        return shard(teacher, adapter_for(teacher.config.model_type).decoder(teacher).layers)
+        return shard(teacher, adapter_for(root_model(teacher).config.model_type).decoder(teacher).layers)
     return teacher.to(arguments.device)
 
 

@@ -64,7 +64,8 @@ def shard(model: nn.Module, layers: Iterable[nn.Module]) -> nn.Module:
     """Spread a model that learns nothing over all processes, in place."""
     for layer in layers:
         fully_shard(layer)
-    return fully_shard(model)
+    fully_shard(model)
+    return model
 
 
 def is_shard(tensor: Tensor) -> bool:

@@ -42,7 +42,9 @@ VIDEO = tuple(name for module in _MODULES for name in module.VIDEO)
 VARIANTS = {
     "internvl_gpt_oss": "internvl",
     "llava_full": "llava",
+    "llava_latent": "llava",
     "llava_pixtral": "llava",
+    "mistral3_latent": "mistral3",
     "paligemma_gemma2": "paligemma",
 }
 #: One family or two of every layout and every kind of decoder, for tests of many settings.
@@ -50,6 +52,7 @@ CORE = (
     "gemma3",
     "idefics3",
     "internvl",
+    "kimi_k25",
     "llava",
     "llava_full",
     "llava_next",

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor
 
 from tiny.glm import glm4v, glm4v_moe, glm46v, glm_ocr, glmga
-from tiny.models import pixels, text
+from tiny.models import latent_text, pixels, text
 from tiny.prompts import (
     AUDIO,
     BREAK,
@@ -203,6 +203,21 @@ def muse_spark(video: bool) -> Case:
     return muse("MuseSpark", video, experts, audio_token_id=AUDIO, audio_config=hearing)
 
 
+def kimi_k25(video: bool) -> Case:
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.Kimi_K25Config(
+        vision_config={**vision, "patch_size": 4, "pos_emb_height": 8, "pos_emb_width": 8},
+        text_config=latent_text(transformers.DeepseekV3Config),
+        projection_hidden_size=32,
+        tie_word_embeddings=False,
+        **MARKS,
+    )
+    # Every chunk of a video has a grid, as an image has, and here a single frame.
+    return grids(
+        transformers.Kimi_K25ForConditionalGeneration(config), video, patch=(3, 4, 4), types=False, sizes=IMAGES
+    )
+
+
 # ---- with newlines
 
 
@@ -244,6 +259,7 @@ FAMILIES: dict[str, Callable[[bool], Case]] = {
     "glmga": glmga,
     "hunyuan_vl": hunyuan_vl,
     "hyperclovax_vision_v2": hyperclovax_vision_v2,
+    "kimi_k25": kimi_k25,
     "minimax_m3_vl": minimax_m3_vl,
     "muse_glimmer": muse_glimmer,
     "muse_spark": muse_spark,

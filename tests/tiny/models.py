@@ -36,6 +36,16 @@ def text(kind: type = transformers.LlamaConfig, **settings: Any) -> Any:
     return kind(**{**sizes, **heads, **special, **settings})
 
 
+def latent_text(kind: type, **settings: Any) -> Any:
+    """Configuration of a text decoder whose cache holds latents (MLA), for keys of 20 numbers and values of 12."""
+    latents = {"kv_lora_rank": 24, "q_lora_rank": 20, "num_key_value_heads": 4}
+    heads = {"qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 12}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1}
+    made = text(dict, **{**latents, **heads, **experts, "topk_group": 1, "first_k_dense_replace": 1, **settings})
+    del made["head_dim"]  # which is another thing there
+    return kind(**made)
+
+
 def tower(kind: type, image_size: Any, patch_size: Any = 4, **settings: Any) -> Any:
     """Configuration of a vision tower for square images of `image_size` pixels."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -10,15 +10,15 @@ import torch
 import transformers
 from torch import nn
 
-from tiny.models import pixels, pixels_name, stub_tower, text, tower
+from tiny.models import latent_text, pixels, pixels_name, stub_tower, text, tower
 from tiny.prompts import AUDIO, END, IMAGE, START, VIDEO_TOKEN, Case, Media, square
 from tiny.rows import pixtral_images
 
 
-def llava(video: bool, strategy: Any = "default") -> Case:
+def llava(video: bool, strategy: Any = "default", decoder: Any = None) -> Case:
     config = transformers.LlavaConfig(
         vision_config=tower(transformers.CLIPVisionConfig, 32),
-        text_config=text(),
+        text_config=decoder or text(),
         image_token_index=IMAGE,
         image_seq_length=64,
         vision_feature_select_strategy=strategy,
@@ -30,6 +30,10 @@ def llava(video: bool, strategy: Any = "default") -> Case:
 
 def llava_full(video: bool) -> Case:
     return llava(video, strategy="full")
+
+
+def llava_latent(video: bool) -> Case:
+    return llava(video, decoder=latent_text(transformers.DeepseekV2Config))
 
 
 def llava_pixtral(video: bool) -> Case:
@@ -255,6 +259,7 @@ FAMILIES: dict[str, Callable[[bool], Case]] = {
     "janus": janus,
     "llava": llava,
     "llava_full": llava_full,
+    "llava_latent": llava_latent,
     "llava_pixtral": llava_pixtral,
     "paligemma": paligemma,
     "paligemma_gemma2": paligemma_gemma2,

@@ -59,6 +59,7 @@ def grids(
     apart: bool = False,
     as_images: bool = False,
     types: bool = True,
+    sizes: Sequence[tuple[int, int, int]] = (),
     frames_a_step: int = 1,
     more: Callable[[int, int, int], dict[str, Any]] = lambda t, h, w: {},
     extra: Callable[[Tensor], dict[str, Tensor]] = lambda ids: {},
@@ -73,12 +74,13 @@ def grids(
         apart: Frames are laid out one by one, with words (timestamps) between them.
         as_images: And their tokens have the id of images, between marks of their own.
         types: The model is told which tokens are images and videos.
+        sizes: Others in their place.
         frames_a_step: Frames that make up one step in time.
         more: Further inputs of an image or video of `(t, h, w)` tokens.
         extra: Further inputs, made from the token ids `[B, S]`.
     """
     media = []
-    for t, h, w in VIDEOS if video else IMAGES:
+    for t, h, w in sizes or (VIDEOS if video else IMAGES):
         token = VIDEO_TOKEN if video and not as_images else IMAGE
         kind, values = ("video", "pixel_values_videos") if video else ("image", "pixel_values")
         patches = t * frames_a_step if video else t

@@ -82,7 +82,7 @@ class GazeAttention:
             if latents is not None:  # as decode steps read them, so that the same regions are selected
                 expansion, key = Expansion.of(module.expand_kv, *latents), torch.cat(latents, 3)
                 value = key
-            output = self._prefill(forward, layer, query, key, value, scale, attention_mask, output, expansion)
+            output = self._prefill(forward, layer, query, key, value, scale, expansion, attention_mask, output)
         return output, weights
 
     def dense(self, module: nn.Module, *args: Any, **kwargs: Any) -> Attended:
@@ -138,9 +138,9 @@ class GazeAttention:
         key: Tensor,
         value: Tensor,
         scale: float,
+        expansion: Expansion | None,
         mask: Any,
         dense: Tensor,
-        expansion: Expansion | None,
     ) -> Tensor:
         state, device = forward.state, query.device
         assert forward.routed is not None and forward.routed_rows is not None

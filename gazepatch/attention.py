@@ -79,9 +79,10 @@ class GazeAttention:
         if gazes and forward.routed is not None:
             _refuse_unsupported(kwargs)
             scale, expansion = _scale(query, kwargs), None
-            if latents is not None:  # as decode steps read them, so that the same regions are selected
-                expansion, key = Expansion.of(module.expand_kv, *latents), torch.cat(latents, 3)
-                value = key
+            if latents is not None:  # read as decode steps read them, so that the same regions are selected
+                expand: Any = module.expand_kv
+                expansion = Expansion.of(expand, *latents)
+                key = value = torch.cat(latents, 3)
             output = self._prefill(forward, layer, query, key, value, scale, expansion, attention_mask, output)
         return output, weights
 

@@ -296,8 +296,8 @@ def _change(
             _set(base, name, runtime.capture(modality, function), undo)
     if runtime.latent:
         for module in decoder.modules():
-            if hasattr(module, "expand_kv"):
-                _set(module, "expand_kv", runtime.expanding(module.expand_kv), undo)
+            if (expand := getattr(module, "expand_kv", None)) is not None:
+                _set(module, "expand_kv", runtime.expanding(expand), undo)
     # One at a time, each with its undoing, so that a failure half-way leaves nothing.
     undo.append(base.register_forward_pre_hook(runtime.before_model, with_kwargs=True).remove)
     undo.append(base.register_forward_hook(runtime.after_model, always_call=True).remove)

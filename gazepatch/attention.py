@@ -88,10 +88,10 @@ class GazeAttention:
         if gazes and forward.routed is not None:
             _refuse_unsupported(kwargs)
             scores, expansion = self._scores(query, kwargs), None
-            if latents is not None:  # as decode steps read them, so that the same regions are selected
-                expansion, key = Expansion.of(module.expand_kv, *latents), torch.cat(latents, 3)
-                value = key
-            output = self._prefill(forward, layer, query, key, value, scores, attention_mask, output, expansion)
+            if latents is not None:  # read as decode steps read them, so that the same regions are selected
+                expansion = Expansion.of(module.expand_kv, *latents)
+                key = value = torch.cat(latents, 3)
+            output = self._prefill(forward, layer, query, key, value, scores, expansion, attention_mask, output)
         return output, weights
 
     def dense(self, module: nn.Module, *args: Any, **kwargs: Any) -> Attended:
@@ -158,9 +158,9 @@ class GazeAttention:
         key: Tensor,
         value: Tensor,
         scores: Scores,
+        expansion: Expansion | None,
         mask: Any,
         dense: Tensor,
-        expansion: Expansion | None,
     ) -> Tensor:
         state, device = forward.state, query.device
         assert forward.routed is not None and forward.routed_rows is not None

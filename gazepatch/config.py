@@ -33,7 +33,8 @@ class GazeConfig:
         periphery: Whether every window of the regions that are not read takes part as one pseudo-token, with logit
             `scale * q . mean(K) + log n` and value `mean(V)`.
         head_reduce: How the query heads that share a key head agree on regions: by the `mean` or `max` of their
-            scores, or `none`: each query head selects for itself.
+            scores, or `none`: each query head selects for itself. In a decoder that keeps latents (MLA) all query heads
+            share them, as a single key head.
         dense_layers: Indices of decoder layers that keep the model's own attention.
         prefill: Whether the text of a prompt reads everything (`dense`) or gazes too (`gaze`, for models trained so).
         min_visual_tokens: A sequence with fewer visual tokens is read whole, because selecting would cost more time

@@ -20,6 +20,7 @@ from gazepatch.errors import CacheError
 from gazepatch.layout import Span
 from gazepatch.ops.decode import DecodePlan
 from gazepatch.patch import patch_of, patched, stats, trace
+from gazepatch.scores import Scores
 from gazepatch.static import StaticGazeLayer, StaticState
 
 WHOLE = GazeConfig(region=(3, 3, 1), window=(1, 3, 1), budget=1.0, periphery=False, min_visual_tokens=0)
@@ -193,7 +194,7 @@ def test_a_step_stays_on_its_device(name: str) -> None:
             read = layer.update(entries, entries)
             if state.decoding:
                 decoded = state.plan(query, layer.entries()).decode(
-                    query, layer.entries(), 0.25, state.bias(mask, device)
+                    query, layer.entries(), Scores(0.25), state.bias(mask, device)
                 )
                 state.counters.add_read(0, decoded.read)
                 assert decoded.output.shape == (2, 8, 1, 16)

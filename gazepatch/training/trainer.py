@@ -61,8 +61,8 @@ class GazeTrainer(Trainer):
         made: torch.optim.Optimizer = super().create_optimizer(*(() if model is None else (model,)))
         tokens = context_tokens_of(self.trained.model)
         for group in list(made.param_groups):
-            if tokens is not None and len(rest := [p for p in group["params"] if p is not tokens]) < len(group["params"]):
-                group["params"] = rest
+            if any(parameter is tokens for parameter in group["params"]):
+                group["params"] = [parameter for parameter in group["params"] if parameter is not tokens]
                 made.add_param_group({**group, "params": [tokens], "lr": self.context_rate})
         return made
 

@@ -231,7 +231,7 @@ def test_families() -> None:
     assert set(supported) == set(MODULES)
     assert all(row["model_type"] in result.stdout for row in rows)
     assert supported["qwen2_vl"]["videos"] and not supported["llava"]["videos"]
-    assert "cross-attention" in next(row["refused"] for row in rows if row["model_type"] == "mllama")
+    assert "encoder" in next(row["refused"] for row in rows if row["model_type"] == "florence2")
 
 
 # ---- ask, verify

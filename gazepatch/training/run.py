@@ -203,9 +203,11 @@ def _prepare(source: str | Path, config: GazeConfig, training: TrainConfig) -> t
 def _teacher(source: str | Path, arguments: TrainingArguments, spread: bool) -> nn.Module:
     """A copy of the model as it was, spread over the processes if the model is."""
     teacher: nn.Module = AutoModelForImageTextToText.from_pretrained(source).requires_grad_(False).eval()
-    if spread:
-        return shard(teacher, adapter_for(root_model(teacher).config.model_type).decoder(teacher).layers)
-    return teacher.to(arguments.device)
+    if not spread:
+        return teacher.to(arguments.device)
+    layers: Any = adapter_for(teacher.config.model_type).decoder(teacher).layers  # type: ignore[union-attr, arg-type]
+    shard(teacher, layers)
+    return teacher
 
 
 def _provenance(trainer: GazeTrainer, records: Records, training: TrainConfig, schedule: Schedule) -> dict[str, Any]:

@@ -32,9 +32,8 @@ class TrainConfig:
         batch_size: Records of one update, over all processes.
         accumulate: Parts that a process computes its records of one update in, to save memory.
         learning_rate: Peak of the learning rate; None: 0.003 for context, 0.0002 for lora, 0.00001 for full.
-        context_learning_rate: That of the context tokens beside lora or full; None: 0.003. One rate does not serve
-            both: context tokens are few and start far from where they are wanted, weights are many and must not move
-            far.
+        context_learning_rate: That of the context tokens beside lora or full; None: 0.003. They are few and start far
+            from where they are wanted; weights are many and must not move far.
         schedule: Share of the steps over which the budget falls, from dense by way of 8, 4 and 2 times the final one.
         lora_rank: Rank of the LoRA adapters.
         seed: Of the first context tokens and of the order of the records.

@@ -60,12 +60,11 @@ def layer_classes(decoder: nn.Module) -> list[str]:
     return sorted({type(layer).__name__ for layer in layers})
 
 
-def shard(model: nn.Module, layers: Iterable[nn.Module]) -> nn.Module:
+def shard(model: nn.Module, layers: Iterable[nn.Module]) -> None:
     """Spread a model that learns nothing over all processes, in place."""
     for layer in layers:
         fully_shard(layer)
     fully_shard(model)
-    return model
 
 
 def is_shard(tensor: Tensor) -> bool:

@@ -61,10 +61,8 @@ class GazeTrainer(Trainer):
         made: torch.optim.Optimizer = super().create_optimizer(*(() if model is None else (model,)))
         tokens = context_tokens_of(self.trained.model)
         for group in list(made.param_groups):
-            if tokens is not None and len(rest := [p for p in group["params"] if p is not tokens]) < len(
-                group["params"]
-            ):
-                group["params"] = rest
+            if any(parameter is tokens for parameter in group["params"]):
+                group["params"] = [parameter for parameter in group["params"] if parameter is not tokens]
                 made.add_param_group({**group, "params": [tokens], "lr": self.context_rate})
         return made
 
@@ -133,13 +131,14 @@ class GazeTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:
             return super()._save_optimizer_and_scheduler(output_dir)
-        from accelerate.utils import save_fsdp_optimizer  # type: ignore[import-untyped]
+        from accelerate.utils import save_fsdp_optimizer  # type: ignore[import-untyped,unused-ignore]
 
         # The Trainer would write all of the model beside it.
         plugin = self.accelerator.state.fsdp_plugin
         save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
-        if self.args.should_save and self.lr_scheduler is not None:
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+        if self.args.should_save:
+            scheduler: Any = self.lr_scheduler
+            torch.save(scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.trained.read(Path(resume_from_checkpoint))

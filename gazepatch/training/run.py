@@ -22,7 +22,7 @@ from gazepatch.folders import check_output
 from gazepatch.layers import gaze_layers
 from gazepatch.loading import base_config
 from gazepatch.lora import require_peft
-from gazepatch.patch import apply, root_model, set_budget
+from gazepatch.patch import apply, set_budget
 from gazepatch.registry import adapter_for
 from gazepatch.training.bar import Bar
 from gazepatch.training.chat import Collator

@@ -22,6 +22,8 @@ from gazepatch import ConfigError
 from gazepatch.manifest import read
 from gazepatch.training.sharded import fsdp_wanted
 
+pytest.importorskip("peft")
+
 TRAININGS: dict[str, dict[str, Any]] = {
     "context": {"accumulate": 2, "trainer_arguments": {"gradient_checkpointing": True}},
     "lora": {"trainable": "lora", "learning_rate": 0.01, "stop_at": 5},

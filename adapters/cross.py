@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from gazepatch.adapters.base import Adapter, Captured, Declared, integers
@@ -36,10 +35,11 @@ class Mllama(Declared):
         shapes = captured.get("image", {}).get("aspect_ratio_ids")
         # Shape 0 stands for no image, where other rows have more of them.
         tiles = [0, *map(math.prod, config.vision_config.supported_aspect_ratios)]
+        keys = features([_image(config)])
         return [
-            replace(span, row=row)
+            span
             for row, of_row in enumerate([] if shapes is None else integers(shapes))
-            for span in lay([_image(config)] * len(of_row), range(len(of_row) * features([_image(config)])), row)
+            for span in lay([_image(config)] * len(of_row), range(len(of_row) * keys), row)
             if span.tile is not None and span.tile < tiles[of_row[span.media]]
         ]
 

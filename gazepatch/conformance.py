@@ -8,8 +8,9 @@
             return Case(model, inputs, spans)
 
 `inputs` are what the family's processor returns for a prompt with images (one row or several, padded on the left);
-`spans` say, independently of the adapter, where their visual tokens are. The model may be tiny and random, and must be
-in evaluation mode.
+`spans` say, independently of the adapter, where their visual tokens are; in families whose images are the keys of
+cross-attention, where they are among these, and an answer must see them all. The model may be tiny and random, and must
+be in evaluation mode.
 """
 
 from __future__ import annotations

@@ -194,10 +194,10 @@ def test_context_tokens_have_no_place(case: Case) -> None:
 # ---- all the rest
 
 
-def test_verify_and_half_precision() -> None:
+def test_verify_by_kind_of_attention() -> None:
     case = tiny("mllama")
-    for kind in (torch.float32, torch.bfloat16):
-        case.model.to(kind)
+    for kind, attention in ((torch.float32, "sdpa"), (torch.float32, "eager"), (torch.bfloat16, "sdpa")):
+        case.model.to(kind).set_attn_implementation(attention)
         inputs = {**case.inputs, "pixel_values": case.inputs["pixel_values"].to(kind)}
         with patched(case.model, FAR):
             report = verify(case.model, inputs)

@@ -153,6 +153,14 @@ def test_beam_search(case: Case, rows: str) -> None:
     close(found.sequences_scores, expected.sequences_scores)
 
 
+def test_guesses_that_are_taken_back_leave_the_images(case: Case) -> None:
+    """Which transformers' own cache forgets a part of (5.23)."""
+    greedy = case.model.generate(**case.inputs, max_new_tokens=6)
+    with patched(case.model, WHOLE):
+        guessed = case.model.generate(**case.inputs, max_new_tokens=6, prompt_lookup_num_tokens=2)
+    assert torch.equal(guessed, greedy)
+
+
 def test_rows_of_a_cache() -> None:
     """Two rows that see different images change places, then one of them goes on alone, twice."""
     pair = CASES["different numbers of images"]()

@@ -28,14 +28,14 @@ from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlavaConfi
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from gazepatch.adoption import adopt
-from gazepatch.cache import GazeLayer
+from gazepatch.caches.adoption import adopt
+from gazepatch.caches.layer import GazeLayer
+from gazepatch.caches.state import GazeState
 from gazepatch.config import GazeConfig
 from gazepatch.layout import Span
 from gazepatch.ops.decode import DecodePlan, gaze_decode
 from gazepatch.patch import apply, is_patched, patch_of, restore
 from gazepatch.scores import Scores
-from gazepatch.state import GazeState
 
 HEADS, KEY_HEADS, DIM, TEXT, LAYERS = 32, 8, 128, 64, 4
 SETTINGS = {

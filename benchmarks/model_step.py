@@ -15,7 +15,7 @@ from on_gpu import TEXT, graph_ms
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, StaticCache
 
-from gazepatch.adoption import adopt
+from gazepatch.caches.adoption import adopt
 from gazepatch.config import GazeConfig
 from gazepatch.layout import Grid, Span
 from gazepatch.patch import is_patched, patch_of, patched

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from gazepatch.cache import GazeLayer
+from gazepatch.caches.latents import Expansion, LatentLayer
+from gazepatch.caches.layer import GazeLayer
+from gazepatch.caches.static import StaticState
 from gazepatch.errors import UnsupportedModelError
 from gazepatch.forward import OF_FORWARD, Forward, Runtime
 from gazepatch.insertion import OwnImage
-from gazepatch.latents import Expansion, LatentLayer
 from gazepatch.ops.prefill import gaze_prefill
 from gazepatch.scores import Scores
-from gazepatch.static import StaticState
 
 Attended = tuple[Tensor, Tensor | None]
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

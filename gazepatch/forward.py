@@ -19,17 +19,17 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from gazepatch.adapters.base import Adapter
-from gazepatch.adoption import Layers, adopt, stepping
-from gazepatch.cache import GazeLayer
+from gazepatch.caches.adoption import Layers, adopt, stepping
+from gazepatch.caches.crossing import new_keys, state_of_images
+from gazepatch.caches.latents import Expand, LatentLayer
+from gazepatch.caches.layer import GazeLayer
+from gazepatch.caches.state import GazeState
+from gazepatch.caches.static import StaticState
 from gazepatch.config import GazeConfig
-from gazepatch.crossing import new_keys, state_of_images
 from gazepatch.errors import PatchError, UnsupportedModelError
 from gazepatch.insertion import Insertion, OwnImage, insert
-from gazepatch.latents import Expand, LatentLayer
 from gazepatch.layout import Span
 from gazepatch.splice import lengthen, lengthen_step, shorten
-from gazepatch.state import GazeState
-from gazepatch.static import StaticState
 from gazepatch.stats import Counters
 from gazepatch.trace import Trace
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from gazepatch.caches.state import GazeState
+from gazepatch.caches.static import StaticState
+from gazepatch.caches.window import WindowLayer
 from gazepatch.errors import UnsupportedModelError
 from gazepatch.insertion import Insertion
-from gazepatch.state import GazeState
-from gazepatch.static import StaticState
-from gazepatch.window import WindowLayer
 
 #: Arguments that are spread in a way of their own.
 OWN_WAY = ("inputs_embeds", "input_ids", "attention_mask", "position_ids", "cache_position", "past_key_values")

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from gazepatch.caches.state import GazeState
 from gazepatch.config import GazeConfig
 from gazepatch.errors import GazeError
 from gazepatch.layout import Grid, Span
 from gazepatch.regions import region_cells
-from gazepatch.state import GazeState
 
 #: Numbers of the regions that each selection of one row read, ascending; None: all there are. A selection is a key
 #: head's or, where every query head selects for itself, a query head's.

@@ -12,13 +12,13 @@ from tiny import Case, batch, tiny
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
-from gazepatch.cache import LEAST_ROOM, GazeLayer
+from gazepatch.caches.hybrid import HybridLayer
+from gazepatch.caches.layer import LEAST_ROOM, GazeLayer
+from gazepatch.caches.state import GazeState
 from gazepatch.config import GazeConfig
 from gazepatch.errors import CacheError
-from gazepatch.hybrid import HybridLayer
 from gazepatch.layout import Span
 from gazepatch.patch import apply, patch_of, patched, restore, stats
-from gazepatch.state import GazeState
 
 WHOLE = GazeConfig(region=(3, 3, 1), window=(1, 3, 1), budget=1.0, periphery=False, min_visual_tokens=0)
 QUARTER = dataclasses.replace(WHOLE, budget=0.25)

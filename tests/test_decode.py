@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-import gazepatch.cache
-from gazepatch.cache import GazeLayer
+import gazepatch.caches.layer
+from gazepatch.caches.layer import GazeLayer
+from gazepatch.caches.state import GazeState
 from gazepatch.config import GazeConfig
 from gazepatch.ops import decode
 from gazepatch.ops.decode import Decoded, DecodePlan, gaze_decode
 from gazepatch.scores import Scores
-from gazepatch.state import GazeState
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -196,7 +196,7 @@ def test_sinks_change_no_selection(settings: str, sequences: Make) -> None:
 @pytest.mark.parametrize("layout", ["35", "rows of different images", "a row without an image"])
 def test_many_steps(layout: str, settings: str, sequences: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     # With little room to spare, so that the store grows several times while the steps go on.
-    monkeypatch.setattr(gazepatch.cache, "LEAST_ROOM", 3)
+    monkeypatch.setattr(gazepatch.caches.layer, "LEAST_ROOM", 3)
     assert_every_step_is_the_reference(sequences([LAYOUTS[layout]], steps=11), replace(BASE, **SETTINGS[settings]))
 
 

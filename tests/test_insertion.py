@@ -10,13 +10,13 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from gazepatch.caches.state import GazeState
+from gazepatch.caches.window import WindowLayer
 from gazepatch.config import GazeConfig
 from gazepatch.errors import UnsupportedModelError
 from gazepatch.insertion import Insertion, Slots, insert
 from gazepatch.layout import Span
 from gazepatch.splice import lengthen, shorten
-from gazepatch.state import GazeState
-from gazepatch.window import WindowLayer
 
 X = -1  # padding, or nothing
 CONFIG = GazeConfig(context_tokens=2, min_visual_tokens=10**6)

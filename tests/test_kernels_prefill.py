@@ -12,10 +12,10 @@ from test_decode import MORE
 from test_prefill import BASE, LAYOUTS, SETTINGS, masks, text
 from torch import Tensor
 
-from gazepatch.cache import GazeLayer
+from gazepatch.caches.layer import GazeLayer
+from gazepatch.caches.state import GazeState
 from gazepatch.config import GazeConfig
 from gazepatch.ops.prefill import gaze_prefill
-from gazepatch.state import GazeState
 
 pytest.importorskip("triton")
 from gazepatch.kernels.routed import routed

@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from gazepatch.caches.latents import LatentLayer
 from gazepatch.config import GazeConfig
 from gazepatch.conformance import AdapterConformance
 from gazepatch.errors import UnsupportedModelError
-from gazepatch.latents import LatentLayer
 from gazepatch.layout import Span
 from gazepatch.patch import patch_of, patched, stats
 from gazepatch.verification import generate_logits, verify

@@ -11,11 +11,11 @@ import torch
 from test_decode import MORE
 from torch import Tensor
 
-from gazepatch.cache import GazeLayer
+from gazepatch.caches.layer import GazeLayer
+from gazepatch.caches.state import GazeState
 from gazepatch.config import GazeConfig
 from gazepatch.ops import prefill
 from gazepatch.ops.prefill import gaze_prefill
-from gazepatch.state import GazeState
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

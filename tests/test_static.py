@@ -15,13 +15,13 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, DynamicCache, StaticCache
 
+from gazepatch.caches.static import StaticGazeLayer, StaticState
 from gazepatch.config import GazeConfig
 from gazepatch.errors import CacheError
 from gazepatch.layout import Span
 from gazepatch.ops.decode import DecodePlan
 from gazepatch.patch import patch_of, patched, stats, trace
 from gazepatch.scores import Scores
-from gazepatch.static import StaticGazeLayer, StaticState
 
 WHOLE = GazeConfig(region=(3, 3, 1), window=(1, 3, 1), budget=1.0, periphery=False, min_visual_tokens=0)
 QUARTER = dataclasses.replace(WHOLE, budget=0.25)

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
-from gazepatch.cache import GazeLayer
-from gazepatch.state import GazeState
+from gazepatch.caches.layer import GazeLayer
+from gazepatch.caches.state import GazeState
 
 
 class HybridLayer(LinearAttentionAndFullAttentionLayer, GazeLayer):  # type: ignore[misc, override]

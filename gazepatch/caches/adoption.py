@@ -16,13 +16,13 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from gazepatch.cache import GazeLayer
+from gazepatch.caches.hybrid import HybridLayer
+from gazepatch.caches.layer import GazeLayer
+from gazepatch.caches.state import GazeState
+from gazepatch.caches.static import StaticGazeLayer, StaticState
+from gazepatch.caches.window import WindowLayer
 from gazepatch.config import GazeConfig
 from gazepatch.errors import CacheError
-from gazepatch.hybrid import HybridLayer
-from gazepatch.state import GazeState
-from gazepatch.static import StaticGazeLayer, StaticState
-from gazepatch.window import WindowLayer
 
 #: Layers that a gaze layer can stand in for.
 PLAIN = (DynamicLayer, LinearAttentionAndFullAttentionLayer)

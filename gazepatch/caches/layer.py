@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from gazepatch.caches.state import GazeState
 from gazepatch.errors import CacheError
 from gazepatch.ops.decode import Entries
 from gazepatch.ops.plan import means_of
 from gazepatch.regions import Chunk, take
-from gazepatch.state import GazeState
 
 #: Room for new entries: an eighth of what is held, at least this many. Rare copies, and little memory held in vain.
 LEAST_ROOM = 128

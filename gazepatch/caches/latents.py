@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gazepatch.cache import GazeLayer, Stores
+from gazepatch.caches.layer import GazeLayer, Stores
 from gazepatch.ops.decode import Entries
 
 #: Of an attention module: latents `[B, 1, T, r]` and rotated keys `[B, 1, T, d]` to keys and values `[B, H, T, D]`.

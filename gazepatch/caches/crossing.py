@@ -17,12 +17,12 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from gazepatch.adapters.base import Adapter
-from gazepatch.cache import GazeLayer
+from gazepatch.caches.layer import GazeLayer
+from gazepatch.caches.state import GazeState
 from gazepatch.config import GazeConfig
 from gazepatch.errors import CacheError
 from gazepatch.layout import Span
 from gazepatch.regions import Chunk, Regions, sort_chunk
-from gazepatch.state import GazeState
 
 
 class CrossState(GazeState):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from gazepatch.state import GazeState
+from gazepatch.caches.state import GazeState
 
 
 class WindowLayer(DynamicSlidingWindowLayer):

@@ -13,13 +13,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from gazepatch.cache import GazeLayer, Stores
+from gazepatch.caches.layer import GazeLayer, Stores
+from gazepatch.caches.state import GazeState
 from gazepatch.config import GazeConfig
 from gazepatch.errors import CacheError
 from gazepatch.insertion import Insertion
 from gazepatch.layout import Span
 from gazepatch.regions import ABSENT, Chunk
-from gazepatch.state import GazeState
 from gazepatch.stats import StepCounters
 
 

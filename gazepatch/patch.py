@@ -18,6 +18,7 @@ from gazepatch.attention import GazeAttention, unregister
 from gazepatch.backend import choose
 from gazepatch.config import GazeConfig
 from gazepatch.context import parameter, with_context_tokens
+from gazepatch.eager import nothing_compiled
 from gazepatch.errors import ConfigError, PatchError, UnsupportedModelError
 from gazepatch.forward import CONTEXT_TOKENS, MODALITIES, Runtime
 from gazepatch.layers import gaze_layers
@@ -189,7 +190,7 @@ def trace(model: nn.Module) -> Iterator[Trace]:
         raise PatchError("expected one trace of this model at a time, and one is on already: leave its block first")
     running.trace = made = Trace()
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with nothing_compiled():
             yield made
     finally:
         running.trace = None

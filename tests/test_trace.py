@@ -251,6 +251,26 @@ def test_two_models_traced_at_once_do_not_see_each_other() -> None:
     assert [first.to_dict(), second.to_dict()] == alone
 
 
+def test_overlapping_traces_leave_compiled_code_in_use() -> None:
+    first, second = (tiny("llava").model for _ in range(2))
+    compiled: list[str] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        compiled.append("made")
+        return graph.forward
+
+    with gazepatch.patched(first, SMALL), gazepatch.patched(second, SMALL):
+        one, other = gazepatch.trace(first), gazepatch.trace(second)
+        one.__enter__()
+        other.__enter__()
+        one.__exit__(None, None, None)
+        torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
+        assert not compiled
+        other.__exit__(None, None, None)
+    torch.compile(lambda x: x + 2, backend=backend)(torch.ones(2))
+    assert compiled == ["made"]
+
+
 def test_two_threads_traced_at_once_do_not_see_each_other() -> None:
     case = tiny("llava")
     cases = [case, replace(case, inputs=tiny("llava", seed=3).inputs)]

@@ -132,15 +132,15 @@ def state_of_images(
     Raises:
         CacheError: They are of a kind that cannot gaze.
     """
-    state = CrossState(owner, config)
     if cache is None:
-        return state
+        return CrossState(owner, config)
     held = [cache.layers[i] for i in layers]
     if isinstance(first := held[0], CrossLayer):
         assert isinstance(first.state, CrossState)
         return first.state
     if others := sorted({type(layer).__name__ for layer in held if type(layer) is not DynamicLayer}):
         raise CacheError(f"expected DynamicLayer for keys of images, got {', '.join(others)}: start with a new cache")
+    state = CrossState(owner, config)
     for i in layers:
         cache.layers[i] = CrossLayer(state, gazes=i in gaze_layers, leads=i == layers[0])
     return state

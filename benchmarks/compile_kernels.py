@@ -31,7 +31,15 @@ from gazepatch.kernels.device.decode import decode_kernel
 from gazepatch.kernels.device.means import means_kernel
 from gazepatch.kernels.device.prefill import forward_kernel, key_gradient_kernel, query_gradient_kernel
 from gazepatch.kernels.device.selection import select_kernel
-from gazepatch.kernels.launches import decode_launch, padded, prefill_launch, scored_regions
+from gazepatch.kernels.launches import (
+    combined_at_once,
+    decode_launch,
+    heads_at_once,
+    padded,
+    power,
+    prefill_launch,
+    scored_regions,
+)
 
 TARGETS = {
     "cuda80": GPUTarget("cuda", 80, 32),
@@ -52,7 +60,7 @@ def build(kernel: str, target: str, dtype: str, dim: int) -> dict[str, Any]:
     function, pointers, constants, warps, stages = globals()[f"_{kernel}"](target, dtype, dim)
     signature, attributes = {}, {}
     for i, name in enumerate(function.arg_names):
-        scalar = "fp32" if name == "scale" else "i32"
+        scalar = "fp32" if name in ("scale", "softcap") else "i32"
         signature[name] = "constexpr" if name in constants else pointers.get(name, scalar)
         if signature[name] != "constexpr" and (name in pointers or ALIGNED.fullmatch(name)):
             attributes[(i,)] = [["tt.divisibility", 16]]
@@ -68,7 +76,7 @@ def _decode(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
     launch, data = decode_launch(target, dim, DTYPES[dtype]), f"*{dtype}"
     names = ("query", "key", "value", "visual_key", "visual_value", "mean_values", "output")
     pointers = dict.fromkeys(names, data) | dict.fromkeys(("bias", "logits", "partial", "weights"), "*fp32")
-    pointers |= {"runs": "*i32", "taken": "*i8", "arrived": "*i32"}
+    pointers |= {"runs": "*i32", "taken": "*i8", "arrived": "*i32", "sinks": data}
     constants = {
         "SELECTIONS": 1,
         "ROWS": GROUP,
@@ -78,11 +86,15 @@ def _decode(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
         "HAS_BIAS": True,
         "HAS_RUNS": True,
         "PERIPHERY": True,
+        "HAS_SINKS": True,
+        "CAPPED": True,
+        "EARLY": target == "cuda90",
         "BLOCK_M": padded(GROUP),
         "BLOCK_N": launch.block,
         "BLOCK_D": padded(dim),
         "BLOCK_V": padded(dim),
-        "BLOCK_S": 64,
+        "BLOCK_G": power(GROUP),
+        "BLOCK_S": combined_at_once(GROUP, dim, launch.warps),
     }
     return decode_kernel, pointers, constants, launch.warps, launch.stages
 
@@ -92,6 +104,7 @@ def _select(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
     pointers |= dict.fromkeys(("log_counts", "logits", "region_logits"), "*fp32")
     pointers |= dict.fromkeys(("start", "length", "budget", "runs", "arrived"), "*i32")
     pointers |= {"taken": "*i8", "total": "*i64"}
+    warps = 8
     constants = {
         "GROUP": GROUP,
         "DIM": dim,
@@ -100,6 +113,9 @@ def _select(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
         "BY_MAX": False,
         "PERIPHERY": True,
         "COUNTS": True,
+        "CAPPED": True,
+        "EARLY": target == "cuda90",
+        "HEADS": heads_at_once(GROUP, REGIONS, warps),
         "BLOCK_M": padded(GROUP),
         "BLOCK_R": scored_regions(WINDOWS, dim, DTYPES[dtype]),
         "BLOCK_C": WINDOWS,
@@ -107,7 +123,7 @@ def _select(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
         "BLOCK_ALL": REGIONS,
         "mean_dim": 1,
     }
-    return select_kernel, pointers, constants, 8, 2
+    return select_kernel, pointers, constants, warps, 2
 
 
 def _means(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
@@ -133,7 +149,7 @@ def _routed(dtype: str, dim: int, *more: str) -> tuple[Any, ...]:
     pointers |= {"region_of": "*i32", "taken": "*i8", "positions": "*i32"}
     settings = prefill_launch(dim, dim, DTYPES[dtype])
     warps, stages = settings.pop("num_warps"), settings.pop("num_stages")
-    constants = {"GROUP": GROUP, "SELECTIONS": 1, "DIM": dim, "VALUE_DIM": dim, "HAS_BIAS": True}
+    constants = {"GROUP": GROUP, "SELECTIONS": 1, "DIM": dim, "VALUE_DIM": dim, "HAS_BIAS": True, "CAPPED": True}
     return pointers, constants | settings, warps, stages
 
 
@@ -166,8 +182,8 @@ def report(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Lines of a table."""
     yield "Registers a thread, bytes spilled to memory, and bytes of shared memory; compiled, not run."
     yield ", ".join(f"{name} {version}" for name, version in versions().items())
-    yield f"decode and select: {GROUP} query heads a key head, bias, periphery, {WINDOWS} windows a region; select: up"
-    yield f"to {REGIONS} regions. gfx942 counts vector and accumulation registers together."
+    yield f"decode and select: {GROUP} query heads a key head, soft cap, sinks, bias, periphery, {WINDOWS} windows a"
+    yield f"region; select: up to {REGIONS} regions. gfx942 counts vector and accumulation registers together."
     yield ""
     cells = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]

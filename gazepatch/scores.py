@@ -29,11 +29,6 @@ class Scores(NamedTuple):
     bias: Tensor | None = None
     window_bias: Tensor | None = None
 
-    @property
-    def plain(self) -> bool:
-        """Nothing but scaled dot products."""
-        return self.softcap is None and self.sinks is None and self.bias is None
-
     def of(self, products: Tensor) -> Tensor:
         """Scores, in float32 or more, of dot products of any shape."""
         scores = products.to(at_least_single(products.dtype)) * self.scale

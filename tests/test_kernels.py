@@ -103,6 +103,14 @@ def test_dimensions(dim: int, value_dim: int, sequences: Make) -> None:
     assert_every_step_is_the_reference(replace(sequence, scale=dim**-0.5), KERNELS)
 
 
+@pytest.mark.parametrize("more", ["soft cap", "sinks of queries", "soft cap and sinks"])
+@pytest.mark.parametrize("layout", ["35", "rows of different images"])
+@pytest.mark.parametrize("settings", ["share", "none, no periphery", "everything"])
+def test_more_than_dot_products(layout: str, settings: str, more: str, sequences: Make) -> None:
+    sequence = MORE[more](sequences([LAYOUTS[layout]], steps=2))
+    assert_every_step_is_the_reference(sequence, replace(KERNELS, **SETTINGS[settings]))
+
+
 @pytest.mark.parametrize("turns", ["rows alike, then not", "images in one row, then in the other"])
 def test_turns(turns: str, sequences: Make) -> None:
     assert_every_step_is_the_reference(sequences(TURNS[turns], steps=2), KERNELS)
@@ -188,7 +196,7 @@ class Selection:
             torch.empty(rows, key_heads, selections, self.regions, dtype=torch.int8, device=DEVICE),
             torch.tensor([5], device=DEVICE),
             torch.zeros(rows * key_heads, **whole),
-            *(0.25, head_reduce == "max", True, splits),
+            *(0.25, None, head_reduce == "max", True, splits),
         )
 
     def run(self, budget: list[int], head_reduce: str, splits: int) -> tuple[Tensor, Tensor, int]:
@@ -256,8 +264,21 @@ def test_a_row_without_budget_selects_nothing() -> None:
     assert taken[0].sum() == 9 * 2 and not taken[1].any() and not runs[1].any()
 
 
-def test_many_regions() -> None:
-    case = Selection(5000, windows=1, group=1, distinct=2, rows=1)
+@pytest.mark.parametrize("nan", [float("nan"), -float("nan")])
+def test_scores_that_are_no_numbers_stay_in_bounds(nan: float) -> None:
+    case = Selection(36, windows=1, group=4, distinct=3)
+    case.query[0] = nan
+    arguments = case.arguments([9, 4], "mean", 2)
+    select(*arguments)
+    runs, taken = arguments[8:10]
+    assert torch.equal(taken[0].nonzero()[:, -1].view(2, 9), torch.arange(9, device=DEVICE).expand(2, 9))
+    assert_runs(runs, taken.bool(), case)
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_many_regions(group: int) -> None:
+    case = Selection(5000, windows=1, group=group, distinct=2, rows=1)
+    case.query = case.query[:, ::group].repeat_interleave(group, 1)
     case.length[:] = 1
     _, taken, _ = case.run([500], "mean", splits=1)
     assert torch.equal(taken.bool(), case.expected([500], "mean"))
@@ -287,7 +308,7 @@ def decode_arguments(splits: int) -> tuple[Any, ...]:
     )
     scratch = torch.empty(2, splits, 2, 16, device=DEVICE), torch.empty(2, splits, 2, 2, device=DEVICE)
     arrived = torch.zeros(2, dtype=torch.int32, device=DEVICE)
-    return query, key, key, None, store, store, runs, None, None, None, *scratch, arrived, 0.25, 16, splits
+    return query, key, key, None, store, store, runs, None, None, None, None, *scratch, arrived, 0.25, None, 16, splits
 
 
 @pytest.mark.parametrize("splits", [1, 2, 5])
@@ -299,7 +320,28 @@ def test_splits_do_not_matter(splits: int) -> None:
         scale=0.25,
     )
     torch.testing.assert_close(decode(*arguments), expected[:, :, 0], atol=1e-5, rtol=0)
-    assert not rest[7].any()
+    assert not rest[8].any()
+
+
+@pytest.mark.skipif(GPU, reason="a GPU has an order of its own")
+@pytest.mark.parametrize("seed", range(4))
+def test_whichever_program_comes_last(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    def other_order(x: int, y: int, z: int) -> None:
+        across, down, _ = builder.grid_dim
+        order = torch.randperm(across * down, generator=torch.Generator().manual_seed(seed))
+        builder.grid_idx = (*divmod(order[x * down + y].item(), down), z)
+
+    monkeypatch.setattr(builder, "set_grid_idx", other_order)
+    arguments, case = decode_arguments(5), Selection(63, windows=1, group=4, distinct=7)
+    case.mean_keys += torch.randn_like(case.mean_keys)
+    output = decode(*arguments)
+    runs, taken, _ = case.run([20, 9], "mean", splits=4)
+    monkeypatch.undo()
+    torch.testing.assert_close(output, decode(*arguments[:-1], 1), atol=1e-6, rtol=0)
+    assert torch.equal(taken.bool(), case.expected([20, 9], "mean"))
+    assert_runs(runs, taken.bool(), case)
 
 
 def test_operators_are_sound() -> None:
@@ -399,10 +441,9 @@ def test_gradients_are_left_to_the_twin(sequences: Make) -> None:
     assert query.grad is not None and query.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("more", ["soft cap", "sinks", "biases"])
 @torch.no_grad()
-def test_more_than_dot_products_is_left_to_the_twin(more: str, sequences: Make) -> None:
-    sequence = on_device(MORE[more](sequences([LAYOUTS["several, text between"]])))
+def test_biases_are_left_to_the_twin(sequences: Make) -> None:
+    sequence = on_device(MORE["biases"](sequences([LAYOUTS["several, text between"]])))
     position = sequence.stops[0]
     filled = Filled(sequence, KERNELS)
     filled.read(0, position)
@@ -410,9 +451,7 @@ def test_more_than_dot_products_is_left_to_the_twin(more: str, sequences: Make) 
     query, entries = sequence.query[:, :, position : position + 1], filled.layer.entries()
     scores = filled.state.laid(sequence.scores(slice(position, position + 1), position + 1))
     plan = filled.state.plan(query, entries)
-    with pytest.raises(
-        UnsupportedModelError, match="backend='triton' takes neither soft-capped scores, nor sinks, nor"
-    ):
+    with pytest.raises(UnsupportedModelError, match="backend='triton' takes no biases"):
         plan.decode(query, entries, scores)
     plan.config = replace(KERNELS, backend="auto")
     expected, _ = sequence.reference(position, KERNELS)

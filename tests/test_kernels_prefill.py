@@ -79,15 +79,19 @@ def test_outputs_and_gradients(layout: str, settings: str, mask: str, sequences:
         torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=0)
 
 
-@pytest.mark.parametrize("more", ["sinks", "soft cap and sinks", "biases"])
-def test_more_than_dot_products(more: str, sequences: Make) -> None:
-    # Sinks are a part beside what the kernels read; soft caps and biases are left to the twin.
+@pytest.mark.parametrize(
+    ("more", "mask"),
+    [("sinks", "none"), ("soft cap and sinks", "none"), ("soft cap", "added"), ("biases", "none")],
+    ids=str,
+)
+def test_more_than_dot_products(more: str, mask: str, sequences: Make) -> None:
+    # Sinks are a part beside what the kernels read; biases are left to the twin.
     sequence = MORE[more](sequences([LAYOUTS["three images"]], steps=0))
     positions = text(sequence).any(0).nonzero()[:, 0]
     given = {name: getattr(sequence, name) for name in ("sinks", "bias")}
     sequence = replace(sequence, **{name: x.to(DEVICE) for name, x in given.items() if x is not None})
-    expected, of_expected = gazed(sequence, replace(BASE, backend="torch"), positions, "none")
-    output, gradients = gazed(sequence, replace(BASE, backend="triton"), positions, "none")
+    expected, of_expected = gazed(sequence, replace(BASE, backend="torch"), positions, mask)
+    output, gradients = gazed(sequence, replace(BASE, backend="triton"), positions, mask)
     torch.testing.assert_close(output, expected, atol=2e-5, rtol=0)
     for ours, theirs in zip(gradients, of_expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=0)
@@ -99,7 +103,7 @@ def arguments(dtype: torch.dtype = torch.float32, tokens: int = 35) -> tuple[Any
     region_of = torch.randint(-1, 5, (1, tokens), device=DEVICE).int()
     taken = torch.randint(0, 2, (2, 1, 3, 1, 5), device=DEVICE).to(torch.int8)
     positions = torch.tensor([0, 9, tokens - 1], dtype=torch.int32, device=DEVICE)
-    return query.to(dtype), key.to(dtype), key.to(dtype), region_of, taken, positions, None, 0.25
+    return query.to(dtype), key.to(dtype), key.to(dtype), region_of, taken, positions, None, 0.25, None
 
 
 def test_a_query_that_sees_nothing_gives_zero() -> None:

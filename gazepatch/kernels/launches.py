@@ -17,13 +17,25 @@ SCORED_BYTES = 1 << 15
 INTERPRETED = 4
 
 
+#: Numbers that a thread holds at a time where a program waits for many of them at once.
+HELD = 64
+
+
 class Launch(NamedTuple):
-    """Settings of the decode kernel: entries of a tile, warps, stages of its loops, programs per multiprocessor."""
+    """Settings of a decode step.
+
+    Attributes:
+        block: Entries of a tile of the decode kernel.
+        warps, stages: Its warps, and the stages of its loops.
+        programs: How many of it a multiprocessor runs.
+        early: It is launched while the selection still runs, for which it then waits (from Hopper on).
+    """
 
     block: int
     warps: int
     stages: int
     programs: int
+    early: bool = False
 
 
 def padded(dim: int) -> int:
@@ -53,6 +65,16 @@ def scored_regions(windows: int, dim: int, bytes_per_element: int) -> int:
     """Regions that a program of the selection scores at a time: a power of two, for at least 16 windows."""
     cells = max(16, min(64, SCORED_BYTES // (padded(dim) * bytes_per_element)))
     return max(1, cells // power(windows))
+
+
+def heads_at_once(group: int, regions: int, warps: int) -> int:
+    """Query heads whose scores of all `regions` a program of the selection holds: a power of two."""
+    return max(1, min(power(group), HELD * 32 * warps // regions))
+
+
+def combined_at_once(rows: int, value_dim: int, warps: int) -> int:
+    """Programs whose results for `rows` query heads are combined at a time: a power of two."""
+    return max(1, HELD * 32 * warps // (power(rows) * padded(value_dim)))
 
 
 def power(n: int) -> int:
@@ -90,3 +112,9 @@ def multiprocessors(device: torch.device) -> int:
 def most_splits(groups: int, programs: int) -> int:
     """Programs of one of `groups` so that there are `programs` in all, or one each."""
     return max(1, -(-programs // groups))
+
+
+def even_splits(tiles: int, most: int) -> int:
+    """As few programs, up to `most`, as share out `tiles` with no more for any of them than `most` would have."""
+    each = -(-tiles // most)
+    return -(-tiles // max(each, 1)) or 1

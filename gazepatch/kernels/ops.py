@@ -15,7 +15,9 @@ from gazepatch.kernels.device.selection import select_kernel
 from gazepatch.kernels.launches import (
     Launch,
     architecture,
+    combined_at_once,
     decode_launch,
+    heads_at_once,
     on,
     padded,
     power,
@@ -29,7 +31,7 @@ from gazepatch.kernels.launches import (
     mutates_args=("logits", "region_logits", "runs", "taken", "total", "arrived"),
     schema="(Tensor query, Tensor mean_keys, Tensor log_counts, Tensor start, Tensor length, Tensor budget, "
     "Tensor(a!) logits, Tensor(b!) region_logits, Tensor(c!) runs, Tensor(d!) taken, Tensor(e!)? total, "
-    "Tensor(f!) arrived, float scale, bool by_max, bool periphery, int splits) -> ()",
+    "Tensor(f!) arrived, float scale, float? softcap, bool by_max, bool periphery, int splits) -> ()",
 )
 def select(
     query: Tensor,
@@ -45,6 +47,7 @@ def select(
     total: Tensor | None,
     arrived: Tensor,
     scale: float,
+    softcap: float | None,
     by_max: bool,
     periphery: bool,
     splits: int,
@@ -64,7 +67,7 @@ def select(
         taken: Out, `[B, H_kv, g, R]` int8: which regions are selected; written with `periphery`.
         total: `[1]` int64, the tokens of the selected regions are added to it; None: they are not counted.
         arrived: `[B * H_kv]` int32 zeros, and zeros again afterwards.
-        scale: Scale of the attention scores.
+        scale, softcap: Of the attention scores, as in `gazepatch.scores`.
         by_max: Heads agree by the maximum of their shares, not their mean.
         periphery: Whether `logits` and `taken` are written.
         splits: Programs a (row, key head) pair.
@@ -72,6 +75,7 @@ def select(
     batch, heads, dim = query.shape
     key_heads, regions = mean_keys.shape[1], length.shape[1]
     group, windows = heads // key_heads, log_counts.shape[1] // max(regions, 1)
+    warps, block_all = 8 if regions > 2048 else 4, max(16, power(regions))
     with on(query.device):
         select_kernel[batch * key_heads, splits](
             query,
@@ -87,6 +91,7 @@ def select(
             total,
             arrived,
             scale,
+            1.0 if softcap is None else softcap,
             key_heads,
             regions,
             runs.shape[3],
@@ -104,12 +109,15 @@ def select(
             BY_MAX=by_max,
             PERIPHERY=periphery,
             COUNTS=total is not None,
+            CAPPED=softcap is not None,
+            EARLY=launch_for(query, dim).early,
+            HEADS=heads_at_once(group, block_all, warps),
             BLOCK_M=padded(group),
             BLOCK_R=scored_regions(windows, dim, query.element_size()),
             BLOCK_C=power(windows),
             BLOCK_D=padded(dim),
-            BLOCK_ALL=max(16, power(regions)),
-            num_warps=8 if regions > 2048 else 4,
+            BLOCK_ALL=block_all,
+            num_warps=warps,
             num_stages=2,
         )
 
@@ -123,8 +131,8 @@ def _(*_: object) -> None:
     "gazepatch::decode",
     mutates_args=("partial", "weights", "arrived"),
     schema="(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor visual_key, Tensor visual_value, "
-    "Tensor runs, Tensor? logits, Tensor? taken, Tensor? mean_values, Tensor(a!) partial, Tensor(b!) weights, "
-    "Tensor(c!) arrived, float scale, int longest, int splits) -> Tensor",
+    "Tensor runs, Tensor? logits, Tensor? taken, Tensor? mean_values, Tensor? sinks, Tensor(a!) partial, "
+    "Tensor(b!) weights, Tensor(c!) arrived, float scale, float? softcap, int longest, int splits) -> Tensor",
 )
 def decode(
     query: Tensor,
@@ -137,10 +145,12 @@ def decode(
     logits: Tensor | None,
     taken: Tensor | None,
     mean_values: Tensor | None,
+    sinks: Tensor | None,
     partial: Tensor,
     weights: Tensor,
     arrived: Tensor,
     scale: float,
+    softcap: float | None,
     longest: int,
     splits: int,
 ) -> Tensor:
@@ -153,9 +163,10 @@ def decode(
         visual_key, visual_value: `[B, H_kv, N, D]` and `[B, H_kv, N, D_v]`, rows of the store dense.
         runs: `[B, H_kv, g, S, 2]` int32: first slot and tokens of what is read of it.
         logits, taken, mean_values: For the periphery: what `select` wrote, and `[B, H_kv, R * C, D_v]`; or None.
+        sinks: `[b, H]`, scores of one more key, whose value is zero; or None.
         partial, weights: Scratch float32 of at least `[B * H_kv * g, splits, G / g, D_v]` and `[..., 2]`.
         arrived: `[B * H_kv * g]` int32 zeros, and zeros again afterwards.
-        scale: Scale of the attention scores.
+        scale, softcap: Of the attention scores, as in `gazepatch.scores`.
         longest: Tokens of the longest region.
         splits: Programs a selection.
 
@@ -181,11 +192,13 @@ def decode(
             logits,
             taken,
             mean_values,
+            sinks,
             partial,
             weights,
             arrived,
             output,
             scale,
+            1.0 if softcap is None else softcap,
             key_heads,
             key.shape[2],
             places,
@@ -200,6 +213,7 @@ def decode(
             *visual_key.stride()[:2],
             *visual_value.stride()[:2],
             *((0, 0) if mean_values is None else mean_values.stride()[:2]),
+            *((0, 0) if sinks is None else (row_stride(sinks), sinks.stride(1))),
             SELECTIONS=selections,
             ROWS=rows,
             DIM=dim,
@@ -208,13 +222,18 @@ def decode(
             HAS_BIAS=bias is not None,
             HAS_RUNS=places > 0,
             PERIPHERY=periphery,
+            HAS_SINKS=sinks is not None,
+            CAPPED=softcap is not None,
+            EARLY=launch.early,
             BLOCK_M=padded(rows),
             BLOCK_N=launch.block,
             BLOCK_D=padded(dim),
             BLOCK_V=padded(value_dim),
-            BLOCK_S=power(max(splits, weights.shape[1])),
+            BLOCK_G=power(rows),
+            BLOCK_S=combined_at_once(rows, value_dim, launch.warps),
             num_warps=launch.warps,
             num_stages=launch.stages,
+            **({"launch_pdl": True} if launch.early else {}),
         )
     return output
 

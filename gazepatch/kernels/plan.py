@@ -10,7 +10,7 @@ from torch import Tensor
 from gazepatch.backend import DTYPES, MOST_DIM, kernels_fit
 from gazepatch.config import GazeConfig
 from gazepatch.errors import UnsupportedModelError
-from gazepatch.kernels.launches import most_splits, multiprocessors, scored_regions
+from gazepatch.kernels.launches import even_splits, most_splits, multiprocessors, scored_regions
 from gazepatch.kernels.ops import decode, launch_for, select
 from gazepatch.ops.decode import Decoded, DecodePlan, Entries
 from gazepatch.regions import Regions
@@ -63,8 +63,8 @@ class KernelPlan(DecodePlan):
         read: int | Tensor = self.visual_entries
         far = self.config.periphery and entries.mean_values is not None and not self.whole
         if not self.whole:
-            read = self._select(flat, entries, scores.scale, far, total)
-        output = self._attend(flat, entries, scores.scale, bias, far)
+            read = self._select(flat, entries, scores, far, total)
+        output = self._attend(flat, entries, scores, bias, far)
         return Decoded(output[:, :, None], read, None if self.whole else self.runs)
 
     def numbers(self, selected: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class KernelPlan(DecodePlan):
         found = region_at[:, None, None].expand(*self.shape, -1).gather(-1, start.long())
         return found.masked_fill(length == 0, -1)
 
-    def _select(self, query: Tensor, entries: Entries, scale: float, far: bool, total: Tensor | None) -> int | Tensor:
+    def _select(self, query: Tensor, entries: Entries, scores: Scores, far: bool, total: Tensor | None) -> int | Tensor:
         counter = None
         if not self.regions.even:
             counter = torch.zeros(1, dtype=torch.int64, device=query.device) if total is None else total
@@ -98,20 +98,20 @@ class KernelPlan(DecodePlan):
             self.taken,
             counter,
             self.arrived,
-            scale,
+            scores.scale,
+            scores.softcap,
             self.config.head_reduce == "max",
             far,
-            min(tiles, most_splits(self.pairs, self.programs)),
+            even_splits(tiles, most_splits(self.pairs, 2 * self.programs)),
         )
         if counter is None:
             return self.pairs * self.selections * self.count * self.regions.max_length
         return counter if total is None else 0
 
-    def _attend(self, query: Tensor, entries: Entries, scale: float, bias: Tensor | None, far: bool) -> Tensor:
+    def _attend(self, query: Tensor, entries: Entries, scores: Scores, bias: Tensor | None, far: bool) -> Tensor:
         key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (entries.key, entries.value))
-        tokens = key.shape[2] + self.runs.shape[3] * self.regions.max_length
-        tokens += self.log_counts.shape[1] if far else 0
         block, most, partial, weights = self._combining_for(query, entries.value.shape[3])
+        kinds = key.shape[2], self.runs.shape[3] * self.regions.max_length, self.log_counts.shape[1] if far else 0
         output: Tensor = decode(
             query,
             key,
@@ -123,12 +123,14 @@ class KernelPlan(DecodePlan):
             self.logits if far else None,
             self.taken if far else None,
             entries.mean_values if far else None,
+            None if scores.sinks is None else scores.sinks[:, :, 0],
             partial,
             weights,
             self.arrived,
-            scale,
+            scores.scale,
+            scores.softcap,
             self.regions.max_length,
-            min(most, -(-tokens // block)),
+            even_splits(sum(-(-entries // block) for entries in kinds), most),
         )
         return output
 
@@ -148,8 +150,8 @@ class KernelPlan(DecodePlan):
         tensors = [query, *(entry for entry in entries if entry is not None)]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return "has no gradients of decode steps"
-        if not scores.plain:
-            return "takes neither soft-capped scores, nor sinks, nor biases in decode steps"
+        if scores.bias is not None:
+            return "takes no biases in decode steps"
         dtypes, dims = {tensor.dtype for tensor in tensors}, (query.shape[-1], entries.value.shape[-1])
         if not kernels_fit(dtypes, *dims):
             wanted = f"one type among {_names(DTYPES)}, head dims up to {MOST_DIM}"

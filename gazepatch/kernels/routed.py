@@ -15,7 +15,7 @@ from gazepatch.kernels.launches import on, prefill_launch, row_stride
     "gazepatch::routed",
     mutates_args=(),
     schema="(Tensor query, Tensor key, Tensor value, Tensor region_of, Tensor taken, Tensor positions, Tensor? bias, "
-    "float scale) -> (Tensor, Tensor)",
+    "float scale, float? softcap) -> (Tensor, Tensor)",
 )
 def routed(
     query: Tensor,
@@ -26,6 +26,7 @@ def routed(
     positions: Tensor,
     bias: Tensor | None,
     scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the keys that are no visual tokens and those of the regions taken. One launch; two backward.
 
@@ -36,7 +37,7 @@ def routed(
         taken: `[B, H_kv, Q, g, R]` int8, g being 1 or G.
         positions: `[Q]` int32: without a bias, a query sees the keys up to its own position.
         bias: `[b, Q, L]` float32, added to the scores; or None.
-        scale: Scale of the attention scores.
+        scale, softcap: Of the attention scores, as in `gazepatch.scores`.
 
     Returns:
         `[B, H_kv, Q * G, D_v]`, and `[B, H_kv, Q * G]` float32, the log-sum-exp of the scores.
@@ -49,7 +50,8 @@ def routed(
     settings = prefill_launch(query.shape[3], value.shape[3], query.element_size())
     with on(query.device):
         grid = (-(-rows // settings["BLOCK_M"]), batch * key_heads)
-        forward_kernel[grid](*tensors, output, weight, *_shapes(*tensors, scale), **_constants(*tensors), **settings)
+        shapes, constants = _shapes(*tensors, scale, softcap), _constants(*tensors, softcap)
+        forward_kernel[grid](*tensors, output, weight, *shapes, **constants, **settings)
     return output, weight
 
 
@@ -63,7 +65,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Te
     "gazepatch::routed_backward",
     mutates_args=(),
     schema="(Tensor query, Tensor key, Tensor value, Tensor region_of, Tensor taken, Tensor positions, Tensor? bias, "
-    "Tensor weight, Tensor gradient, Tensor delta, float scale) -> (Tensor, Tensor, Tensor)",
+    "Tensor weight, Tensor gradient, Tensor delta, float scale, float? softcap) -> (Tensor, Tensor, Tensor)",
 )
 def routed_backward(
     query: Tensor,
@@ -77,6 +79,7 @@ def routed_backward(
     gradient: Tensor,
     delta: Tensor,
     scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the query, the keys and the values, from that of the output and `delta`."""
     query, key, value = query.contiguous(), _dense(key), _dense(value)
@@ -85,7 +88,7 @@ def routed_backward(
     tensors = (query, key, value, region_of, taken.contiguous(), positions, bias)
     given = (weight, gradient.contiguous(), delta)
     settings = prefill_launch(query.shape[3], value.shape[3], query.element_size())
-    shapes, constants = _shapes(*tensors, scale), _constants(*tensors)
+    shapes, constants = _shapes(*tensors, scale, softcap), _constants(*tensors, softcap)
     with on(query.device):
         grid = (-(-rows // settings["BLOCK_M"]), batch * key_heads)
         query_gradient_kernel[grid](*tensors, *given, of_query, *shapes, **constants, **settings)
@@ -100,7 +103,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Te
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scale = inputs
+    *tensors, ctx.scale, ctx.softcap = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
@@ -108,7 +111,8 @@ def _backward(ctx: Any, gradient: Tensor, of_weight: Tensor) -> tuple[Any, ...]:
     *tensors, output, weight = ctx.saved_tensors
     # Scores s with shares p: ds = p * (dp - sum(p * dp)) from the output, and p * dw from the log-sum-exp.
     delta = (output.float() * gradient.float()).sum(-1) - of_weight
-    return *routed_backward(*tensors, weight, gradient, delta, ctx.scale), None, None, None, None, None
+    of_tensors = routed_backward(*tensors, weight, gradient, delta, ctx.scale, ctx.softcap)
+    return *of_tensors, None, None, None, None, None, None
 
 
 torch.library.register_autograd("gazepatch::routed", _backward, setup_context=_save)
@@ -127,11 +131,13 @@ def _shapes(
     positions: Tensor,
     bias: Tensor | None,
     scale: float,
+    softcap: float | None,
 ) -> tuple[float, ...]:
     _, key_heads, rows, _ = query.shape
     sizes = (key_heads, rows, len(positions), key.shape[2], taken.shape[4])
     strides = (*key.stride()[:3], *value.stride()[:3])
-    return scale, *sizes, *strides, row_stride(region_of), 0 if bias is None else row_stride(bias)
+    rows_apart = row_stride(region_of), 0 if bias is None else row_stride(bias)
+    return scale, 1.0 if softcap is None else softcap, *sizes, *strides, *rows_apart
 
 
 def _constants(
@@ -142,6 +148,7 @@ def _constants(
     taken: Tensor,
     positions: Tensor,
     bias: Tensor | None,
+    softcap: float | None,
 ) -> dict[str, Any]:
     return {
         "GROUP": query.shape[2] // len(positions),
@@ -149,4 +156,5 @@ def _constants(
         "DIM": query.shape[3],
         "VALUE_DIM": value.shape[3],
         "HAS_BIAS": bias is not None,
+        "CAPPED": softcap is not None,
     }

@@ -117,13 +117,13 @@ def _attend_taken(
 ) -> Part:
     """Attention of `query` `[B, H_kv, Q * G, D]` over the keys that are no visual tokens and those of regions taken."""
     dtypes = {query.dtype, key.dtype, value.dtype}
-    fits = scores.softcap is None and scores.bias is None and kernels_fit(dtypes, query.shape[3], value.shape[3])
+    fits = scores.bias is None and kernels_fit(dtypes, query.shape[3], value.shape[3])
     if fits and choose(backend, query.device).name == "triton":
         from gazepatch.kernels.routed import routed  # imports triton
 
         of_queries = None if bias is None else bias[:, 0].contiguous()
         tables = region_of.int(), taken.view(torch.int8), positions.int()
-        return Part(*routed(query, key, value, *tables, of_queries, scores.scale))
+        return Part(*routed(query, key, value, *tables, of_queries, scores.scale, scores.softcap))
     batch, key_heads, rows, _ = query.shape
     queries, length = len(positions), key.shape[2]
     if bias is None:

@@ -1,7 +1,8 @@
 """One query token per row over all other entries, the selected regions and the periphery. One launch.
 
-A program holds the query heads that share a selection in the rows of its products, and reads a share of the three kinds
-of entries. The last one of a selection to finish combines what all of them found, by their log-sum-exps.
+A program holds the query heads that share a selection in the rows of its products, and reads a share of the tiles that
+the three kinds of entries make. The last one of a selection to finish combines what all of them found, by their
+log-sum-exps.
 
 Source: split-KV as in FlashDecoding; the combination as in https://arxiv.org/abs/2310.01889.
 """
@@ -11,13 +12,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-#: Below every score, those of what is hidden too; finite, so that a program without entries gives 0 and not NaN.
-LOWEST = tl.constexpr(-3e38)
+from gazepatch.kernels.device.scores import LOG2E, LOWEST, in_powers_of_two, scores_of
 
 
 # What differs from prompt to prompt, or step to step, is not specialised: compiling again would take seconds.
-@triton.jit(do_not_specialize=["others", "places", "longest", "windows", "splits", "bias_row"])
+@triton.jit(do_not_specialize=["others", "places", "longest", "windows", "splits", "bias_row", "sink_row", "sink_head"])
 def decode_kernel(
     query,  # [B, H, D], last axis dense
     key,  # [B, H_kv, T, D], last axis dense, as are those of all that follow
@@ -29,11 +28,13 @@ def decode_kernel(
     logits,  # [B, H, R * C] float32, with periphery
     taken,  # [B, H_kv, g, R] int8, with periphery
     mean_values,  # [B, H_kv, R * C, D_v], with periphery
+    sinks,  # [b, H], with HAS_SINKS
     partial,  # scratch [B * H_kv * g, splits, ROWS, D_v] float32
     weights,  # scratch [B * H_kv * g, splits, ROWS, 2] float32
     arrived,  # [B * H_kv * g] int32, zeros before and after
     output,  # out [B, H, D_v]
     scale,
+    softcap,
     key_heads,
     others,
     places,
@@ -55,6 +56,8 @@ def decode_kernel(
     visual_value_head,
     mean_row,
     mean_head,
+    sink_row,
+    sink_head,
     SELECTIONS: tl.constexpr,
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
@@ -63,12 +66,18 @@ def decode_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_RUNS: tl.constexpr,
     PERIPHERY: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     group, split = tl.program_id(0), tl.program_id(1)
     pair = group // SELECTIONS
     batch, head = (pair // key_heads).to(tl.int64), (pair % key_heads).to(tl.int64)
@@ -78,47 +87,56 @@ def decode_kernel(
     heads = (pair % key_heads) * (SELECTIONS * ROWS) + (group % SELECTIONS) * ROWS + rows
     of_query = query + batch * query_row + heads[:, None] * query_head + dims[None, :]
     q = tl.load(of_query, mask=(rows < ROWS)[:, None] & (dims < DIM)[None, :], other=0.0)
-    scale *= LOG2E
+    scale, softcap = in_powers_of_two(scale, softcap, CAPPED)
     top = tl.full([BLOCK_M], LOWEST, tl.float32)
     weight = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    if HAS_SINKS:  # keys whose value is zero, of the first program
+        sink = tl.load(sinks + batch * sink_row + heads * sink_head, mask=rows < ROWS, other=0.0)
+        top = tl.where(split == 0, sink.to(tl.float32) * LOG2E, top)
+        weight = tl.where(split == 0, 1.0, weight)
+
+    # All tiles, one kind behind the other, shared out as evenly as they can be.
+    to_others = tl.cdiv(others, BLOCK_N)
+    to_runs = to_others + (tl.cdiv(places * longest, BLOCK_N) if HAS_RUNS else 0)
+    tiles = to_runs + (tl.cdiv(windows, BLOCK_N) if PERIPHERY else 0)
+    begin, end = split * tiles // splits, (split + 1) * tiles // splits
+
+    of_keys = key + batch * key_row + head * key_head + dims[:, None]
+    of_values = value + batch * value_row + head * value_head + value_dims[None, :]
+    for tile in range(begin, tl.minimum(end, to_others)):
+        token = tile * BLOCK_N + cells
+        there = token < others
+        of_token = token.to(tl.int64)
+        k = tl.load(of_keys + of_token[None, :] * key_token, mask=there[None, :] & in_dim, other=0.0)
+        v = tl.load(of_values + of_token[:, None] * value_token, mask=there[:, None] & in_value, other=0.0)
+        x = scores_of(tl.dot(q, k, input_precision="ieee"), scale, softcap, CAPPED)
+        if HAS_BIAS:
+            x += (tl.load(bias + batch * bias_row + token, mask=there, other=0.0) * LOG2E)[None, :]
+        top, weight, acc = _attend(tl.where(there[None, :], x, -float("inf")), v, top, weight, acc)
 
     if HAS_RUNS:
         of_keys = visual_key + batch * visual_key_row + head * visual_key_head + dims[:, None]
         of_values = visual_value + batch * visual_value_row + head * visual_value_head + value_dims[None, :]
         of_runs = runs + group.to(tl.int64) * places * 2
-        total = places * longest
-        for at in range(_first(total, split, splits, BLOCK_N), _first(total, split + 1, splits, BLOCK_N), BLOCK_N):
-            place, offset = (at + cells) // longest, (at + cells) % longest
+        for tile in range(tl.maximum(begin, to_others), tl.minimum(end, to_runs)):
+            entry = (tile - to_others) * BLOCK_N + cells
+            place, offset = entry // longest, entry % longest
             first = tl.load(of_runs + 2 * place, mask=place < places, other=0)
             tokens = tl.load(of_runs + 2 * place + 1, mask=place < places, other=0)
             there, slot = offset < tokens, (first + offset).to(tl.int64)
             k = tl.load(of_keys + slot[None, :] * DIM, mask=there[None, :] & in_dim, other=0.0)
             v = tl.load(of_values + slot[:, None] * VALUE_DIM, mask=there[:, None] & in_value, other=0.0)
-            x = tl.dot(q, k, input_precision="ieee") * scale
+            x = scores_of(tl.dot(q, k, input_precision="ieee"), scale, softcap, CAPPED)
             top, weight, acc = _attend(tl.where(there[None, :], x, -float("inf")), v, top, weight, acc)
 
-    of_keys = key + batch * key_row + head * key_head + dims[:, None]
-    of_values = value + batch * value_row + head * value_head + value_dims[None, :]
-    for at in range(_first(others, split, splits, BLOCK_N), _first(others, split + 1, splits, BLOCK_N), BLOCK_N):
-        token = at + cells
-        there = token < others
-        of_token = token.to(tl.int64)
-        k = tl.load(of_keys + of_token[None, :] * key_token, mask=there[None, :] & in_dim, other=0.0)
-        v = tl.load(of_values + of_token[:, None] * value_token, mask=there[:, None] & in_value, other=0.0)
-        x = tl.dot(q, k, input_precision="ieee") * scale
-        if HAS_BIAS:
-            x += (tl.load(bias + batch * bias_row + token, mask=there, other=0.0) * LOG2E)[None, :]
-        top, weight, acc = _attend(tl.where(there[None, :], x, -float("inf")), v, top, weight, acc)
-
+    first_row = pair.to(tl.int64) * (SELECTIONS * ROWS) + (group % SELECTIONS) * ROWS
     if PERIPHERY:
         of_values = mean_values + batch * mean_row + head * mean_head + value_dims[None, :]
-        of_logits = (
-            logits + (pair.to(tl.int64) * SELECTIONS * ROWS + (group % SELECTIONS) * ROWS + rows)[:, None] * windows
-        )
+        of_logits = logits + (first_row + rows)[:, None] * windows
         of_taken = taken + group.to(tl.int64) * (windows // WINDOWS)
-        for at in range(_first(windows, split, splits, BLOCK_N), _first(windows, split + 1, splits, BLOCK_N), BLOCK_N):
-            window = at + cells
+        for tile in range(tl.maximum(begin, to_runs), end):
+            window = (tile - to_runs) * BLOCK_N + cells
             read = tl.load(of_taken + window // WINDOWS, mask=window < windows, other=1)
             there = (read == 0) & (window < windows)
             x = tl.load(of_logits + window[None, :], mask=(rows < ROWS)[:, None] & there[None, :], other=0.0) * LOG2E
@@ -126,45 +144,58 @@ def decode_kernel(
             v = tl.load(of_window, mask=there[:, None] & in_value, other=0.0)
             top, weight, acc = _attend(tl.where(there[None, :], x, -float("inf")), v, top, weight, acc)
 
+    of_output = output + first_row * VALUE_DIM
+    of_rows = rows[:, None] * VALUE_DIM + value_dims[None, :]
     inside = (rows < ROWS)[:, None] & in_value
-    of_output = (
-        output + (pair.to(tl.int64) * SELECTIONS * ROWS + (group % SELECTIONS) * ROWS + rows)[:, None] * VALUE_DIM
-    )
     if splits == 1:
-        result = acc / weight[:, None]
-        tl.store(of_output + value_dims[None, :], result.to(output.dtype.element_ty), mask=inside)
+        tl.store(of_output + of_rows, (acc / weight[:, None]).to(output.dtype.element_ty), mask=inside)
     else:
         of_weights = weights + group.to(tl.int64) * splits * (ROWS * 2)
         of_partial = partial + group.to(tl.int64) * splits * (ROWS * VALUE_DIM)
-        of_rows = rows[:, None] * VALUE_DIM + value_dims[None, :]
         tl.store(of_weights + split * (ROWS * 2) + rows * 2, top, mask=rows < ROWS)
         tl.store(of_weights + split * (ROWS * 2) + rows * 2 + 1, weight, mask=rows < ROWS)
         tl.store(of_partial + split * (ROWS * VALUE_DIM) + of_rows, acc, mask=inside)
         tl.debug_barrier()  # all stores of this program come before its arrival
         if tl.atomic_add(arrived + group, 1, sem="acq_rel") == splits - 1:
             tl.store(arrived + group, 0)
-            numbers = tl.arange(0, BLOCK_S)
-            known = (rows < ROWS)[:, None] & (numbers < splits)[None, :]
-            of_split = of_weights + numbers[None, :] * (ROWS * 2) + rows[:, None] * 2
-            tops = tl.load(of_split, mask=known, other=LOWEST, cache_modifier=".cg")
-            sums = tl.load(of_split + 1, mask=known, other=1.0, cache_modifier=".cg")
-            highest = tl.max(tops, 1)
-            whole = tl.sum(tl.exp2(tops - highest[:, None]) * sums, 1)
-            result = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-            for number in range(splits):
-                of_number = of_weights + number * (ROWS * 2) + rows * 2
-                own = tl.load(of_number, mask=rows < ROWS, other=LOWEST, cache_modifier=".cg")
-                part = of_partial + number * (ROWS * VALUE_DIM) + of_rows
-                found = tl.load(part, mask=inside, other=0.0, cache_modifier=".cg")
-                result += found * tl.exp2(own - highest)[:, None]
-            result = result / whole[:, None]
-            tl.store(of_output + value_dims[None, :], result.to(output.dtype.element_ty), mask=inside)
+            _combine(of_partial, of_weights, splits, of_output, ROWS, VALUE_DIM, BLOCK_G, BLOCK_V, BLOCK_S)
 
 
 @triton.jit
-def _first(entries, split, splits, BLOCK_N: tl.constexpr):
-    """First entry of a split: whole tiles, shared out as evenly as they can be."""
-    return split * tl.cdiv(entries, BLOCK_N) // splits * BLOCK_N
+def _combine(
+    of_partial,
+    of_weights,
+    splits,
+    of_output,
+    ROWS: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Put together what the programs of a selection found, BLOCK_S of them at a time: one wait for all their loads."""
+    rows, dims = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_V)
+    inside = (rows < ROWS)[:, None] & (dims < VALUE_DIM)[None, :]
+    of_rows = rows[:, None] * VALUE_DIM + dims[None, :]
+    top = tl.full([BLOCK_G], LOWEST, tl.float32)
+    weight = tl.zeros([BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_G, BLOCK_V], tl.float32)
+    for at in range(0, splits, BLOCK_S):
+        split = at + tl.arange(0, BLOCK_S)
+        of_split = of_weights + split[:, None] * (ROWS * 2) + rows[None, :] * 2
+        known = (split < splits)[:, None] & (rows < ROWS)[None, :]
+        tops = tl.load(of_split, mask=known, other=LOWEST, cache_modifier=".cg")
+        weights = tl.load(of_split + 1, mask=known, other=0.0, cache_modifier=".cg")
+        of_found = of_partial + split[:, None, None] * (ROWS * VALUE_DIM) + of_rows[None, :, :]
+        among = (split < splits)[:, None, None] & inside[None, :, :]
+        found = tl.load(of_found, mask=among, other=0.0, cache_modifier=".cg")
+        highest = tl.maximum(top, tl.max(tops, 0))
+        share, keep = tl.exp2(tops - highest[None, :]), tl.exp2(top - highest)
+        acc = acc * keep[:, None] + tl.sum(found * share[:, :, None], 0)
+        weight = weight * keep + tl.sum(weights * share, 0)
+        top = highest
+    result = acc / tl.where(rows < ROWS, weight, 1.0)[:, None]
+    tl.store(of_output + of_rows, result.to(of_output.dtype.element_ty), mask=inside)
 
 
 @triton.jit

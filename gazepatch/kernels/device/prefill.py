@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3e38)  # as in `gazepatch.kernels.device.decode`
+from gazepatch.kernels.device.scores import LOG2E, LOWEST, in_powers_of_two, scores_of, slope_of
+
 UNSPECIALISED = ["rows", "queries", "length", "regions", "region_row", "bias_row"]
 
 
@@ -28,6 +28,7 @@ def forward_kernel(
     output,  # out [B, H_kv, M, D_v]
     weight,  # out [B, H_kv, M] float32, log-sum-exp
     scale,
+    softcap,
     key_heads,
     rows,
     queries,
@@ -46,6 +47,7 @@ def forward_kernel(
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    CAPPED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -55,7 +57,10 @@ def forward_kernel(
     row, dims, value_dims = _rows(BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     q = _load_rows(query, pair, row, rows, dims, DIM)
     of_taken = _of_taken(taken, pair, row, queries, regions, GROUP, SELECTIONS)
+    of_region = region_of + batch * region_row
+    of_bias = _of_bias(bias, batch, row[:, None] // GROUP, bias_row, length)
     position = tl.load(positions + row // GROUP, mask=row < rows, other=-1)
+    by, cap = in_powers_of_two(scale, softcap, CAPPED)
     top = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -66,13 +71,9 @@ def forward_kernel(
         token = at + tl.arange(0, BLOCK_N)
         k = _load_tokens(key, batch, head, token, length, dims, key_row, key_head, key_token, DIM)
         v = _load_tokens(value, batch, head, token, length, value_dims, value_row, value_head, value_token, VALUE_DIM)
-        of_region = region_of + batch * region_row
         seen = _seen(of_region, of_taken, token[None, :], length, row[:, None], rows, position[:, None], HAS_BIAS)
-        x = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
-        if HAS_BIAS:
-            of_bias = bias + batch * bias_row + (row // GROUP).to(tl.int64)[:, None] * length + token[None, :]
-            x += tl.load(of_bias, mask=seen, other=0.0) * LOG2E
-        x = tl.where(seen, x, -float("inf"))
+        x = scores_of(tl.dot(q, tl.trans(k), input_precision="ieee"), by, cap, CAPPED)
+        x = _shown(x, seen, of_bias, token[None, :], HAS_BIAS)
         highest = tl.maximum(top, tl.max(x, 1))
         p, kept = tl.exp2(x - highest[:, None]), tl.exp2(top - highest)
         acc = acc * kept[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
@@ -97,6 +98,7 @@ def query_gradient_kernel(
     delta,  # [B, H_kv, M] float32: sum of output * gradient, less the gradient of the weight
     query_gradient,  # out [B, H_kv, M, D]
     scale,
+    softcap,
     key_heads,
     rows,
     queries,
@@ -115,6 +117,7 @@ def query_gradient_kernel(
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    CAPPED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -128,7 +131,10 @@ def query_gradient_kernel(
     log_total = tl.load(weight + of_weight, mask=row < rows, other=0.0) * LOG2E
     less = tl.load(delta + of_weight, mask=row < rows, other=0.0)
     of_taken = _of_taken(taken, pair, row, queries, regions, GROUP, SELECTIONS)
+    of_region = region_of + batch * region_row
+    of_bias = _of_bias(bias, batch, row[:, None] // GROUP, bias_row, length)
     position = tl.load(positions + row // GROUP, mask=row < rows, other=-1)
+    by, cap = in_powers_of_two(scale, softcap, CAPPED)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     last = length
     if not HAS_BIAS:
@@ -137,14 +143,10 @@ def query_gradient_kernel(
         token = at + tl.arange(0, BLOCK_N)
         k = _load_tokens(key, batch, head, token, length, dims, key_row, key_head, key_token, DIM)
         v = _load_tokens(value, batch, head, token, length, value_dims, value_row, value_head, value_token, VALUE_DIM)
-        of_region = region_of + batch * region_row
         seen = _seen(of_region, of_taken, token[None, :], length, row[:, None], rows, position[:, None], HAS_BIAS)
-        x = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
-        if HAS_BIAS:
-            of_bias = bias + batch * bias_row + (row // GROUP).to(tl.int64)[:, None] * length + token[None, :]
-            x += tl.load(of_bias, mask=seen, other=0.0) * LOG2E
-        p = tl.exp2(tl.where(seen, x - log_total[:, None], -float("inf")))
-        inner = p * (tl.dot(g, tl.trans(v), input_precision="ieee") - less[:, None])
+        x = scores_of(tl.dot(q, tl.trans(k), input_precision="ieee"), by, cap, CAPPED)
+        p = tl.exp2(_shown(x, seen, of_bias, token[None, :], HAS_BIAS) - log_total[:, None])
+        inner = p * (tl.dot(g, tl.trans(v), input_precision="ieee") - less[:, None]) * slope_of(x, cap, CAPPED)
         acc += tl.dot(inner.to(k.dtype), k, input_precision="ieee")
     _store_rows(query_gradient, acc * scale, pair, row, rows, dims, DIM)
 
@@ -164,6 +166,7 @@ def key_gradient_kernel(
     key_gradient,  # out [B, H_kv, L, D]
     value_gradient,  # out [B, H_kv, L, D_v]
     scale,
+    softcap,
     key_heads,
     rows,
     queries,
@@ -182,6 +185,7 @@ def key_gradient_kernel(
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    CAPPED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -192,6 +196,7 @@ def key_gradient_kernel(
     k = _load_tokens(key, batch, head, token, length, dims, key_row, key_head, key_token, DIM)
     v = _load_tokens(value, batch, head, token, length, value_dims, value_row, value_head, value_token, VALUE_DIM)
     of_region = region_of + batch * region_row
+    by, cap = in_powers_of_two(scale, softcap, CAPPED)
     of_keys = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     of_values = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     for at in range(0, rows, BLOCK_M):
@@ -204,13 +209,11 @@ def key_gradient_kernel(
         of_taken = tl.trans(_of_taken(taken, pair, row, queries, regions, GROUP, SELECTIONS))
         position = tl.load(positions + row // GROUP, mask=row < rows, other=-1)
         seen = _seen(of_region, of_taken, token[:, None], length, row[None, :], rows, position[None, :], HAS_BIAS)
-        x = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)
-        if HAS_BIAS:
-            of_bias = bias + batch * bias_row + (row // GROUP).to(tl.int64)[None, :] * length + token[:, None]
-            x += tl.load(of_bias, mask=seen, other=0.0) * LOG2E
-        p = tl.exp2(tl.where(seen, x - log_total[None, :], -float("inf")))
+        x = scores_of(tl.dot(k, tl.trans(q), input_precision="ieee"), by, cap, CAPPED)
+        of_bias = _of_bias(bias, batch, row[None, :] // GROUP, bias_row, length)
+        p = tl.exp2(_shown(x, seen, of_bias, token[:, None], HAS_BIAS) - log_total[None, :])
         of_values += tl.dot(p.to(g.dtype), g, input_precision="ieee")
-        inner = p * (tl.dot(v, tl.trans(g), input_precision="ieee") - less[None, :])
+        inner = p * (tl.dot(v, tl.trans(g), input_precision="ieee") - less[None, :]) * slope_of(x, cap, CAPPED)
         of_keys += tl.dot(inner.to(q.dtype), q, input_precision="ieee")
     _store_rows(key_gradient, of_keys * scale, pair, token, length, dims, DIM)
     _store_rows(value_gradient, of_values, pair, token, length, value_dims, VALUE_DIM)
@@ -253,6 +256,20 @@ def _of_taken(taken, pair, row, queries, regions, GROUP: tl.constexpr, SELECTION
     query = pair.to(tl.int64) * queries + row // GROUP
     selection = query * SELECTIONS + (row % GROUP if SELECTIONS > 1 else 0)
     return taken + selection[:, None] * regions
+
+
+@triton.jit
+def _of_bias(bias, batch, query, bias_row, length):
+    """Where the biases of each query begin."""
+    return bias + batch * bias_row + query.to(tl.int64) * length
+
+
+@triton.jit
+def _shown(x, seen, of_bias, token, HAS_BIAS: tl.constexpr):
+    """Scores `x` with their biases, -inf where a row does not see a token."""
+    if HAS_BIAS:
+        x += tl.load(of_bias + token, mask=seen, other=0.0) * LOG2E
+    return tl.where(seen, x, -float("inf"))
 
 
 @triton.jit

@@ -3,12 +3,20 @@
 Every program scores some regions of one (row, key head) pair. The last of a pair to finish, found by counting arrivals,
 has all scores and takes the best regions: no second launch, and no sorting. The count is set back, so that nothing has
 to be cleared between launches.
+
+What the last program does is a chain of waits, not of work: it loads as many heads at a time as its registers hold, and
+looks for the threshold only until nothing is left to decide.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from gazepatch.kernels.device.scores import LOWEST, scores_of
+
+#: Above the bits of every share, which is below 2.
+TOP = tl.constexpr(1 << 30)
 
 
 # What differs from prompt to prompt is not specialised: compiling again would take longer than an answer.
@@ -27,6 +35,7 @@ def select_kernel(
     total,  # [1] int64, the tokens selected are added to it
     arrived,  # [B * H_kv] int32, zeros before and after
     scale,
+    softcap,
     key_heads,
     regions,
     places,
@@ -47,13 +56,20 @@ def select_kernel(
     BY_MAX: tl.constexpr,
     PERIPHERY: tl.constexpr,
     COUNTS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    EARLY: tl.constexpr,
+    HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_ALL: tl.constexpr,
 ):
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     pair, split = tl.program_id(0), tl.program_id(1)
+    if CAPPED:
+        scale = scale / softcap
     batch, key_head = pair // key_heads, pair % key_heads
     first_head = pair * GROUP
     rows, dims, cells = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_R * BLOCK_C)
@@ -67,7 +83,7 @@ def select_kernel(
         of_window = of_pair + window.to(tl.int64)[None, :] * mean_window + dims[:, None].to(tl.int64) * mean_dim
         mean = tl.load(of_window, mask=there[None, :] & (dims < DIM)[:, None], other=0.0)
         size = tl.load(log_counts + batch * count_row + window, mask=there, other=-1e30)
-        x = tl.dot(q, mean, input_precision="ieee") * scale + size[None, :]
+        x = scores_of(tl.dot(q, mean, input_precision="ieee"), scale, softcap, CAPPED) + size[None, :]
         if PERIPHERY:
             of_logits = logits + (first_head + rows).to(tl.int64)[:, None] * (regions * WINDOWS) + window[None, :]
             tl.store(of_logits, x, mask=(rows < GROUP)[:, None] & there[None, :])
@@ -87,16 +103,16 @@ def select_kernel(
         of_scores = region_logits + first_head.to(tl.int64) * regions
         if PER_HEAD:
             for head in range(GROUP):
-                share = _share(of_scores + head * regions, number, there)
+                share = tl.sum(_shares(of_scores, head, regions, number, GROUP, 1), 0)
                 group = first_head + head
                 _take(
                     share, number, first, tokens, wanted, regions, places, group, runs, taken, total, PERIPHERY, COUNTS
                 )
         else:
-            score = _share(of_scores, number, there)
-            for head in range(1, GROUP):
-                share = _share(of_scores + head * regions, number, there)
-                score = tl.maximum(score, share) if BY_MAX else score + share
+            score = tl.zeros([BLOCK_ALL], tl.float32)
+            for head in range(0, GROUP, HEADS):
+                shares = _shares(of_scores, head, regions, number, GROUP, HEADS)
+                score = tl.maximum(score, tl.max(shares, 0)) if BY_MAX else score + tl.sum(shares, 0)
             if not BY_MAX:
                 score = score / GROUP
             _take(score, number, first, tokens, wanted, regions, places, pair, runs, taken, total, PERIPHERY, COUNTS)
@@ -113,11 +129,18 @@ def _log_sum_exp(x, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.co
 
 
 @triton.jit
-def _share(of_scores, number, there):
-    """Softmax over the regions of one head."""
-    x = tl.load(of_scores + number, mask=there, other=-float("inf"), cache_modifier=".cg")
-    weight = tl.exp(x - tl.max(x, 0))
-    return weight / tl.sum(weight, 0)
+def _shares(of_scores, head, regions, number, GROUP: tl.constexpr, HEADS: tl.constexpr):
+    """`[HEADS, R]` softmax over the regions of some heads; 0 for heads that are none."""
+    heads = head + tl.arange(0, HEADS)
+    inside = (heads < GROUP)[:, None] & (number < regions)[None, :]
+    x = tl.load(
+        of_scores + heads[:, None] * regions + number[None, :],
+        mask=inside,
+        other=-float("inf"),
+        cache_modifier=".cg",
+    )
+    weight = tl.exp(x - tl.maximum(tl.max(x, 1), LOWEST)[:, None])
+    return weight / tl.maximum(tl.sum(weight, 1), 1.0)[:, None]  # the largest weighs 1
 
 
 @triton.jit
@@ -136,32 +159,49 @@ def _take(
     PERIPHERY: tl.constexpr,
     COUNTS: tl.constexpr,
 ):
-    """Store the `wanted` best regions; of equal ones those with the lower number, like `gazepatch.selection.select`.
-
-    The bits of a positive float grow with its value: the wanted-th largest is found two bits at a time, by counting.
-    """
-    bits = tl.where(tokens > 0, score.to(tl.int32, bitcast=True), -1)
-    threshold = wanted * 0
-    for step in range(15):  # shares are below 2, so their bits below 1 << 30
-        shift = 28 - 2 * step
-        one = (bits >= threshold + (1 << shift)).to(tl.int64)
-        two = (bits >= threshold + (2 << shift)).to(tl.int64)
-        three = (bits >= threshold + (3 << shift)).to(tl.int64)
-        counts = tl.sum(one + (two << 20) + (three << 40), 0)
-        enough = ((counts & 0xFFFFF) >= wanted).to(tl.int32) + (((counts >> 20) & 0xFFFFF) >= wanted).to(tl.int32)
-        enough += ((counts >> 40) >= wanted).to(tl.int32)
-        threshold += enough << shift
-    above, equal = bits > threshold, (bits == threshold).to(tl.int32)
-    rest = wanted - tl.sum(above.to(tl.int32), 0)
-    take = above | ((equal > 0) & (tl.cumsum(equal, 0) <= rest))
-    place = tl.cumsum(take.to(tl.int32), 0) - 1
+    """Store the `wanted` best regions; of equal ones those with the lower number, like `gazepatch.selection.select`."""
+    bits = tl.where(score < 2.0, score.to(tl.int32, bitcast=True), TOP - 1)  # NaN is above all, as in the twin
+    bits = tl.where(tokens > 0, bits, -1)
+    threshold, width, above = _threshold(bits, wanted, regions)
+    over = bits >= threshold + width
+    among = (bits >= threshold) & (bits < threshold + width)
+    before = tl.cumsum(over.to(tl.int32) + (among.to(tl.int32) << 16), 0)
+    rest = wanted - above
+    take = over | (among & ((before >> 16) <= rest))
+    place = (before & 0xFFFF) + tl.minimum(before >> 16, rest) - 1
     of_group = runs + group.to(tl.int64) * places * 2
     tl.store(of_group + place * 2, first, mask=take)
     tl.store(of_group + place * 2 + 1, tokens, mask=take)
-    unused = (number >= tl.sum(take.to(tl.int32), 0)) & (number < places)
+    unused = (number >= wanted) & (number < places)
     tl.store(of_group + number * 2, 0, mask=unused)
     tl.store(of_group + number * 2 + 1, 0, mask=unused)
     if PERIPHERY:
         tl.store(taken + group.to(tl.int64) * regions + number, take.to(tl.int8), mask=number < regions)
     if COUNTS:
         tl.atomic_add(total, tl.sum(tl.where(take, tokens, 0), 0).to(tl.int64))
+
+
+@triton.jit
+def _threshold(bits, wanted, regions):
+    """Where the `wanted` largest begin: `threshold`, `width` and how many are at least their sum, `above`.
+
+    All of these are among the wanted, and the others are within the width: all that are, or those with the lowest
+    numbers where the width is 1. The bits of a positive float grow with its value, so they are found two at a time, by
+    counting.
+    """
+    threshold, above, held, width = wanted * 0, wanted * 0, wanted * 0 + regions, wanted * 0 + TOP
+    while (held > wanted) & (width > 1):
+        width = width >> 2
+        low = tl.where(bits >= threshold + 2 * width, 0x10001, (bits >= threshold + width).to(tl.int32))
+        high = (bits >= threshold + 3 * width).to(tl.int64)
+        counts = tl.sum(low.to(tl.int64) + (high << 32), 0)
+        one, two, three = (
+            (counts & 0xFFFF).to(tl.int32),
+            ((counts >> 16) & 0xFFFF).to(tl.int32),
+            (counts >> 32).to(tl.int32),
+        )
+        digit = (one >= wanted).to(tl.int32) + (two >= wanted).to(tl.int32) + (three >= wanted).to(tl.int32)
+        above = tl.where(digit == 0, one, tl.where(digit == 1, two, tl.where(digit == 2, three, above)))
+        held = tl.where(digit == 0, held, tl.where(digit == 1, one, tl.where(digit == 2, two, three)))
+        threshold += digit * width
+    return threshold, width, above

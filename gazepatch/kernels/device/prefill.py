@@ -58,7 +58,7 @@ def forward_kernel(
     q = _load_rows(query, pair, row, rows, dims, DIM)
     of_taken = _of_taken(taken, pair, row, queries, regions, GROUP, SELECTIONS)
     of_region = region_of + batch * region_row
-    of_bias = _of_bias(bias, batch, row[:, None] // GROUP, bias_row, length)
+    of_bias = _of_bias(bias, batch, row[:, None] // GROUP, bias_row, length, HAS_BIAS)
     position = tl.load(positions + row // GROUP, mask=row < rows, other=-1)
     by, cap = in_powers_of_two(scale, softcap, CAPPED)
     top = tl.full([BLOCK_M], LOWEST, tl.float32)
@@ -132,7 +132,7 @@ def query_gradient_kernel(
     less = tl.load(delta + of_weight, mask=row < rows, other=0.0)
     of_taken = _of_taken(taken, pair, row, queries, regions, GROUP, SELECTIONS)
     of_region = region_of + batch * region_row
-    of_bias = _of_bias(bias, batch, row[:, None] // GROUP, bias_row, length)
+    of_bias = _of_bias(bias, batch, row[:, None] // GROUP, bias_row, length, HAS_BIAS)
     position = tl.load(positions + row // GROUP, mask=row < rows, other=-1)
     by, cap = in_powers_of_two(scale, softcap, CAPPED)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -210,7 +210,7 @@ def key_gradient_kernel(
         position = tl.load(positions + row // GROUP, mask=row < rows, other=-1)
         seen = _seen(of_region, of_taken, token[:, None], length, row[None, :], rows, position[None, :], HAS_BIAS)
         x = scores_of(tl.dot(k, tl.trans(q), input_precision="ieee"), by, cap, CAPPED)
-        of_bias = _of_bias(bias, batch, row[None, :] // GROUP, bias_row, length)
+        of_bias = _of_bias(bias, batch, row[None, :] // GROUP, bias_row, length, HAS_BIAS)
         p = tl.exp2(_shown(x, seen, of_bias, token[:, None], HAS_BIAS) - log_total[None, :])
         of_values += tl.dot(p.to(g.dtype), g, input_precision="ieee")
         inner = p * (tl.dot(v, tl.trans(g), input_precision="ieee") - less[None, :]) * slope_of(x, cap, CAPPED)
@@ -259,9 +259,9 @@ def _of_taken(taken, pair, row, queries, regions, GROUP: tl.constexpr, SELECTION
 
 
 @triton.jit
-def _of_bias(bias, batch, query, bias_row, length):
+def _of_bias(bias, batch, query, bias_row, length, HAS_BIAS: tl.constexpr):
     """Where the biases of each query begin."""
-    return bias + batch * bias_row + query.to(tl.int64) * length
+    return bias + batch * bias_row + query.to(tl.int64) * length if HAS_BIAS else bias
 
 
 @triton.jit

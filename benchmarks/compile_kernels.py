@@ -85,6 +85,7 @@ def _decode(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
         "WINDOWS": WINDOWS,
         "HAS_BIAS": True,
         "HAS_RUNS": True,
+        "PER_TILE": 1,
         "PERIPHERY": True,
         "HAS_SINKS": True,
         "CAPPED": True,
@@ -95,6 +96,7 @@ def _decode(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
         "BLOCK_V": padded(dim),
         "BLOCK_G": power(GROUP),
         "BLOCK_S": combined_at_once(GROUP, dim, launch.warps),
+        "STAGES": launch.stages,
     }
     return decode_kernel, pointers, constants, launch.warps, launch.stages
 

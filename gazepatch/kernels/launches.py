@@ -72,6 +72,11 @@ def heads_at_once(group: int, regions: int, warps: int) -> int:
     return max(1, min(power(group), HELD * 32 * warps // regions))
 
 
+def regions_per_tile(longest: int, block: int) -> int:
+    """Regions of up to `longest` tokens that a tile of `block` entries holds: a power of two, 1 for longer ones."""
+    return max(1, block // power(longest))
+
+
 def combined_at_once(rows: int, value_dim: int, warps: int) -> int:
     """Programs whose results for `rows` query heads are combined at a time: a power of two."""
     return max(1, HELD * 32 * warps // (power(rows) * padded(value_dim)))

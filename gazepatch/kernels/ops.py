@@ -21,6 +21,7 @@ from gazepatch.kernels.launches import (
     on,
     padded,
     power,
+    regions_per_tile,
     row_stride,
     scored_regions,
 )
@@ -221,6 +222,7 @@ def decode(
             WINDOWS=logits.shape[2] // taken.shape[3] if logits is not None and taken is not None else 1,
             HAS_BIAS=bias is not None,
             HAS_RUNS=places > 0,
+            PER_TILE=regions_per_tile(longest, launch.block),
             PERIPHERY=periphery,
             HAS_SINKS=sinks is not None,
             CAPPED=softcap is not None,
@@ -231,6 +233,7 @@ def decode(
             BLOCK_V=padded(value_dim),
             BLOCK_G=power(rows),
             BLOCK_S=combined_at_once(rows, value_dim, launch.warps),
+            STAGES=launch.stages,
             num_warps=launch.warps,
             num_stages=launch.stages,
             **({"launch_pdl": True} if launch.early else {}),

@@ -10,7 +10,13 @@ from torch import Tensor
 from gazepatch.backend import DTYPES, MOST_DIM, kernels_fit
 from gazepatch.config import GazeConfig
 from gazepatch.errors import UnsupportedModelError
-from gazepatch.kernels.launches import even_splits, most_splits, multiprocessors, scored_regions
+from gazepatch.kernels.launches import (
+    even_splits,
+    most_splits,
+    multiprocessors,
+    regions_per_tile,
+    scored_regions,
+)
 from gazepatch.kernels.ops import decode, launch_for, select
 from gazepatch.ops.decode import Decoded, DecodePlan, Entries
 from gazepatch.regions import Regions
@@ -36,7 +42,12 @@ class KernelPlan(DecodePlan):
         self.programs = multiprocessors(device)
         self.arrived = torch.zeros(self.pairs * self.selections, dtype=torch.int32, device=device)
         count, windows = regions.start.shape[1], regions.log_counts.shape[1]
-        if self.whole:
+        self.longest = regions.max_length
+        if self.whole and min(regions.tokens) == regions.slots:
+            self.longest = regions.slots  # one long run
+            run = torch.tensor([0, regions.slots], dtype=torch.int32, device=device)
+            self.runs = run.expand(*self.shape, 1, 2).contiguous()
+        elif self.whole:
             table = torch.stack([self.start_table, self.length_table], -1)[:, None, None]
             self.runs = table.expand(*self.shape, -1, -1).contiguous()
         else:
@@ -111,7 +122,8 @@ class KernelPlan(DecodePlan):
     def _attend(self, query: Tensor, entries: Entries, scores: Scores, bias: Tensor | None, far: bool) -> Tensor:
         key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (entries.key, entries.value))
         block, most, partial, weights = self._combining_for(query, entries.value.shape[3])
-        kinds = key.shape[2], self.runs.shape[3] * self.regions.max_length, self.log_counts.shape[1] if far else 0
+        tiles = -(-key.shape[2] // block) + self._tiles_of_runs(block)
+        tiles += -(-self.log_counts.shape[1] // block) if far else 0
         output: Tensor = decode(
             query,
             key,
@@ -129,10 +141,13 @@ class KernelPlan(DecodePlan):
             self.arrived,
             scores.scale,
             scores.softcap,
-            self.regions.max_length,
-            even_splits(sum(-(-entries // block) for entries in kinds), most),
+            self.longest,
+            even_splits(tiles, most),
         )
         return output
+
+    def _tiles_of_runs(self, block: int) -> int:
+        return -(-self.runs.shape[3] // regions_per_tile(self.longest, block)) * -(-self.longest // block)
 
     def _combining_for(self, query: Tensor, value_dim: int) -> tuple[int, int, Tensor, Tensor]:
         """Entries of a tile, programs of a selection, and where these leave what they found: shared by all layers."""

@@ -65,6 +65,7 @@ def decode_kernel(
     WINDOWS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RUNS: tl.constexpr,
+    PER_TILE: tl.constexpr,
     PERIPHERY: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     CAPPED: tl.constexpr,
@@ -75,6 +76,7 @@ def decode_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     if EARLY:
         tl.extra.cuda.gdc_wait()
@@ -98,7 +100,8 @@ def decode_kernel(
 
     # All tiles, one kind behind the other, shared out as evenly as they can be.
     to_others = tl.cdiv(others, BLOCK_N)
-    to_runs = to_others + (tl.cdiv(places * longest, BLOCK_N) if HAS_RUNS else 0)
+    pieces = tl.cdiv(longest, BLOCK_N)
+    to_runs = to_others + (tl.cdiv(places, PER_TILE) * pieces if HAS_RUNS else 0)
     tiles = to_runs + (tl.cdiv(windows, BLOCK_N) if PERIPHERY else 0)
     begin, end = split * tiles // splits, (split + 1) * tiles // splits
 
@@ -119,12 +122,10 @@ def decode_kernel(
         of_keys = visual_key + batch * visual_key_row + head * visual_key_head + dims[:, None]
         of_values = visual_value + batch * visual_value_row + head * visual_value_head + value_dims[None, :]
         of_runs = runs + group.to(tl.int64) * places * 2
-        for tile in range(tl.maximum(begin, to_others), tl.minimum(end, to_runs)):
-            entry = (tile - to_others) * BLOCK_N + cells
-            place, offset = entry // longest, entry % longest
-            first = tl.load(of_runs + 2 * place, mask=place < places, other=0)
-            tokens = tl.load(of_runs + 2 * place + 1, mask=place < places, other=0)
-            there, slot = offset < tokens, (first + offset).to(tl.int64)
+        # Stages are shared out among loads and the loads they depend on: with as many as elsewhere, entries would be
+        # asked for only when those before them are done with.
+        for tile in tl.range(tl.maximum(begin, to_others), tl.minimum(end, to_runs), num_stages=2 * STAGES - 1):
+            slot, there = _slots(of_runs, tile - to_others, cells, places, pieces, PER_TILE, BLOCK_N)
             k = tl.load(of_keys + slot[None, :] * DIM, mask=there[None, :] & in_dim, other=0.0)
             v = tl.load(of_values + slot[:, None] * VALUE_DIM, mask=there[:, None] & in_value, other=0.0)
             x = scores_of(tl.dot(q, k, input_precision="ieee"), scale, softcap, CAPPED)
@@ -137,12 +138,13 @@ def decode_kernel(
         of_taken = taken + group.to(tl.int64) * (windows // WINDOWS)
         for tile in range(tl.maximum(begin, to_runs), end):
             window = (tile - to_runs) * BLOCK_N + cells
-            read = tl.load(of_taken + window // WINDOWS, mask=window < windows, other=1)
-            there = (read == 0) & (window < windows)
-            x = tl.load(of_logits + window[None, :], mask=(rows < ROWS)[:, None] & there[None, :], other=0.0) * LOG2E
+            inside = window < windows
+            # What is read anyway is loaded all the same: a load that waits for no other is worth more.
+            read = tl.load(of_taken + window // WINDOWS, mask=inside, other=1)
+            x = tl.load(of_logits + window[None, :], mask=(rows < ROWS)[:, None] & inside[None, :], other=0.0) * LOG2E
             of_window = of_values + window.to(tl.int64)[:, None] * VALUE_DIM
-            v = tl.load(of_window, mask=there[:, None] & in_value, other=0.0)
-            top, weight, acc = _attend(tl.where(there[None, :], x, -float("inf")), v, top, weight, acc)
+            v = tl.load(of_window, mask=inside[:, None] & in_value, other=0.0)
+            top, weight, acc = _attend(tl.where((read == 0)[None, :], x, -float("inf")), v, top, weight, acc)
 
     of_output = output + first_row * VALUE_DIM
     of_rows = rows[:, None] * VALUE_DIM + value_dims[None, :]
@@ -159,6 +161,24 @@ def decode_kernel(
         if tl.atomic_add(arrived + group, 1, sem="acq_rel") == splits - 1:
             tl.store(arrived + group, 0)
             _combine(of_partial, of_weights, splits, of_output, ROWS, VALUE_DIM, BLOCK_G, BLOCK_V, BLOCK_S)
+
+
+@triton.jit
+def _slots(of_runs, tile, cells, places, pieces, PER_TILE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Slots of a tile, and which of them are read: of PER_TILE short regions, or one of the `pieces` of a long one.
+
+    Tiles do not cross the ends of regions. What they leave empty costs no reading, and every address follows from few
+    numbers: entries packed one behind the other would need a division each, in all the layouts that products want.
+    """
+    offset = tile % pieces * BLOCK_N + cells % (BLOCK_N // PER_TILE)
+    if PER_TILE == 1:
+        place = tile // pieces
+        first, tokens = tl.load(of_runs + 2 * place), tl.load(of_runs + 2 * place + 1)
+    else:
+        place = tile * PER_TILE + cells // (BLOCK_N // PER_TILE)
+        first = tl.load(of_runs + 2 * place, mask=place < places, other=0)
+        tokens = tl.load(of_runs + 2 * place + 1, mask=place < places, other=0)
+    return (first + offset).to(tl.int64), offset < tokens
 
 
 @triton.jit

@@ -300,7 +300,7 @@ def test_means(grids: list[tuple[int, int, int]], dim: int) -> None:
 # ---- operators
 
 
-def decode_arguments(splits: int) -> tuple[Any, ...]:
+def decode_arguments(splits: int, longest: int = 16) -> tuple[Any, ...]:
     query, key = torch.randn(1, 4, 16, device=DEVICE), torch.randn(1, 2, 5, 16, device=DEVICE)
     store = torch.randn(1, 2, 80, 16, device=DEVICE)
     runs = (
@@ -308,12 +308,13 @@ def decode_arguments(splits: int) -> tuple[Any, ...]:
     )
     scratch = torch.empty(2, splits, 2, 16, device=DEVICE), torch.empty(2, splits, 2, 2, device=DEVICE)
     arrived = torch.zeros(2, dtype=torch.int32, device=DEVICE)
-    return query, key, key, None, store, store, runs, None, None, None, None, *scratch, arrived, 0.25, None, 16, splits
+    return query, key, key, None, store, store, runs, None, None, None, None, *scratch, arrived, 0.25, None, longest, splits
 
 
 @pytest.mark.parametrize("splits", [1, 2, 5])
-def test_splits_do_not_matter(splits: int) -> None:
-    query, key, _, _, store, *rest = arguments = decode_arguments(splits)
+@pytest.mark.parametrize("longest", [16, 20, 70], ids=["two regions a tile", "one", "three tiles a region"])
+def test_splits_do_not_matter(longest: int, splits: int) -> None:
+    query, key, _, _, store, *rest = arguments = decode_arguments(splits, longest)
     expected = torch.nn.functional.scaled_dot_product_attention(
         query[:, :, None],
         *[torch.cat([key, store[:, :, :9], store[:, :, 64:80]], 2).repeat_interleave(2, 1)] * 2,
@@ -366,15 +367,15 @@ def test_operators_are_traced() -> None:
 # ---- a whole model
 
 
-@pytest.mark.parametrize("family", ["llava", "mllama", "qwen2_vl"])
+@pytest.mark.parametrize("family", ["internvl_gpt_oss", "llava", "mllama", "paligemma_gemma2", "qwen2_vl"])
 @torch.no_grad()
 def test_a_patched_model(family: str) -> None:
     found = {}
-    for backend in ("torch", "triton"):
+    for backend, device in (("torch", torch.device("cpu")), ("triton", DEVICE)):
         torch.manual_seed(0)
         case = batch(tiny(family))
-        model = case.model.to(DEVICE)
-        inputs = {name: x.to(DEVICE) if torch.is_tensor(x) else x for name, x in case.inputs.items()}
+        model = case.model.to(device)
+        inputs = {name: x.to(device) if torch.is_tensor(x) else x for name, x in case.inputs.items()}
         with patched(model, KERNELS, backend=backend):
             ran = model.generate(
                 **inputs,
@@ -383,7 +384,8 @@ def test_a_patched_model(family: str) -> None:
                 output_logits=True,
                 return_dict_in_generate=True,
             )
-            found[backend] = ran.sequences, torch.stack(ran.logits), stats(model)
+            found[backend] = ran.sequences.cpu(), torch.stack(ran.logits).cpu(), stats(model)
+        model.cpu()
     assert torch.equal(found["torch"][0], found["triton"][0])
     torch.testing.assert_close(found["triton"][1], found["torch"][1], atol=2e-5, rtol=1e-4)
     assert found["torch"][2] == found["triton"][2] and found["torch"][2].read_share < 1

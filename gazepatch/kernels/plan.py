@@ -163,7 +163,7 @@ class KernelPlan(DecodePlan):
     def unfit(self, query: Tensor, entries: Entries, scores: Scores) -> str | None:
         """Why the kernels cannot take this step, or None."""
         tensors = [query, *(entry for entry in entries if entry is not None)]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*tensors, scores.sinks)):
             return "has no gradients of decode steps"
         if scores.bias is not None:
             return "takes no biases in decode steps"

@@ -130,7 +130,7 @@ def _select(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
 
 def _means(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
     pointers = {"entries": f"*{dtype}", "means": f"*{dtype}", "start": "*i32", "length": "*i32"}
-    return means_kernel, pointers, {"DIM": dim, "BLOCK_W": 16, "BLOCK_D": padded(dim)}, 4, 3
+    return means_kernel, pointers, {"DIM": dim, "BLOCK_W": 4, "BLOCK_T": 16, "BLOCK_D": padded(dim)}, 4, 3
 
 
 def _prefill(target: str, dtype: str, dim: int) -> tuple[Any, ...]:

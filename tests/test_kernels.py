@@ -308,7 +308,25 @@ def decode_arguments(splits: int, longest: int = 16) -> tuple[Any, ...]:
     )
     scratch = torch.empty(2, splits, 2, 16, device=DEVICE), torch.empty(2, splits, 2, 2, device=DEVICE)
     arrived = torch.zeros(2, dtype=torch.int32, device=DEVICE)
-    return query, key, key, None, store, store, runs, None, None, None, None, *scratch, arrived, 0.25, None, longest, splits
+    return (
+        query,
+        key,
+        key,
+        None,
+        store,
+        store,
+        runs,
+        None,
+        None,
+        None,
+        None,
+        *scratch,
+        arrived,
+        0.25,
+        None,
+        longest,
+        splits,
+    )
 
 
 @pytest.mark.parametrize("splits", [1, 2, 5])

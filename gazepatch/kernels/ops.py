@@ -271,7 +271,8 @@ def window_means(entries: Tensor, start: Tensor, length: Tensor, longest: int) -
     windows = length.shape[1]
     entries = entries if entries.stride(-1) == 1 else entries.contiguous()
     means = entries.new_empty(batch, heads, windows, dim)
-    block = 16
+    tokens = min(power(longest), 16)
+    block = 64 // tokens
     with on(entries.device):
         means_kernel[batch * heads, -(-windows // block)](
             entries,
@@ -285,6 +286,7 @@ def window_means(entries: Tensor, start: Tensor, length: Tensor, longest: int) -
             row_stride(length),
             DIM=dim,
             BLOCK_W=block,
+            BLOCK_T=tokens,
             BLOCK_D=padded(dim),
             num_warps=4,
         )

@@ -21,6 +21,7 @@ def means_kernel(
     table_row,
     DIM: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     pair = tl.program_id(0)
@@ -29,11 +30,13 @@ def means_kernel(
     there = window < windows
     first = tl.load(start + batch * table_row + window, mask=there, other=0).to(tl.int64)
     tokens = tl.load(length + batch * table_row + window, mask=there, other=0)
-    of_entries = entries + batch * entry_row + head * entry_head + first[:, None] * entry_token + dims[None, :]
+    of_entries = entries + batch * entry_row + head * entry_head + first[:, None, None] * entry_token
     total = tl.zeros([BLOCK_W, BLOCK_D], tl.float32)
-    for i in range(longest):
-        held = (i < tokens)[:, None] & (dims < DIM)[None, :]
-        total += tl.load(of_entries + i * entry_token, mask=held, other=0.0).to(tl.float32)
+    for at in range(0, longest, BLOCK_T):
+        token = at + tl.arange(0, BLOCK_T)
+        held = (token[None, :] < tokens[:, None])[:, :, None] & (dims < DIM)[None, None, :]
+        of_tokens = of_entries + token[None, :, None] * entry_token + dims[None, None, :]
+        total += tl.sum(tl.load(of_tokens, mask=held, other=0.0).to(tl.float32), 1)
     mean = total / tl.maximum(tokens, 1).to(tl.float32)[:, None]
     of_means = means + (pair.to(tl.int64) * windows + window)[:, None] * DIM + dims[None, :]
     tl.store(of_means, mean.to(means.dtype.element_ty), mask=there[:, None] & (dims < DIM)[None, :])

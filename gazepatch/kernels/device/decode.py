@@ -136,7 +136,7 @@ def decode_kernel(
         of_values = mean_values + batch * mean_row + head * mean_head + value_dims[None, :]
         of_logits = logits + (first_row + rows)[:, None] * windows
         of_taken = taken + group.to(tl.int64) * (windows // WINDOWS)
-        for tile in range(tl.maximum(begin, to_runs), end):
+        for tile in tl.range(tl.maximum(begin, to_runs), end, num_stages=2):  # more would spill registers
             window = (tile - to_runs) * BLOCK_N + cells
             inside = window < windows
             # What is read anyway is loaded all the same: a load that waits for no other is worth more.

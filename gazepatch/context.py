@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from gazepatch.artefact.manifest import TOKENS_NAME as FILE_NAME
 from gazepatch.config import GazeConfig
 from gazepatch.errors import ArtefactError, ConfigError
-from gazepatch.manifest import TOKENS_NAME as FILE_NAME
 
 TENSOR = "context_tokens"
 FORMAT = "1"

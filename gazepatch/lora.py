@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from gazepatch.artefact.manifest import LORA_NAME
 from gazepatch.errors import ArtefactError, TrainingError
-from gazepatch.manifest import LORA_NAME
 
 
 def require_peft() -> None:

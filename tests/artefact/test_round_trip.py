@@ -16,7 +16,7 @@ from tiny import tiny
 import gazepatch
 from artefact.conftest import SETTINGS
 from gazepatch import ArtefactError, PatchError
-from gazepatch.manifest import FORMAT_VERSION, read
+from gazepatch.artefact.manifest import FORMAT_VERSION, read
 from gazepatch.registry import MODULES
 
 # One artefact of every format version, loaded for ever.

@@ -12,7 +12,7 @@ from tiny import tiny
 
 import gazepatch
 from gazepatch import ArtefactError, ConfigError, HubError
-from gazepatch.fetching import fetch
+from gazepatch.hub.fetching import fetch
 from hub.conftest import BASE, REPO, SETTINGS, files_in
 from hub.server import client_uses
 from hub.state import Hub

@@ -7,10 +7,18 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gazepatch.checkpoint import BESIDE, CONFIG_NAME, INDEX_NAME, LICENCES, WEIGHTS_NAME, known_layout, shards_of
+from gazepatch.artefact.checkpoint import (
+    BESIDE,
+    CONFIG_NAME,
+    INDEX_NAME,
+    LICENCES,
+    WEIGHTS_NAME,
+    known_layout,
+    shards_of,
+)
+from gazepatch.artefact.manifest import CARD_NAME, FILE_NAME, LORA_NAME, TOKENS_NAME, Manifest, processor_geometry, read
 from gazepatch.errors import ArtefactError
-from gazepatch.fetching import fetch
-from gazepatch.manifest import CARD_NAME, FILE_NAME, LORA_NAME, TOKENS_NAME, Manifest, processor_geometry, read
+from gazepatch.hub.fetching import fetch
 
 if TYPE_CHECKING:
     from torch import Tensor

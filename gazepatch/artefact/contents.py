@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gazepatch.checkpoint import CONFIG_NAME, TEMPLATES, checkpoint_files, is_checkpoint_file, key_layout
+from gazepatch.artefact.checkpoint import CONFIG_NAME, TEMPLATES, checkpoint_files, is_checkpoint_file, key_layout
+from gazepatch.artefact.loading import read_artefact
+from gazepatch.artefact.manifest import CARD_NAME, FILE_NAME, LORA_NAME, TOKENS_NAME, Manifest
 from gazepatch.errors import ArtefactError
-from gazepatch.loading import read_artefact
-from gazepatch.manifest import CARD_NAME, FILE_NAME, LORA_NAME, TOKENS_NAME, Manifest
 
 _LORA = {f"{LORA_NAME}/adapter_config.json", f"{LORA_NAME}/adapter_model.safetensors"}
 _LORA_EXTRA = f"{LORA_NAME}/generation_config.json"  # transformers saves it with them, nobody reads it

@@ -8,14 +8,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gazepatch.card import card_of, licence_of
-from gazepatch.checkpoint import Progress, add_to_config, checkpoint_files, copy_files, key_layout, known_layout
+from gazepatch.artefact.card import card_of, licence_of
+from gazepatch.artefact.checkpoint import (
+    Progress,
+    add_to_config,
+    checkpoint_files,
+    copy_files,
+    key_layout,
+    known_layout,
+)
+from gazepatch.artefact.folders import check_output, complete_folder
+from gazepatch.artefact.loading import base_config, local_checkpoint, read_artefact
+from gazepatch.artefact.manifest import CARD_NAME, FILE_NAME, TOKENS_NAME, Manifest, processor_geometry
 from gazepatch.config import GazeConfig
 from gazepatch.errors import ArtefactError
-from gazepatch.folders import check_output, complete_folder
 from gazepatch.layers import gaze_layers
-from gazepatch.loading import base_config, local_checkpoint, read_artefact
-from gazepatch.manifest import CARD_NAME, FILE_NAME, TOKENS_NAME, Manifest, processor_geometry
 from gazepatch.registry import adapter_for
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gazepatch.adapters.base import Adapter
-from gazepatch.artefact.loading import artefact_folder, base_config, base_of, is_artefact
+from gazepatch.artefact.finding import artefact_folder, base_config, base_of, is_artefact
 from gazepatch.artefact.manifest import read
 from gazepatch.backend import choose
 from gazepatch.config import GazeConfig

@@ -18,7 +18,7 @@ from tiny import tiny
 
 import gazepatch
 from gazepatch import GazeConfig, GazeError
-from gazepatch.artefact.loading import read_artefact
+from gazepatch.artefact.contents import read_artefact
 from gazepatch.artefact.manifest import Manifest
 from gazepatch.context import read_context_tokens
 from gazepatch.verification import fingerprint

@@ -17,10 +17,12 @@ from gazepatch.artefact.checkpoint import (
     key_layout,
     known_layout,
 )
+from gazepatch.artefact.contents import read_artefact
+from gazepatch.artefact.finding import base_config, local_checkpoint
 from gazepatch.artefact.folders import check_output, complete_folder
-from gazepatch.artefact.loading import base_config, local_checkpoint, read_artefact
-from gazepatch.artefact.manifest import CARD_NAME, FILE_NAME, TOKENS_NAME, Manifest, processor_geometry
+from gazepatch.artefact.manifest import CARD_NAME, FILE_NAME, LORA_NAME, Manifest, processor_geometry
 from gazepatch.config import GazeConfig
+from gazepatch.context import TOKENS_NAME, with_context_tokens, write_context_tokens
 from gazepatch.errors import ArtefactError
 from gazepatch.layers import gaze_layers
 from gazepatch.registry import adapter_for
@@ -64,8 +66,6 @@ def convert(
         ArtefactError: `source` is not a model, the context tokens are not for it, or `out` cannot be written.
         ConfigError: Arguments that do not go together.
     """
-    from gazepatch.context import with_context_tokens
-
     model_config = base_config(source, revision=revision)
     adapter = adapter_for(model_config.model_type)
     hidden_size = adapter.text_config(model_config).hidden_size
@@ -139,7 +139,7 @@ def save(
 
     def own_files(folder: Path) -> None:
         if has_lora(root):
-            save_lora(root, folder)
+            save_lora(root, folder / LORA_NAME)
         for part in (root, processor) if full else ():
             if part is not None:
                 part.save_pretrained(folder)
@@ -168,8 +168,6 @@ def _write(
     own_files: Callable[[Path], None] | None = None,
     licence: Mapping[str, Any] | None = None,
 ) -> Path:
-    from gazepatch.context import write_context_tokens
-
     with complete_folder(out) as folder:
         if own_files is not None:
             own_files(folder)

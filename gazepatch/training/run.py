@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback, TrainingArguments, set_seed
 
+from gazepatch.artefact.finding import base_config
 from gazepatch.artefact.folders import check_output
-from gazepatch.artefact.loading import base_config
 from gazepatch.artefact.making import save
 from gazepatch.config import GazeConfig
 from gazepatch.context import initial_context_tokens

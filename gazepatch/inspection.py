@@ -61,7 +61,8 @@ def inspect(model: nn.Module | str | Path, inputs: Mapping[str, Any] | None = No
 
     Raises:
         UnsupportedModelError: The architecture has no adapter.
-        ArtefactError: There is neither a model nor an intact artefact of that name.
+        ArtefactError: The folder holds neither a model nor an intact artefact.
+        HubError: There is no such folder, and the Hub does not give it.
         GazeError: Inputs were given with a path.
     """
     if isinstance(model, nn.Module):

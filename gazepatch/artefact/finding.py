@@ -10,20 +10,47 @@ from typing import Any
 from gazepatch.artefact.checkpoint import BESIDE, CONFIG_NAME, INDEX_NAME, LICENCES, WEIGHTS_NAME, shards_of
 from gazepatch.artefact.manifest import CARD_NAME, FILE_NAME, LORA_NAME, Manifest, read
 from gazepatch.context import TOKENS_NAME
-from gazepatch.errors import ArtefactError
-from gazepatch.hub.fetching import fetch
+from gazepatch.errors import ArtefactError, HubError
+from gazepatch.hub.failures import hub_failures
+from gazepatch.hub.fetching import fetch, is_repo_id
 
 
 def is_artefact(path_or_repo: str | Path) -> bool:
-    """Whether this is an artefact (a folder or a Hub id) rather than a model."""
+    """Whether this is an artefact (a folder or a Hub id) rather than a model, or nothing at all.
+
+    Where the Hub does not say, the cache does if it can.
+
+    Raises:
+        HubError: Neither does: no connection, a gated repository, a token that is not valid.
+    """
     if os.path.exists(path_or_repo):
         return Path(path_or_repo, FILE_NAME).is_file()
-    from huggingface_hub import file_exists
+    from huggingface_hub import HfApi
 
-    try:
-        return file_exists(str(path_or_repo), FILE_NAME)
-    except Exception:  # no such repository, not a valid name, no network: loading says which
+    repo = str(path_or_repo)
+    if not is_repo_id(repo):
         return False
+    try:
+        with hub_failures(f"looking for {FILE_NAME} in {repo}", repo, "then try again"):
+            return HfApi(library_name="gazepatch").file_exists(repo, FILE_NAME)
+    except HubError:
+        if (known := _is_artefact_in_cache(repo)) is None:
+            raise
+        return known
+
+
+def _is_artefact_in_cache(repo: str) -> bool | None:
+    """What the cache knows of a repository; None if it has neither the manifest nor a model without gaze."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(repo, FILE_NAME), str):
+        return True
+    if not isinstance(path := try_to_load_from_cache(repo, CONFIG_NAME), str):
+        return None
+    try:  # plain transformers may have fetched it, of a full artefact as well, which says so there
+        return None if "gaze" in json.loads(Path(path).read_text(encoding="utf-8")) else False
+    except (ValueError, TypeError):
+        return None
 
 
 def artefact_folder(path_or_repo: str | Path, revision: str | None = None, **hub: Any) -> Path:

@@ -1,1 +1,1 @@
-"""The Hub, whatever is there: what is fetched from it, and its failures in our words. No word of artefacts here."""
+"""The Hub, whatever it holds: what is fetched from it, and its failures in our words."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gazepatch.config import GazeConfig
 from gazepatch.errors import ArtefactError, ConfigError
+from gazepatch.files import replace_file
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -133,11 +133,8 @@ def write_context_tokens(path: str | Path, tokens: Tensor, model_type: str) -> N
     """Write `[M, hidden]` context tokens; the file appears complete or not at all."""
     from safetensors.torch import save
 
-    path = Path(path)
-    new = path.with_name(f".{path.name}.new")
     data = save({TENSOR: tokens.detach().cpu().contiguous()}, metadata=_metadata(model_type, tokens.shape[1]))
-    new.write_bytes(data)  # save_file would make a file that nobody else may read
-    os.replace(new, path)
+    replace_file(Path(path), data)  # save_file would make a file that nobody else may read
 
 
 def parameter(tokens: Tensor, decoder: nn.Module) -> nn.Parameter:

@@ -71,7 +71,7 @@ def test_python_m() -> None:
 ADAPTERS_MAY = ("gazepatch.adapters", "gazepatch.errors", "gazepatch.layout")
 CLI_MAY_AT_TOP = ("gazepatch.cli", "gazepatch.config", "gazepatch.errors", "gazepatch.training.settings")
 LIGHT = ["gazepatch/__init__.py", "gazepatch/config.py", "gazepatch/context.py", "gazepatch/errors.py"]
-LIGHT += ["gazepatch/layers.py", "gazepatch/layout.py", "gazepatch/registry.py"]
+LIGHT += ["gazepatch/files.py", "gazepatch/layers.py", "gazepatch/layout.py", "gazepatch/registry.py"]
 LIGHT += ["gazepatch/training/__init__.py", "gazepatch/training/records.py", "gazepatch/training/settings.py"]
 # What measures needs torch anyway.
 PACKAGES = [path for name in ("artefact", "hub") for path in sorted((ROOT / "gazepatch" / name).glob("*.py"))]

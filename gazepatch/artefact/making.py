@@ -24,6 +24,7 @@ from gazepatch.artefact.manifest import CARD_NAME, FILE_NAME, LORA_NAME, Manifes
 from gazepatch.config import GazeConfig
 from gazepatch.context import TOKENS_NAME, with_context_tokens, write_context_tokens
 from gazepatch.errors import ArtefactError
+from gazepatch.files import replace_file
 from gazepatch.layers import gaze_layers
 from gazepatch.registry import adapter_for
 
@@ -183,7 +184,6 @@ def _write(
 
 
 def _write_manifest(folder: Path, manifest: Manifest, licence: Mapping[str, Any]) -> None:
-    for name, text in ((FILE_NAME, manifest.to_json()), (CARD_NAME, card_of(manifest, licence))):
-        new = folder / f".{name}.new"
-        new.write_text(text, encoding="utf-8")
-        os.replace(new, folder / name)
+    text, card = manifest.to_json(), card_of(manifest, licence)
+    replace_file(folder / FILE_NAME, text)
+    replace_file(folder / CARD_NAME, card)

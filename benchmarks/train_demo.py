@@ -1,6 +1,6 @@
 """What training brings on the demo's model: agreement with dense before and after, on pages that it was not trained on.
 
-    python benchmarks/train_demo.py DIR
+    python benchmarks/train_demo.py DIR [--json]
 
 Builds the demo's checkpoint, prints bulletins with invented names and numbers, trains on questions about them, and
 measures how often the most likely next token is that of dense attention along the right answers about other bulletins.
@@ -10,14 +10,12 @@ Interrupted, the same command goes on with the training; `training_cpu_s` then c
 from __future__ import annotations
 
 import argparse
-import json
 import random
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
+from gap import Gap, write_conversations
 
 import gazepatch
 from gazepatch.demo.checkpoint import SIDE, build
@@ -147,7 +145,7 @@ def write_records(folder: Path, name: str, processor: Any, pages: int, questions
     rng, encode = random.Random(seed), processor.tokenizer.encode
     (blank,) = encode("\n", add_special_tokens=False)
     (folder / name).mkdir(parents=True, exist_ok=True)
-    lines = []
+    records = []
     for number in range(pages):
         text, pairs = bulletin(rng, questions)
         page = encode(text, add_special_tokens=False)[: SIDE * SIDE]
@@ -156,16 +154,8 @@ def write_records(folder: Path, name: str, processor: Any, pages: int, questions
         for turn, (question, answer) in enumerate(pairs):
             messages.append({"role": "user", "content": question if turn else TASK + question})
             messages.append({"role": "assistant", "content": answer})
-        lines.append(json.dumps({"messages": messages, "images": [f"{name}/{number}.png"]}))
-    path = folder / f"{name}.jsonl"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
-def measure(model: Any, processor: Any, data: Path) -> dict[str, float]:
-    """Agreement of a patched model with the same model dense, per token of the answers."""
-    (score,) = gazepatch.evaluate(model, processor, data)
-    return {"agreement": score.agreement, "divergence": score.divergence, "tokens": score.tokens}
+        records.append({"messages": messages, "images": [f"{name}/{number}.png"]})
+    return write_conversations(folder, name, records)
 
 
 def main() -> None:
@@ -183,6 +173,7 @@ def main() -> None:
     parser.add_argument("--schedule", type=float, default=0.25)
     parser.add_argument("--trainable", default="context")
     parser.add_argument("--out", default="artefact", help="name of the artefact's folder inside DIR")
+    parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     base = args.folder / "reader"
     if not (base / "processor_config.json").is_file():
@@ -194,34 +185,24 @@ def main() -> None:
     config = gazepatch.GazeConfig.paper(
         region=(1, 16, 1), window=(1, 4, 1), budget=args.budget, context_tokens=args.context_tokens
     )
-    figures: dict[str, Any] = {"pages": args.pages, "held_out": args.held_out, "threads": torch.get_num_threads()}
-    model = transformers.AutoModelForImageTextToText.from_pretrained(base)
-    settings = config.to_dict() | {"context_tokens": 0}
-    with gazepatch.patched(model, gazepatch.GazeConfig.from_dict(settings)):
-        figures["untrained, no context tokens"] = measure(model, processor, held_out)
-    with gazepatch.patched(model, config, context_tokens=gazepatch.initial_context_tokens(model, args.context_tokens)):
-        figures["untrained context tokens"] = measure(model, processor, held_out)
-    print(json.dumps(figures, indent=2), flush=True)  # kept, should the training be interrupted
-    began, cpu = time.perf_counter(), time.process_time()
-    out = gazepatch.train(
-        base,
-        data,
-        args.folder / args.out,
-        config=config,
-        trainable=args.trainable,
-        batch_size=args.batch_size,
-        epochs=args.epochs,
-        learning_rate=args.learning_rate,
-        schedule=args.schedule,
-        save_every=4,
-        log_every=4,
-        force=True,
-    )
-    figures["training_s"], figures["training_cpu_s"] = time.perf_counter() - began, time.process_time() - cpu
-    figures["trained"] = measure(gazepatch.load(out), processor, held_out)
-    before, after = figures["untrained, no context tokens"]["agreement"], figures["trained"]["agreement"]
-    figures["share_of_gap_closed"] = (after - before) / (1 - before)
-    print(json.dumps(figures, indent=2))
+    gap = Gap(args, processor, held_out)
+    gap.measure_untrained(transformers.AutoModelForImageTextToText.from_pretrained(base), config)
+    with gap.training():
+        out = gazepatch.train(
+            base,
+            data,
+            args.folder / args.out,
+            config=config,
+            trainable=args.trainable,
+            batch_size=args.batch_size,
+            epochs=args.epochs,
+            learning_rate=args.learning_rate,
+            schedule=args.schedule,
+            save_every=4,
+            log_every=4,
+            force=True,
+        )
+    gap.close(gazepatch.load(out))
 
 
 if __name__ == "__main__":

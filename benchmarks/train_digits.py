@@ -10,16 +10,12 @@ Few regions lose the questions that need the whole board, so training asks more 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
-import time
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
-from timing import machine
+from gap import Gap, write_conversations
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import gazepatch
@@ -41,7 +37,7 @@ def write_records(
     """Boards as images, and a file of conversations about them."""
     generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
     (folder / name).mkdir(parents=True, exist_ok=True)
-    lines = []
+    records = []
     for first in range(0, count, 100):
         scene = boards.draw(BOARD, source, min(100, count - first), 1, generator)
         for row, pixels in enumerate(scene.pixels[:, 0]):
@@ -52,10 +48,8 @@ def write_records(
                 messages.append({"role": "user", "content": " ".join([*question.words, "="])})
                 messages.append({"role": "assistant", "content": " ".join(question.answer)})
             messages[0]["content"] = "<image>" + messages[0]["content"]
-            lines.append(json.dumps({"messages": messages, "images": [path]}))
-    path = folder / f"{name}.jsonl"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+            records.append({"messages": messages, "images": [path]})
+    return write_conversations(folder, name, records)
 
 
 def main() -> None:
@@ -80,40 +74,18 @@ def main() -> None:
     data = write_records(args.folder, "boards", train, TRAINING, args.boards, seed=1)
     held_out = write_records(args.folder, "held-out", test, HELD_OUT, args.held_out, seed=2)
     cell = BOARD.cell_tokens
-    settings = {"region": (cell, cell, 1), "budget": args.budget}
-    figures: dict[str, Any] = {name: value for name, value in vars(args).items() if name not in ("folder", "json")}
-
-    def measure(name: str, model: Any) -> float:
-        (score,) = gazepatch.evaluate(model, processor, held_out)
-        figures[name] = asdict(score)
-        if not args.json:
-            print(f"{name:28s} {asdict(score)}", flush=True)
-        return score.agreement
-
-    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32).eval()
-    with gazepatch.patched(model, gazepatch.GazeConfig.paper(**settings, context_tokens=0)):
-        before = measure("untrained", model)
-    config = gazepatch.GazeConfig.paper(**settings, context_tokens=args.context_tokens)
-    with gazepatch.patched(model, config, context_tokens=gazepatch.initial_context_tokens(model, args.context_tokens)):
-        measure("untrained context tokens", model)
+    config = gazepatch.GazeConfig.paper(region=(cell, cell, 1), budget=args.budget, context_tokens=args.context_tokens)
+    gap = Gap(args, processor, held_out)
+    gap.measure_untrained(AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32).eval(), config)
     names = ("trainable", "batch_size", "learning_rate", "context_learning_rate", "schedule", "lora_rank")
     training = {name: getattr(args, name) for name in names}
     if args.trainable == "context":
         training["learning_rate"] = training.pop("context_learning_rate")
-    began = time.perf_counter(), time.process_time()
-    out = gazepatch.train(
-        base, data, args.folder / "artefact", config=config, epochs=1.0, log_every=10, force=True, **training
-    )
-    figures["training_s"] = time.perf_counter() - began[0]
-    figures["training_cpu_s"] = time.process_time() - began[1]
-    after = measure("trained", gazepatch.load(out, dtype=torch.float32).eval())
-    figures["share_of_gap_closed"] = (after - before) / (1 - before)
-    if args.json:
-        print(json.dumps(figures | {"machine": machine()}, indent=2))
-    else:
-        seconds, cpu = figures["training_s"], figures["training_cpu_s"]
-        print(f"{seconds:.0f} s of training, {cpu:.0f} s of CPU, close {figures['share_of_gap_closed']:.0%} of the gap")
-        print(machine())
+    with gap.training():
+        out = gazepatch.train(
+            base, data, args.folder / "artefact", config=config, epochs=1.0, log_every=10, force=True, **training
+        )
+    gap.close(gazepatch.load(out, dtype=torch.float32).eval())
 
 
 if __name__ == "__main__":

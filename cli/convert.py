@@ -78,10 +78,10 @@ def command(
 def _measured(folder: Path) -> dict[str, Any]:
     """What was measured on the test image, also written into the artefact. A promise that is not kept is an error."""
     import gazepatch
-    from gazepatch.artefact import record_fidelity
+    from gazepatch.artefact.fidelity import checks_of, measure_fidelity
+    from gazepatch.artefact.making import record_fidelity
     from gazepatch.cli.opening import open_model, prompt_inputs
     from gazepatch.cli.sample import PROMPT, SIDE_PX, sample_image
-    from gazepatch.fidelity import checks_of, measure_fidelity
 
     patched, processor = open_model(str(folder))
     inputs = prompt_inputs(patched, processor, [sample_image()], PROMPT)

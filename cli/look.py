@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from pathlib import Path
 
 import click
@@ -40,6 +38,7 @@ def command(
     import gazepatch
     from gazepatch.answering import answer
     from gazepatch.cli.opening import open_model, prompt_inputs
+    from gazepatch.files import replace_file
     from gazepatch.viewer import answer_trace, render
 
     out = PAGE if out is None and not as_json else out
@@ -53,18 +52,9 @@ def command(
         given = answer(patched, processor.tokenizer, inputs, max_new_tokens=max_new_tokens, show=show)
     traced = {"model": model, "prompt": prompt, **answer_trace(given, trace, processor.tokenizer)}
     if out is not None:
-        _write(out, render(traced, pictures, getattr(processor, "image_processor", None)))
+        replace_file(out, render(traced, pictures, getattr(processor, "image_processor", None)))
     if as_json:
         click.echo(json.dumps(traced))  # a line for each of so many numbers would be long to read
     else:
         share = "no" if given.read_share is None else f"{given.read_share:.1%} of the"
         click.echo(f"\n[{share} visual entries read: {out}]")
-
-
-def _write(path: Path, text: str) -> None:
-    new = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        new.write_text(text, encoding="utf-8")
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)

@@ -14,8 +14,8 @@ def open_model(source: str) -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     import gazepatch
-    from gazepatch.loading import artefact_folder, base_config, base_of, is_artefact
-    from gazepatch.manifest import read
+    from gazepatch.artefact.finding import artefact_folder, base_config, base_of, is_artefact
+    from gazepatch.artefact.manifest import read
 
     transformers.utils.logging.set_verbosity_error()  # hints about settings that nobody here has chosen
     if is_artefact(source):

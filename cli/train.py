@@ -47,7 +47,7 @@ def command(
     import transformers
 
     import gazepatch
-    from gazepatch.manifest import read
+    from gazepatch.artefact.manifest import read
 
     transformers.utils.logging.set_verbosity_error()  # hints about settings that nobody here has chosen
     folder = gazepatch.train(

@@ -11,8 +11,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gazepatch.artefact import convert as convert
-    from gazepatch.artefact import save as save
+    from gazepatch.artefact.loading import load as load
+    from gazepatch.artefact.making import convert as convert
+    from gazepatch.artefact.making import save as save
+    from gazepatch.artefact.pushing import push as push
     from gazepatch.bench import bench as bench
     from gazepatch.config import GazeConfig as GazeConfig
     from gazepatch.context import initial_context_tokens as initial_context_tokens
@@ -25,9 +27,7 @@ if TYPE_CHECKING:
     from gazepatch.errors import TrainingError as TrainingError
     from gazepatch.errors import UnsupportedModelError as UnsupportedModelError
     from gazepatch.evaluation import evaluate as evaluate
-    from gazepatch.hub import push as push
     from gazepatch.inspection import inspect as inspect
-    from gazepatch.loading import load as load
     from gazepatch.patch import apply as apply
     from gazepatch.patch import context_tokens_of as context_tokens_of
     from gazepatch.patch import dense as dense
@@ -57,17 +57,17 @@ _MODULE_OF = {
     "apply": "patch",
     "bench": "bench",
     "context_tokens_of": "patch",
-    "convert": "artefact",
+    "convert": "artefact.making",
     "dense": "patch",
     "evaluate": "evaluation",
     "initial_context_tokens": "context",
     "inspect": "inspection",
     "is_patched": "patch",
-    "load": "loading",
+    "load": "artefact.loading",
     "patched": "patch",
-    "push": "hub",
+    "push": "artefact.pushing",
     "restore": "patch",
-    "save": "artefact",
+    "save": "artefact.making",
     "set_budget": "patch",
     "stats": "patch",
     "trace": "patch",

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from gazepatch.config import GazeConfig
 from gazepatch.errors import ArtefactError, ConfigError
-from gazepatch.manifest import TOKENS_NAME as FILE_NAME
+from gazepatch.files import replace_file
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+#: Of the file that holds them.
+TOKENS_NAME = "context_tokens.safetensors"
 
 TENSOR = "context_tokens"
 FORMAT = "1"
@@ -37,6 +37,8 @@ def initial_context_tokens(model: Any, count: int, *, seed: int = 0) -> Tensor:
     Raises:
         ConfigError: `count` is not a positive integer.
     """
+    import torch
+
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ConfigError(f"count must be an integer of at least 1, got {count!r}")
     words = model.get_input_embeddings()
@@ -55,9 +57,11 @@ def checked(tokens: Any, hidden_size: int, name: str = "context_tokens") -> Tens
     Raises:
         ConfigError: They are anything else.
     """
+    import torch
+
     if not torch.is_tensor(tokens):
         raise ConfigError(
-            f"{name} must be a tensor [M, {hidden_size}] or the path of a {FILE_NAME}, got {type(tokens).__name__}; "
+            f"{name} must be a tensor [M, {hidden_size}] or the path of a {TOKENS_NAME}, got {type(tokens).__name__}; "
             "untrained ones to start from: gazepatch.initial_context_tokens(model, count)"
         )
     if tokens.dim() != 2 or tokens.shape[1] != hidden_size or not len(tokens):
@@ -75,10 +79,12 @@ def read_context_tokens(path: str | Path, model_type: str, hidden_size: int) -> 
     Raises:
         ArtefactError: There is no such file, or it is damaged, or made for another model.
     """
+    from safetensors import SafetensorError, safe_open
+
     path = Path(path)
-    path = path / FILE_NAME if path.is_dir() else path
+    path = path / TOKENS_NAME if path.is_dir() else path
     if not path.is_file():
-        raise ArtefactError(f"expected a file {FILE_NAME}, got nothing at {path}")
+        raise ArtefactError(f"expected a file {TOKENS_NAME}, got nothing at {path}")
     if (size := path.stat().st_size) > MAX_BYTES:
         raise ArtefactError(f"{path} has {size} bytes, context tokens have at most {MAX_BYTES}: this is another file")
     try:
@@ -125,15 +131,16 @@ def with_context_tokens(
 
 def write_context_tokens(path: str | Path, tokens: Tensor, model_type: str) -> None:
     """Write `[M, hidden]` context tokens; the file appears complete or not at all."""
-    path = Path(path)
-    new = path.with_name(f".{path.name}.new")
+    from safetensors.torch import save
+
     data = save({TENSOR: tokens.detach().cpu().contiguous()}, metadata=_metadata(model_type, tokens.shape[1]))
-    new.write_bytes(data)  # save_file would make a file that nobody else may read
-    os.replace(new, path)
+    replace_file(Path(path), data)  # save_file would make a file that nobody else may read
 
 
 def parameter(tokens: Tensor, decoder: nn.Module) -> nn.Parameter:
     """A copy of the tokens as a parameter of the decoder's dtype and device, or `tokens` if they are one already."""
+    from torch import nn
+
     if isinstance(tokens, nn.Parameter):
         return tokens
     table = decoder.get_input_embeddings().weight  # type: ignore[operator]

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from gazepatch.adapters.base import Adapter
+from gazepatch.artefact.finding import artefact_folder, base_config, base_of, is_artefact
+from gazepatch.artefact.manifest import read
 from gazepatch.backend import choose
 from gazepatch.config import GazeConfig
 from gazepatch.errors import GazeError
 from gazepatch.forward import MODALITIES
 from gazepatch.layout import Span
-from gazepatch.loading import artefact_folder, base_config, base_of, is_artefact
-from gazepatch.manifest import read
 from gazepatch.patch import is_patched, patch_of, root_model
 from gazepatch.registry import adapter_for
 
@@ -61,7 +61,8 @@ def inspect(model: nn.Module | str | Path, inputs: Mapping[str, Any] | None = No
 
     Raises:
         UnsupportedModelError: The architecture has no adapter.
-        ArtefactError: There is neither a model nor an intact artefact of that name.
+        ArtefactError: The folder holds neither a model nor an intact artefact.
+        HubError: There is no such folder, and the Hub does not give it.
         GazeError: Inputs were given with a path.
     """
     if isinstance(model, nn.Module):

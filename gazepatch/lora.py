@@ -1,4 +1,4 @@
-"""LoRA adapters of a model's text decoder, by way of PEFT: put on, saved beside an artefact, loaded with it."""
+"""LoRA adapters of a model's text decoder, by way of PEFT: put on, saved, loaded, left out for a while."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 from torch import nn
 
 from gazepatch.errors import ArtefactError, TrainingError
-from gazepatch.manifest import LORA_NAME
 
 
 def require_peft() -> None:
@@ -42,32 +41,29 @@ def has_lora(model: Any) -> bool:
 
 
 def save_lora(model: Any, folder: Path) -> None:
-    """Write the adapters into an artefact's folder."""
-    model.save_pretrained(folder / LORA_NAME)
+    """Write the adapters into a folder of their own."""
+    model.save_pretrained(folder)
 
 
 def load_lora(model: Any, folder: Path) -> None:
-    """Load the adapters of an artefact's folder into its base model, if it has any.
+    """Load adapters into their base model from the folder that `save_lora` wrote.
 
     Raises:
         ArtefactError: PEFT is not installed, or the adapters are damaged, or not all of this model.
     """
-    path = folder / LORA_NAME
-    if not path.exists():
-        return
     if find_spec("peft") is None:
-        raise ArtefactError(f"{path} holds LoRA adapters, which need the package peft: pip install peft")
+        raise ArtefactError(f"{folder} holds LoRA adapters, which need the package peft: pip install peft")
     try:
-        found = model.load_adapter(str(path))
+        found = model.load_adapter(str(folder))
     except Exception as error:  # of PEFT, safetensors and transformers
         raise ArtefactError(
-            f"{path} must hold adapters of PEFT for this model: {' '.join(str(error).split())}; get it again"
+            f"{folder} must hold adapters of PEFT for this model: {' '.join(str(error).split())}; get it again"
         ) from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := getattr(found, what):  # which transformers only warns of
             raise ArtefactError(
-                f"{path} must fit the model's layers key by key, got {len(keys)} {what.replace('_', ' ')}, among them "
-                f"{min(map(str, keys))}; get it again, or load it with the versions that made it"
+                f"{folder} must fit the model's layers key by key, got {len(keys)} {what.replace('_', ' ')}, among "
+                f"them {min(map(str, keys))}; get it again, or load it with the versions that made it"
             )
 
 

@@ -14,11 +14,11 @@ from PIL import Image
 from tiny_reader import write_reader
 
 import gazepatch
+from gazepatch.artefact.manifest import read
 from gazepatch.cli import main
 from gazepatch.cli.group import COMMANDS
 from gazepatch.config import GazeConfig
 from gazepatch.context import write_context_tokens
-from gazepatch.manifest import read
 from gazepatch.registry import MODULES
 
 

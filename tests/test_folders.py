@@ -13,8 +13,8 @@ import pytest
 from tiny import tiny
 
 import gazepatch
-from gazepatch.checkpoint import checkpoint_files, copy_files
-from gazepatch.folders import complete_folder, recover
+from gazepatch.artefact.checkpoint import checkpoint_files, copy_files
+from gazepatch.artefact.folders import complete_folder, recover
 
 unix = pytest.mark.skipif(sys.platform == "win32", reason="no kill -9, no locks of folders")
 
@@ -22,8 +22,8 @@ unix = pytest.mark.skipif(sys.platform == "win32", reason="no kill -9, no locks 
 COPY = """
 import sys, time
 from pathlib import Path
-from gazepatch import checkpoint
-from gazepatch.folders import complete_folder
+from gazepatch.artefact import checkpoint
+from gazepatch.artefact.folders import complete_folder
 checkpoint._CHUNK_BYTES = 1 << 12
 base, out = map(Path, sys.argv[1:])
 def slowly(done, total):

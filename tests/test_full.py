@@ -19,8 +19,8 @@ from tiny_reader import write_reader
 
 import gazepatch
 from gazepatch import ArtefactError, GazeConfig
-from gazepatch import checkpoint as checkpoints
-from gazepatch.manifest import read
+from gazepatch.artefact import checkpoint as checkpoints
+from gazepatch.artefact.manifest import read
 
 SETTINGS = GazeConfig(region=(4, 4, 1), window=None, budget=0.5, min_visual_tokens=0, prefill="gaze")
 
@@ -278,8 +278,8 @@ def test_a_base_on_the_hub_is_named_in_the_metadata() -> None:
 
     from huggingface_hub import ModelCard
 
-    from gazepatch.card import card_of
-    from gazepatch.manifest import Manifest
+    from gazepatch.artefact.card import card_of
+    from gazepatch.artefact.manifest import Manifest
 
     manifest = Manifest.of(tiny("llava").model.config, SETTINGS, "some-org/model")
     for full, relation in ((False, "adapter"), (True, "finetune")):

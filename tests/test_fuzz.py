@@ -18,9 +18,9 @@ from tiny import tiny
 
 import gazepatch
 from gazepatch import GazeConfig, GazeError
+from gazepatch.artefact.contents import read_artefact
+from gazepatch.artefact.manifest import Manifest
 from gazepatch.context import read_context_tokens
-from gazepatch.loading import read_artefact
-from gazepatch.manifest import Manifest
 from gazepatch.verification import fingerprint
 
 SETTINGS = GazeConfig(region=(4, 4, 1), window=None, budget=0.5, min_visual_tokens=0)

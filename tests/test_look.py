@@ -118,11 +118,11 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(
 ) -> None:
     (tmp_path / "look.html").write_text("old")
 
-    def full(self: Path, text: str, encoding: str) -> None:
-        self.write_bytes(text[:10].encode())
+    def full(self: Path, data: bytes) -> None:
+        self.write_text(data[:10].decode())
         raise OSError("no space left")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     result = look(artefact, page, "this", "--max-new-tokens", 2, "-o", tmp_path / "look.html")
     assert result.exit_code == 1 and "no space left" in result.stderr
     assert (tmp_path / "look.html").read_text() == "old"

@@ -6,12 +6,12 @@ A checkpoint counts when its last file is there: whenever the training is killed
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from gazepatch.errors import TrainingError
+from gazepatch.files import replace_file
 
 RUN_NAME = "run.json"
 MARK_NAME = "complete"
@@ -41,9 +41,7 @@ class Work:
             self._compare(path)
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
-            new = path.with_name(f".{RUN_NAME}.{os.getpid()}")
-            new.write_text(json.dumps(self.run, indent=2), encoding="utf-8")
-            os.replace(new, path)
+            replace_file(path, json.dumps(self.run, indent=2))
         whole = [folder for folder in self._checkpoints() if (folder / MARK_NAME).is_file()]
         return whole[-1] if whole else None
 

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback, TrainingArguments, set_seed
 
-from gazepatch.artefact import save
+from gazepatch.artefact.finding import base_config
+from gazepatch.artefact.folders import check_output
+from gazepatch.artefact.making import save
 from gazepatch.config import GazeConfig
 from gazepatch.context import initial_context_tokens
 from gazepatch.errors import ConfigError, TrainingError
-from gazepatch.folders import check_output
 from gazepatch.layers import gaze_layers
-from gazepatch.loading import base_config
 from gazepatch.lora import require_peft
 from gazepatch.patch import apply, set_budget
 from gazepatch.registry import adapter_for

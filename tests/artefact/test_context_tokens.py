@@ -17,8 +17,8 @@ from tiny import tiny
 import gazepatch
 from artefact.conftest import SETTINGS
 from gazepatch import ArtefactError, ConfigError, GazeConfig
+from gazepatch.artefact.manifest import read
 from gazepatch.context import MAX_BYTES, write_context_tokens
-from gazepatch.manifest import read
 from gazepatch.verification import fingerprint
 
 

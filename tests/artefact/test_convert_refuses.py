@@ -10,8 +10,8 @@ import pytest
 import gazepatch
 from artefact.conftest import SETTINGS
 from gazepatch import ArtefactError, ConfigError, GazeConfig, HubError, UnsupportedModelError
-from gazepatch import artefact as artefacts
-from gazepatch.manifest import read
+from gazepatch.artefact import making
+from gazepatch.artefact.manifest import read
 
 
 @pytest.mark.parametrize("model_type", ["llama", "bert", "never_heard_of"])
@@ -91,7 +91,7 @@ def test_interrupted_writing_leaves_nothing(
     def interrupted(*_: object) -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(artefacts, "card_of", interrupted)
+    monkeypatch.setattr(making, "card_of", interrupted)
     with pytest.raises(KeyboardInterrupt):
         gazepatch.convert(base, out, force=force)
     assert [path.name for path in tmp_path.iterdir()] == (["gaze"] if force else [])

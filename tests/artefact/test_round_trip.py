@@ -11,12 +11,13 @@ import pytest
 import torch
 import transformers
 import yaml
+from loaded import assert_gazes_like
 from tiny import tiny
 
 import gazepatch
 from artefact.conftest import SETTINGS
 from gazepatch import ArtefactError, PatchError
-from gazepatch.manifest import FORMAT_VERSION, read
+from gazepatch.artefact.manifest import FORMAT_VERSION, read
 from gazepatch.registry import MODULES
 
 # One artefact of every format version, loaded for ever.
@@ -26,12 +27,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 def test_convert_then_load(base: Path, artefact: Path) -> None:
     case = tiny("llava")
     model = gazepatch.load(artefact)
-    assert gazepatch.inspect(model).settings == SETTINGS
-    with gazepatch.patched(case.model, SETTINGS):
-        expected = case.model.generate(**case.inputs, max_new_tokens=6, do_sample=False)
-        share = gazepatch.stats(case.model).read_share
-    assert torch.equal(model.generate(**case.inputs, max_new_tokens=6, do_sample=False), expected)
-    assert gazepatch.stats(model).read_share == share < 1
+    assert_gazes_like(case, model, SETTINGS)
     gazepatch.restore(model)
     dense = case.model(**case.inputs).logits
     assert torch.equal(model(**case.inputs).logits, dense)

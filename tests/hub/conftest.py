@@ -14,8 +14,8 @@ from tiny import tiny
 
 import gazepatch
 from gazepatch import GazeConfig
-from gazepatch.card import card_of
-from gazepatch.manifest import read
+from gazepatch.artefact.card import card_of
+from gazepatch.artefact.manifest import read
 from hub.server import client_uses, running
 from hub.state import Hub, Repo
 

@@ -128,7 +128,7 @@ def test_tokens(hub: Hub, artefact: Path, token: Any, message: str) -> None:
 
 
 def test_a_namespace_of_others(hub: Hub, artefact: Path) -> None:
-    with pytest.raises(HubError, match="must not do that with others/x: take one with the right to write"):
+    with pytest.raises(HubError, match="must not do that with others/x: take one with the rights for it"):
         gazepatch.push(artefact, "others/x")
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-import torch
+from loaded import assert_gazes_like
 from tiny import tiny
 
 import gazepatch
 from gazepatch import ArtefactError, ConfigError, HubError
-from gazepatch.fetching import fetch
+from gazepatch.hub.fetching import fetch
 from hub.conftest import BASE, REPO, SETTINGS, files_in
 from hub.server import client_uses
 from hub.state import Hub
@@ -115,14 +115,7 @@ def test_a_download_that_breaks_off(hub: Hub, model_folder: Path) -> None:
 
 
 def test_convert_push_load(hub: Hub, tmp_path: Path) -> None:
-    case = tiny("llava")
     out = gazepatch.convert(BASE, tmp_path / "gaze", config=SETTINGS)
     assert hub.asked("cdn") == []
     gazepatch.push(out, REPO)
-    model = gazepatch.load(REPO)
-    assert gazepatch.inspect(model).settings == SETTINGS
-    with gazepatch.patched(case.model, SETTINGS):
-        expected = case.model.generate(**case.inputs, max_new_tokens=6, do_sample=False)
-        share = gazepatch.stats(case.model).read_share
-    assert torch.equal(model.generate(**case.inputs, max_new_tokens=6, do_sample=False), expected)
-    assert gazepatch.stats(model).read_share == share < 1
+    assert_gazes_like(tiny("llava"), gazepatch.load(REPO), SETTINGS)

@@ -13,7 +13,7 @@ from tiny import tiny
 
 import gazepatch
 from gazepatch import HubError
-from gazepatch.contents import contents_of
+from gazepatch.artefact.contents import contents_of
 from gazepatch.lora import add_lora
 from hub.conftest import BASE, REPO, SETTINGS, artefact_on, files_in
 from hub.state import Hub, Repo

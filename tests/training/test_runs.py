@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from talking import CONFIG, QUICK, TURNS, arguments, tokens_of, trained
 
 from gazepatch import GazeConfig, TrainingError
+from gazepatch.artefact.manifest import read
 from gazepatch.cli import main
-from gazepatch.manifest import read
 from gazepatch.training.checkpoints import Work
 from gazepatch.training.trainer import GazeTrainer
 

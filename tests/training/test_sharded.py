@@ -19,7 +19,7 @@ from talking import CONFIG, QUICK, TURNS, trained
 
 import gazepatch
 from gazepatch import ConfigError
-from gazepatch.manifest import read
+from gazepatch.artefact.manifest import read
 from gazepatch.training.sharded import fsdp_wanted
 
 pytest.importorskip("peft")

@@ -25,8 +25,8 @@ from gazepatch import (
     TrainConfig,
     TrainingError,
 )
+from gazepatch.artefact.manifest import read
 from gazepatch.demo.checkpoint import CHAT_TEMPLATE
-from gazepatch.manifest import read
 from gazepatch.patch import dense, patch_of, set_budget
 from gazepatch.training.records import read_records
 from gazepatch.training.schedule import Schedule

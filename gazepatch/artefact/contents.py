@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from gazepatch.checkpoint import CONFIG_NAME, TEMPLATES, checkpoint_files, is_checkpoint_file, key_layout
+from gazepatch.artefact.checkpoint import CONFIG_NAME, TEMPLATES, checkpoint_files, is_checkpoint_file, key_layout
+from gazepatch.artefact.manifest import CARD_NAME, FILE_NAME, LORA_NAME, Manifest, read
+from gazepatch.context import TOKENS_NAME, read_context_tokens
 from gazepatch.errors import ArtefactError
-from gazepatch.loading import read_artefact
-from gazepatch.manifest import CARD_NAME, FILE_NAME, LORA_NAME, TOKENS_NAME, Manifest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _LORA = {f"{LORA_NAME}/adapter_config.json", f"{LORA_NAME}/adapter_model.safetensors"}
 _LORA_EXTRA = f"{LORA_NAME}/generation_config.json"  # transformers saves it with them, nobody reads it
@@ -31,6 +35,16 @@ class Contents:
     left_out: tuple[str, ...]
 
 
+def read_artefact(folder: Path) -> tuple[Manifest, Tensor | None]:
+    """The manifest and the context tokens of an artefact folder, checked as far as they can be without the model.
+
+    Raises:
+        ArtefactError: Something is damaged, or does not belong to the rest.
+    """
+    manifest = read(folder)
+    return manifest, _tokens_of(folder, manifest)
+
+
 def contents_of(folder: Path) -> Contents:
     """Look through an artefact's folder, an adapter or a full checkpoint.
 
@@ -47,6 +61,21 @@ def contents_of(folder: Path) -> Contents:
 def may_be_replaced(path: str) -> bool:
     """Whether an artefact's file may have this name: one of an older artefact must not stay beside a new one."""
     return path in _ADAPTER or is_checkpoint_file(path)
+
+
+def _tokens_of(folder: Path, manifest: Manifest) -> Tensor | None:
+    """The context tokens of an artefact, as many as its settings say."""
+    expected, path = manifest.gaze.context_tokens, folder / TOKENS_NAME
+    if not expected and not path.exists():
+        return None
+    if not expected:
+        raise ArtefactError(
+            f"{path} is there, but {FILE_NAME} says context_tokens 0: one of them is not this artefact's"
+        )
+    tokens = read_context_tokens(path, manifest.model_type, manifest.hidden_size)
+    if len(tokens) != expected:
+        raise ArtefactError(f"{path} must hold {expected} context tokens, as {FILE_NAME} says, got {len(tokens)}")
+    return tokens
 
 
 def _contents_of(folder: Path, manifest: Manifest) -> Contents:

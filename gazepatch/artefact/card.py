@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gazepatch.fetching import is_repo_id
+from gazepatch.hub.fetching import is_repo_id
 
 if TYPE_CHECKING:
-    from gazepatch.manifest import Manifest
+    from gazepatch.artefact.manifest import Manifest
 
 _CARD = """\
 ---

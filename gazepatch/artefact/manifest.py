@@ -15,10 +15,9 @@ from gazepatch.errors import ArtefactError, ConfigError
 
 FORMAT_VERSION = 1
 
-# What an artefact's folder holds, beside the model's own files if it is a full one.
+# What an artefact's folder holds, beside context tokens, and the model's own files if it is a full one.
 FILE_NAME = "gaze_config.json"
 CARD_NAME = "README.md"
-TOKENS_NAME = "context_tokens.safetensors"
 LORA_NAME = "lora"
 
 # Settings that decide how an image becomes a grid of tokens, under the names transformers gives them.

@@ -51,7 +51,10 @@ def _explained(error: BaseException, repo: str, said: str) -> str | None:
 
     why = error.__cause__ or error.__context__
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(why, (errors.OfflineModeIsEnabled, type(None))):
-        return f"the Hub must not be asked (HF_HUB_OFFLINE or local_files_only), and the cache does not hold {repo}"
+        return (
+            "the Hub must not be asked (HF_HUB_OFFLINE or local_files_only), and the cache does not hold it: let it "
+            "be asked"
+        )
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "the Hub must not be asked: HF_HUB_OFFLINE is set, unset it"
     if (status := getattr(getattr(error, "response", None), "status_code", None)) is not None:
@@ -79,7 +82,7 @@ def _refused(error: Any, status: int, repo: str, said: str) -> str:
     if status in _QUOTA_STATUSES or (status == 403 and any(word in said.lower() for word in _QUOTA_WORDS)):
         return f"the Hub has no room for it: {said}: remove what is not needed there, or ask for more"
     if status == 403:
-        return f"the token in use must not do that with {repo}: take one with the right to write there"
+        return f"the token in use must not do that with {repo}: take one with the rights for it"
     if status in (409, 412):
         return f"{repo} was changed by somebody else meanwhile, or is in use: {said}"
     if status == 429:

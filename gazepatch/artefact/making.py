@@ -8,14 +8,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gazepatch.card import card_of, licence_of
-from gazepatch.checkpoint import Progress, add_to_config, checkpoint_files, copy_files, key_layout, known_layout
+from gazepatch.artefact.card import card_of, licence_of
+from gazepatch.artefact.checkpoint import (
+    Progress,
+    add_to_config,
+    checkpoint_files,
+    copy_files,
+    key_layout,
+    known_layout,
+)
+from gazepatch.artefact.contents import read_artefact
+from gazepatch.artefact.finding import base_config, local_checkpoint
+from gazepatch.artefact.folders import check_output, complete_folder
+from gazepatch.artefact.manifest import CARD_NAME, FILE_NAME, LORA_NAME, Manifest, processor_geometry
 from gazepatch.config import GazeConfig
+from gazepatch.context import TOKENS_NAME, with_context_tokens, write_context_tokens
 from gazepatch.errors import ArtefactError
-from gazepatch.folders import check_output, complete_folder
+from gazepatch.files import replace_file
 from gazepatch.layers import gaze_layers
-from gazepatch.loading import base_config, local_checkpoint, read_artefact
-from gazepatch.manifest import CARD_NAME, FILE_NAME, TOKENS_NAME, Manifest, processor_geometry
 from gazepatch.registry import adapter_for
 
 if TYPE_CHECKING:
@@ -57,8 +67,6 @@ def convert(
         ArtefactError: `source` is not a model, the context tokens are not for it, or `out` cannot be written.
         ConfigError: Arguments that do not go together.
     """
-    from gazepatch.context import with_context_tokens
-
     model_config = base_config(source, revision=revision)
     adapter = adapter_for(model_config.model_type)
     hidden_size = adapter.text_config(model_config).hidden_size
@@ -132,7 +140,7 @@ def save(
 
     def own_files(folder: Path) -> None:
         if has_lora(root):
-            save_lora(root, folder)
+            save_lora(root, folder / LORA_NAME)
         for part in (root, processor) if full else ():
             if part is not None:
                 part.save_pretrained(folder)
@@ -161,8 +169,6 @@ def _write(
     own_files: Callable[[Path], None] | None = None,
     licence: Mapping[str, Any] | None = None,
 ) -> Path:
-    from gazepatch.context import write_context_tokens
-
     with complete_folder(out) as folder:
         if own_files is not None:
             own_files(folder)
@@ -178,7 +184,6 @@ def _write(
 
 
 def _write_manifest(folder: Path, manifest: Manifest, licence: Mapping[str, Any]) -> None:
-    for name, text in ((FILE_NAME, manifest.to_json()), (CARD_NAME, card_of(manifest, licence))):
-        new = folder / f".{name}.new"
-        new.write_text(text, encoding="utf-8")
-        os.replace(new, folder / name)
+    text, card = manifest.to_json(), card_of(manifest, licence)
+    replace_file(folder / FILE_NAME, text)
+    replace_file(folder / CARD_NAME, card)

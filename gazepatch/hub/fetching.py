@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gazepatch.errors import ArtefactError, ConfigError, HubError
-from gazepatch.hub_failures import hub_failures
+from gazepatch.hub.failures import hub_failures
 
 
 class Fetched(NamedTuple):

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from gazepatch.artefact.manifest import FILE_NAME
 from gazepatch.errors import ArtefactError
-from gazepatch.manifest import FILE_NAME
 
 
 def check_output(out: Path, source: Path | None, force: bool) -> None:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gazepatch.contents import Contents, contents_of, may_be_replaced
+from gazepatch.artefact.contents import Contents, contents_of, may_be_replaced
+from gazepatch.artefact.manifest import FILE_NAME
 from gazepatch.errors import ArtefactError, ConfigError, HubError
-from gazepatch.fetching import is_repo_id
-from gazepatch.hub_failures import hub_failures
-from gazepatch.manifest import FILE_NAME
+from gazepatch.hub.failures import hub_failures
+from gazepatch.hub.fetching import is_repo_id
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi

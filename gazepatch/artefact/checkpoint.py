@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gazepatch.errors import ArtefactError
+from gazepatch.files import replace_file
 
 CONFIG_NAME = "config.json"
 WEIGHTS_SUFFIX = ".safetensors"
@@ -169,9 +170,8 @@ def add_to_config(folder: Path, entries: Mapping[str, Any]) -> None:
     """Add entries to the `config.json` of a checkpoint; the file is replaced at once."""
     path = folder / CONFIG_NAME
     values = json.loads(path.read_text(encoding="utf-8"))
-    new = path.with_name(f".{CONFIG_NAME}.new")
-    new.write_text(json.dumps(values | dict(entries), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(new, path)  # never into the file itself, which may be a hard link to the source's
+    # Never into the file itself, which may be a hard link to the source's.
+    replace_file(path, json.dumps(values | dict(entries), indent=2, ensure_ascii=False) + "\n")
 
 
 def _linked(source: Path, target: Path) -> bool:

@@ -1,0 +1,1 @@
+"""Artefacts: folders that turn a base model into a gazing one, made, read, described and published."""

@@ -1,0 +1,66 @@
+"""Artefacts are loaded: checked against their base model, which is then patched."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gazepatch.artefact.checkpoint import CONFIG_NAME, known_layout
+from gazepatch.artefact.contents import read_artefact
+from gazepatch.artefact.finding import artefact_folder, base_config, base_of
+from gazepatch.artefact.manifest import FILE_NAME, LORA_NAME, processor_geometry
+from gazepatch.errors import ArtefactError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Arguments of from_pretrained that say how the Hub is reached: they hold for the artefact and for its base model.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
+
+
+def load(
+    path_or_repo: str | Path,
+    *,
+    base: str | Path | None = None,
+    revision: str | None = None,
+    **from_pretrained_kwargs: Any,
+) -> PreTrainedModel:
+    """Load the model of an artefact, its own or its base model, and patch it.
+
+    Args:
+        path_or_repo: Artefact folder, or Hub id of one.
+        base: Where to load the base model from instead of the place the artefact names.
+        revision: Commit, branch or tag of the artefact on the Hub. The base model has its own, in the artefact.
+        **from_pretrained_kwargs: Passed on to `AutoModelForImageTextToText.from_pretrained`.
+
+    Raises:
+        ArtefactError: The artefact is damaged, or does not fit the base model.
+        HubError: There is no such folder, and the Hub does not give it.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    from gazepatch.lora import load_lora
+    from gazepatch.patch import apply
+
+    hub = {name: from_pretrained_kwargs[name] for name in HUB_ARGUMENTS if name in from_pretrained_kwargs}
+    folder = artefact_folder(path_or_repo, revision, **hub)
+    manifest, tokens = read_artefact(folder)
+    source, at = base_of(manifest, folder, base)
+    # Before the weights, so that a wrong model costs no download.
+    manifest.check(config := base_config(source, revision=at, **hub))
+    if manifest.full and getattr(config, "gaze", None) != manifest.gaze.to_dict():
+        raise ArtefactError(
+            f"the settings in {folder / CONFIG_NAME} differ from those in {FILE_NAME}, which nothing but both tell "
+            "apart from a mixture of two artefacts: get it again"
+        )
+    layout = known_layout(Path(source)) if os.path.isdir(source) else None
+    manifest.check_files(processor_geometry(source, revision=at, **hub), layout)
+    lora = folder / LORA_NAME
+    if (manifest.provenance or {}).get("trainable") == "lora" and not lora.is_dir():
+        raise ArtefactError(f"{folder} must hold the folder {LORA_NAME} that was trained with it: get it again")
+    model = AutoModelForImageTextToText.from_pretrained(source, revision=at, **from_pretrained_kwargs)
+    manifest.check(model.config)
+    if lora.exists():
+        load_lora(model, lora)
+    return apply(model, manifest.gaze, context_tokens=tokens)

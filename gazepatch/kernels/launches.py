@@ -56,9 +56,8 @@ def decode_launch(architecture: str, dim: int, bytes_per_element: int) -> Launch
 def prefill_launch(dim: int, value_dim: int, bytes_per_element: int) -> dict[str, int]:
     """Settings of the kernels for a prompt: small enough for the two accumulators of the gradients. UNMEASURED."""
     sizes = {"BLOCK_D": padded(dim), "BLOCK_V": padded(value_dim)}
-    row = max(sizes.values()) * bytes_per_element
-    block, warps = 32 if row <= 512 else 16, 4 if row <= 256 and bytes_per_element <= 2 else 8
-    return {"BLOCK_M": block, "BLOCK_N": block, "num_warps": warps, "num_stages": 2, **sizes}
+    block = 32 if bytes_per_element <= 2 and max(sizes.values()) <= 128 else 16
+    return {"BLOCK_M": block, "BLOCK_N": block, "num_warps": 4, "num_stages": 2, **sizes}
 
 
 def scored_regions(windows: int, dim: int, bytes_per_element: int) -> int:

@@ -1,4 +1,4 @@
-"""Every kernel once at odd sizes, for compute-sanitizer: `compute-sanitizer --tool memcheck python benchmarks/sanitize.py`.
+"""Every kernel once at odd sizes, for `compute-sanitizer --tool memcheck python benchmarks/sanitize.py`.
 
 A decode step of rows with different images, with periphery and without, by the mean of the heads and each for itself;
 a prompt with gaze, forward and backward, and the means of its windows. Small: each launch is checked access by access.

@@ -25,7 +25,7 @@ class Case(NamedTuple):
 
 
 class WrongError(Exception):
-    """The kernels do not agree with their twin: nothing else is worth timing."""
+    """What is to be timed does not compute what it should."""
 
 
 def check(setup: Setup) -> Iterator[Case]:

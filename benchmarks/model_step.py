@@ -16,7 +16,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from attention_tables import Case
+from attention_tables import Case, WrongError
 from attention_ways import BACKENDS, TRANSFORMERS
 from comparing import best
 from on_gpu import TEXT, first_line, free, graph_ms, lacking
@@ -164,7 +164,7 @@ def check(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
     with patched(model, GazeConfig(budget=0.1, min_visual_tokens=0)):
         differs = not torch.allclose(step_of(model, grid, 2)(), expected[0], atol=1e-6)
     if not error < 1e-3 or not differs:
-        raise SystemExit(f"a static step is wrong here: at full budget it differs by {error} from the dense one")
+        raise WrongError(f"a static step is wrong here: at full budget it differs by {error} from the dense one")
     return error
 
 
@@ -174,12 +174,19 @@ class Models:
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self._model: Any = None
+        self._wrong: WrongError | None = None
 
     @property
     def model(self) -> Any:
-        """Unpatched, with transformers' sdpa."""
+        """Unpatched, with transformers' sdpa. Raises WrongError, again and again, if `check` did."""
+        if self._wrong is not None:
+            raise self._wrong
         if self._model is None:
-            check(self.setup.device)
+            try:
+                check(self.setup.device)
+            except WrongError as error:
+                self._wrong = error.with_traceback(None)
+                raise
             free()
             self._model = model_of(self.setup.shape, self.setup.dtype, self.setup.device)
         return self._model

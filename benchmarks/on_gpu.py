@@ -21,6 +21,8 @@ from gazepatch.ops.decode import DecodePlan, Entries
 from gazepatch.regions import sort_chunk
 
 TEXT = 64  # other entries beside the visual ones
+#: About a millisecond, in which the host launches the largest of graphs.
+BUSY_CYCLES = 2_000_000
 
 
 class Layers:
@@ -89,7 +91,7 @@ def layers_needed(touched: int, held: int, device: torch.device, memory: float =
         return 2
     properties = torch.cuda.get_device_properties(device)
     wanted = -(-3 * int(properties.L2_cache_size) // touched)
-    return max(1, min(max(wanted, 2), int(memory * properties.total_memory) // held, 64))
+    return max(1, min(max(wanted, 2), int(memory * properties.total_memory) // held, 512))
 
 
 def captured(steps: Sequence[Callable[[], object]]) -> Callable[[], object]:
@@ -116,19 +118,24 @@ def graph_ms(steps: Sequence[Callable[[], object]], rounds: int = 25, seconds: f
     replay = captured(steps)
     if not torch.cuda.is_available():
         return elapsed_ms(replay) / len(steps)
-    warm = [elapsed_ms(replay) for _ in range(3)]
+    warm = [elapsed_ms(replay, queued=True) for _ in range(3)]
     rounds = max(min(rounds, 7), min(rounds, int(1e3 * seconds / max(min(warm), 1e-3))))
-    return statistics.median(elapsed_ms(replay) for _ in range(rounds)) / len(steps)
+    return statistics.median(elapsed_ms(replay, queued=True) for _ in range(rounds)) / len(steps)
 
 
-def elapsed_ms(call: Callable[[], object]) -> float:
-    """Milliseconds that a call keeps the GPU, from when it is free until it is again: the host's delays count."""
+def elapsed_ms(call: Callable[[], object], queued: bool = False) -> float:
+    """Milliseconds that a call keeps the GPU, from when it is free until it is again: the host's delays count.
+
+    Not so with `queued`: the GPU is kept busy until the host has handed it the call, so that only its own time counts.
+    """
     if not torch.cuda.is_available():
         began = time.perf_counter()
         call()
         return 1e3 * (time.perf_counter() - began)
-    torch.cuda.synchronize()
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    if queued:
+        torch.cuda._sleep(BUSY_CYCLES)
     start.record()
     call()
     stop.record()
@@ -137,9 +144,9 @@ def elapsed_ms(call: Callable[[], object]) -> float:
 
 
 def free() -> None:
-    """Give back all memory that nobody holds, cycles and the pools of graphs included."""
-    gc.collect()
+    """Give back all memory of the GPU that nobody holds, cycles and the pools of graphs included."""
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 

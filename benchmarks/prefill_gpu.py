@@ -107,7 +107,7 @@ def prefill(setup: Setup, models: Models) -> Iterator[Case]:
             features = torch.randn(images * setup.side**2, setup.shape.hidden, device=setup.device).to(setup.dtype)
             timed = setup.device.type == "cuda"
             try:
-                taken = rounds_of(model, inputs, features, *((15, 3) if timed else (1, 0)))
+                taken = rounds_of(model, inputs, features, *((11, 2) if timed else (1, 0)))
             finally:
                 free()
             return {"visual_tokens": images * setup.side**2, "images": images, **summarised(taken)}

@@ -48,8 +48,8 @@ RESULTS = Path(__file__).parent / "results"
 #: Exit status of a run that has rows left to measure.
 UNFINISHED = 3
 
-#: In the order of what they are worth to somebody whose time on the GPU is short. Seconds on an H100 are guesses: in
-#: all about 16 minutes, a third of which is compilers.
+#: In the order of what they are worth to somebody whose time on the GPU is short, with the seconds that they may take
+#: on an H100. Nobody has measured that: 16 minutes in all, a third of which is compilers.
 TABLES: dict[str, int] = {
     "check": 60,
     "triad": 5,
@@ -108,7 +108,8 @@ def measure(kept: Kept, setup: Setup, names: Iterable[str], seconds: float = flo
             if name == "check" and "error" in row:
                 raise SystemExit(f"the kernels are wrong here, nothing else is timed: {row}")
             _check_device(setup)
-        print(f"{name}: {time.perf_counter() - before:.0f} s", file=sys.stderr, flush=True)
+        took = f"{time.perf_counter() - before:.0f} s, about {TABLES[name]} were expected of all its rows"
+        print(f"{name}: {took}", file=sys.stderr, flush=True)
     return True
 
 

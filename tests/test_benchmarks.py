@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import types
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import attention_tables
 import comparing
 import decode_gpu
 import model_step
+import on_gpu
 import prefill_gpu
 import profiles
 import tune
@@ -31,9 +33,11 @@ from transformers import StaticCache
 from verdict import ATTENTION, FEWEST, MODEL, SELECTION, Value, judged, summary, verdict
 
 import gazepatch.kernels.tuned as tuned
+from gazepatch.kernels.launches import architecture, decode_launch
 from gazepatch.patch import patched
 
-CPU = torch.device("cpu")
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
 ROOT = Path(__file__).parents[1]
 H100, H200 = ({"gpu": name, "torch": "2.11"} for name in ("H100", "H200"))
 
@@ -211,7 +215,7 @@ def test_a_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return [good[0], attention_tables.Case({"n": "bad"}, fail), *good[1:]]
 
     monkeypatch.setattr(decode_gpu, "cases", cases)
-    setup = tiny(CPU)
+    setup = tiny(DEVICE)
     assert decode_gpu.measure(Kept(tmp_path, H100, "k"), setup, ["steps"], seconds=0.0) is False and asked == []
     kept = Kept(tmp_path, H100, "k")
     kept.add("steps", {"n": 1}, {"us": 7.0})
@@ -234,12 +238,12 @@ def test_tables_in_print() -> None:
 
 @pytest.mark.parametrize("name", ["check", "triad", "bandwidth", "dense", "model_step", "prefill", "profile"])
 def test_a_dry_run(name: str) -> None:
-    tables = decode_gpu.dry_run(CPU, [name])
+    tables = decode_gpu.dry_run(DEVICE, [name])
     assert tables[name] and not any("error" in row for row in tables[name])
 
 
 def test_a_static_step_is_that_of_the_model() -> None:
-    assert model_step.check(CPU) < 1e-3
+    assert model_step.check(DEVICE) < 1e-3
 
 
 class Stays(TorchDispatchMode):
@@ -256,7 +260,7 @@ class Stays(TorchDispatchMode):
 @pytest.mark.parametrize("side", ["dense", "without a mask", *WANTED, DEFAULTS, WHOLE])
 @torch.no_grad()
 def test_a_step_of_the_whole_model_can_be_captured(side: str) -> None:
-    model, grid = model_step.model_of(SMALL, torch.float32, CPU), (2, 12, 12)
+    model, grid = model_step.model_of(SMALL, torch.float32, DEVICE), (2, 12, 12)
     config = SETTINGS_OF_STEPS.get(side)
     cache, tokens = None, 0
     if config is not None:
@@ -276,7 +280,7 @@ def test_a_step_of_the_whole_model_can_be_captured(side: str) -> None:
 
 @torch.no_grad()
 def test_one_cache_at_a_time() -> None:
-    model, grid = model_step.model_of(SMALL, torch.float32, CPU), (1, 12, 12)
+    model, grid = model_step.model_of(SMALL, torch.float32, DEVICE), (1, 12, 12)
 
     def caches() -> int:
         return sum(type(each) is StaticCache for each in gc.get_objects())
@@ -293,16 +297,16 @@ def test_one_cache_at_a_time() -> None:
 
 def test_what_does_not_fit_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_step, "lacking", lambda wanted, device, what: f"does not fit: {wanted}")
-    cases = list(model_step.model_step(tiny(CPU), model_step.Models(tiny(CPU))))
+    cases = list(model_step.model_step(tiny(DEVICE), model_step.Models(tiny(DEVICE))))
     assert "does not fit" in cases[0].measure()["skipped"]
     assert cases[0].key == {"side": "dense", "batch": 1, "visual": "128k"}
 
 
 def test_the_prompt_is_found_and_read_by_gaze() -> None:
-    model = model_step.model_of(SMALL, torch.float32, CPU)
-    inputs = prefill_gpu.prompt(model.config, 2, 8, CPU)
-    features = torch.randn(2 * 64, SMALL.hidden)
-    step = {"input_ids": torch.tensor([[5]]), "position_ids": torch.full((3, 1, 1), 300)}
+    model = model_step.model_of(SMALL, torch.float32, DEVICE)
+    inputs = prefill_gpu.prompt(model.config, 2, 8, DEVICE)
+    features = torch.randn(2 * 64, SMALL.hidden).to(DEVICE)
+    step = {"input_ids": torch.tensor([[5]]).to(DEVICE), "position_ids": torch.full((3, 1, 1), 300).to(DEVICE)}
     with prefill_gpu.without_tower(model, features), torch.no_grad():
         dense = model(**inputs, use_cache=True)
         with patched(model, prefill_gpu.SIDES["patched"]):
@@ -336,12 +340,66 @@ def test_a_profile_adds_up_by_kernel() -> None:
     ]
     found = profiles.summed(averages, steps=10)
     assert found == {"decode_kernel": {"launches": 2.0, "us": 40.0}, "select_kernel": {"launches": 2.0, "us": 10.0}}
-    assert "no GPU" in profiles.kernels_of(lambda: None, 1)["skipped"]
+    assert "no kernels recorded" in profiles.kernels_of(lambda: None, 1)["skipped"]
     (row, _) = comparing.kernels({"profile": [{"step": "attention", "batch": 1, "kernels": found, "gpu": "H100"}]})
     assert row == {"step": "attention", "batch": 1, "launches": 2.0, "us": 40.0, "kernel": "decode_kernel"}
 
 
+@pytest.mark.skipif(GPU, reason="stands in for a GPU")
+def test_what_is_asked_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Not one that computes: only the order of what a graph and its timing need.
+    asked: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            asked.append("event")
+
+        def synchronize(self) -> None:
+            asked.append("wait")
+
+        def elapsed_time(self, stop: Any) -> float:
+            return 6.0
+
+    class Stream:
+        def wait_stream(self, other: Any) -> None:
+            asked.append("stream")
+
+    graph = types.SimpleNamespace(replay=lambda: asked.append("replay"))
+    for name, stand_in in {
+        "is_available": lambda: True,
+        "Stream": Stream,
+        "current_stream": Stream,
+        "stream": lambda stream: nullcontext(),
+        "graph": lambda graph: nullcontext(),
+        "CUDAGraph": lambda: graph,
+        "Event": Event,
+        "synchronize": lambda: asked.append("wait"),
+        "_sleep": lambda cycles: asked.append("busy"),
+        "empty_cache": lambda: None,
+        "mem_get_info": lambda device: (3 << 30, 4 << 30),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    ms = on_gpu.graph_ms([lambda: asked.append("step")] * 2, rounds=25, seconds=0.06)
+    capture = ["stream", *["step"] * 4, "stream", "wait", *["step"] * 2]
+    assert ms == 3.0 and asked == capture + ["wait", "busy", "event", "replay", "event", "wait"] * (3 + 10)
+    cuda = torch.device("cuda")
+    assert on_gpu.lacking(1 << 30, cuda, "two tensors") is None
+    assert on_gpu.lacking(5 << 30, cuda, "two tensors") == (
+        "does not fit: two tensors take 5.0 GiB, 3.0 of 4.0 GiB are free"
+    )
+
+
 # ---- tuning
+
+
+def test_settings_are_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(tune, "CASES", ((1, 1), (2, 1)))
+    monkeypatch.setattr(tuned, "DECODE", dict(tuned.DECODE))
+    ran = tune.tune(64, 4, DEVICE, 0.0)
+    assert [settings for _, settings in ran] == [tuple(decode_launch(architecture(DEVICE), 64, 4))]
 
 
 def test_the_search_stops_and_keeps_what_ran(capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,14 +92,15 @@ def derived(tables: dict[str, list[Row]]) -> dict[str, list[Row]]:
 def measure(kept: Kept, setup: Setup, names: Iterable[str], seconds: float = float("inf"), again: bool = False) -> bool:
     """Measure what is missing in these tables; False: the time was over before that.
 
-    A row that failed is kept with its error, and measured anew only with `again`.
+    A row that failed is kept with its error, and one that had no room or no profiler with the reason; both are measured
+    anew only with `again`.
     """
     began, models = time.perf_counter(), Models(setup)
     for name in names:
         before = time.perf_counter()
         for case in cases(name, setup, models, kept.tables):
             held = kept.has(name, case.key)
-            if held is not None and not ("error" in held and (again or name == "check")):
+            if held is not None and not _unfinished(held, again or name == "check"):
                 continue
             if time.perf_counter() - began > seconds:
                 return False
@@ -111,6 +112,10 @@ def measure(kept: Kept, setup: Setup, names: Iterable[str], seconds: float = flo
         took = f"{time.perf_counter() - before:.0f} s, about {TABLES[name]} were expected of all its rows"
         print(f"{name}: {took}", file=sys.stderr, flush=True)
     return True
+
+
+def _unfinished(held: Row, again: bool) -> bool:
+    return again and ("error" in held or "skipped" in held)
 
 
 def _measured(case: Case) -> Row:
@@ -156,7 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=TABLES, action="append", help="this table alone; may be repeated")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row when these are over")
-    parser.add_argument("--again", action="store_true", help="measure rows anew that failed")
+    parser.add_argument("--again", action="store_true", help="measure rows anew that failed or did not fit")
     parser.add_argument("--anew", action="store_true", help="put the results that are there aside and start over")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--dry-run", action="store_true", help="small sizes, nothing kept; needs no GPU")

@@ -5,7 +5,7 @@ Not among the timings: once it has recorded, launches may be slower for the rest
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import attention_ways as ways
@@ -25,28 +25,39 @@ Row = dict[str, Any]
 Recorded = dict[str, dict[str, float]]
 
 
-def kernels_of(replay: Callable[[], object], steps: int) -> Row:
-    """The columns of a row: `kernels` of `steps` steps, the longest first; or why there are none in `skipped`."""
+def kernels_of(steps: Sequence[Callable[[], object]]) -> Row:
+    """The columns of a row: `kernels` of one of `steps`, the longest first; or why there are none in `skipped`."""
     if not torch.cuda.is_available():
         return {"skipped": "no kernels recorded: there is no GPU"}
-    replay()
-    torch.cuda.synchronize()
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     try:
-        with torch.profiler.profile(activities=activities) as profiled:
-            for _ in range(REPLAYS):
-                replay()
-            torch.cuda.synchronize()
-        found = summed(profiled.key_averages(), REPLAYS * steps)
+        _recorded(lambda: None)  # a graph may show its kernels only where the profiler was there before it
+        replay, recorded = captured(steps), "replays of a graph"
+        averages = summed(_recorded(replay), REPLAYS * len(steps))
+        if not averages:
+            averages, recorded = summed(_recorded(lambda: [step() for step in steps]), REPLAYS * len(steps)), "calls"
     except Exception as error:  # of CUPTI; a profile is worth having, but not the figures that were measured before
         return {"skipped": f"no kernels recorded: {first_line(error)}"}
-    if not found:
+    if not averages:
         return {"skipped": "no kernels recorded: CUPTI is not available here, or another profiler holds it"}
     return {
-        "launches": sum(each["launches"] for each in found.values()),
-        "us": sum(each["us"] for each in found.values()),
-        "kernels": dict(list(found.items())[:MOST]),
+        "recorded": recorded,
+        "launches": sum(each["launches"] for each in averages.values()),
+        "us": sum(each["us"] for each in averages.values()),
+        "kernels": dict(list(averages.items())[:MOST]),
     }
+
+
+def _recorded(call: Callable[[], object]) -> Iterable[Any]:
+    """Torch's averages by name, of some calls."""
+    call()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiled:
+        for _ in range(REPLAYS):
+            call()
+        torch.cuda.synchronize()
+    averages: Iterable[Any] = profiled.key_averages()
+    return averages
 
 
 def summed(averages: Iterable[Any], steps: int) -> Recorded:
@@ -70,8 +81,7 @@ def profile(setup: Setup, models: Models) -> Iterator[Case]:
                 def attention(frames: int = frames, batch: int = batch, name: str = name) -> Row:
                     layers, plan = ways.case(setup, setup.grid(frames), batch, SETTINGS[name])
                     try:
-                        replay = captured(ways.gaze(setup, layers, plan))
-                        return kernels_of(replay, len(layers.queries))
+                        return kernels_of(ways.gaze(setup, layers, plan))
                     finally:
                         free()
 
@@ -92,6 +102,6 @@ def _step(setup: Setup, model: Any, side: str, frames: int, batch: int) -> Row:
         cache, tokens = filled(model, grid, batch)
         way = "flash" if setup.device.type == "cuda" else ways.TRANSFORMERS
         with way_of(model, way, tokens + 1):
-            return kernels_of(captured([step_with(model, cache, tokens, batch)]), 1)
+            return kernels_of([step_with(model, cache, tokens, batch)])
     with patched(model, SETTINGS_OF_STEPS[side]):
-        return kernels_of(captured([step_of(model, grid, batch)]), 1)
+        return kernels_of([step_of(model, grid, batch)])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import gc
+import itertools
 import json
 import subprocess
 import sys
 import types
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,13 @@ import tune
 from comparing import Row, Tables
 from kept import Kept, kernels_digest, table
 from shapes import DEFAULTS, SETTINGS_OF_STEPS, SMALL, WANTED, WHOLE, tiny
+from torch import Tensor
 from torch.autograd import DeviceType
 from transformers import StaticCache
 from verdict import ATTENTION, FEWEST, MODEL, SELECTION, Value, judged, summary, verdict
 
 import gazepatch.kernels.tuned as tuned
+from gazepatch.config import GazeConfig
 from gazepatch.kernels.launches import architecture, decode_launch
 from gazepatch.patch import patched
 
@@ -246,36 +250,53 @@ def test_a_static_step_is_that_of_the_model() -> None:
     assert model_step.check(DEVICE) < 1e-3
 
 
-class Stays(TorchDispatchMode):
-    """Fails where a step asks a tensor for its numbers, or makes one out of Python's: a graph would keep the first."""
-
-    refused = ("_local_scalar_dense", "nonzero", "lift_fresh", "is_nonzero", "equal", "item")
+class OnDevice(TorchDispatchMode):
+    """Fails where a tensor is made on the host, which a CUDA graph would have to copy from."""
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = operator.__name__.split(".")[0]
-        assert name not in self.refused, f"{operator} waits for the device"
-        return operator(*args, **(kwargs or {}))
+        made = operator(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            assert not isinstance(tensor, Tensor) or tensor.device.type == "meta", f"{operator} on the host"
+        return made
 
 
-@pytest.mark.parametrize("side", ["dense", "without a mask", *WANTED, DEFAULTS, WHOLE])
+def without_data(value: Any, seen: set[int]) -> Any:
+    """A cache, or a part of one, with its tensors on a device that has no data: whoever asks for some fails."""
+    if isinstance(value, Tensor):
+        return value.to("meta")
+    if isinstance(value, torch.device):
+        return torch.device("meta")
+    if isinstance(value, dict):
+        return {without_data(key, seen): without_data(part, seen) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        parts = [without_data(part, seen) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    of_cache = type(value).__module__.startswith(("gazepatch", "transformers.cache_utils"))
+    if of_cache and not isinstance(value, GazeConfig) and id(value) not in seen:
+        seen.add(id(value))
+        for name, part in vars(value).items():
+            object.__setattr__(value, name, without_data(part, seen))
+    return value
+
+
+@pytest.mark.skipif(GPU, reason="kernels that are not interpreted need a GPU's tensors")
+@pytest.mark.parametrize(
+    ("side", "backend"),
+    [("transformers", ""), ("flash", ""), *itertools.product((*WANTED, DEFAULTS, WHOLE), ("torch", "triton"))],
+)
 @torch.no_grad()
-def test_a_step_of_the_whole_model_can_be_captured(side: str) -> None:
-    model, grid = model_step.model_of(SMALL, torch.float32, DEVICE), (2, 12, 12)
-    config = SETTINGS_OF_STEPS.get(side)
-    cache, tokens = None, 0
-    if config is not None:
-        with patched(model, config):
-            step = model_step.step_of(model, grid, 2)
-            step()  # what a warm-up may do
-            with Stays():
-                step()
-        return
-    cache, tokens = model_step.filled(model, grid, 2)
-    step = model_step.step_with(model, cache, tokens, 2)
-    with model_step.way_of(model, "flash" if side == "without a mask" else "transformers", tokens + 1):
-        step()
-        with Stays():
-            step()
+def test_a_step_of_the_whole_model_can_be_captured(side: str, backend: str) -> None:
+    model, grid = model_step.model_of(SMALL, torch.float32, DEVICE), (2, 11, 12)
+    way = patched(model, replace(SETTINGS_OF_STEPS[side], backend=backend)) if backend else None
+    tokens = 2 * 11 * 12 + on_gpu.TEXT
+    with way or model_step.way_of(model, side, tokens + 1):
+        cache, _ = model_step.filled(model, grid, 2)
+        model_step.step_with(model, cache, tokens, 2)()  # what the first call may make
+        model.to("meta")
+        without_data(cache, set())
+        step = model_step.step_with(model, cache, tokens, 2)
+        with OnDevice():
+            assert step().shape == (2, 1, SMALL.words)
 
 
 @torch.no_grad()
@@ -340,9 +361,35 @@ def test_a_profile_adds_up_by_kernel() -> None:
     ]
     found = profiles.summed(averages, steps=10)
     assert found == {"decode_kernel": {"launches": 2.0, "us": 40.0}, "select_kernel": {"launches": 2.0, "us": 10.0}}
-    assert "no kernels recorded" in profiles.kernels_of(lambda: None, 1)["skipped"]
+    assert "no kernels recorded" in profiles.kernels_of([lambda: None])["skipped"]
     (row, _) = comparing.kernels({"profile": [{"step": "attention", "batch": 1, "kernels": found, "gpu": "H100"}]})
     assert row == {"step": "attention", "batch": 1, "launches": 2.0, "us": 40.0, "kernel": "decode_kernel"}
+
+
+@pytest.mark.parametrize(
+    ("seen", "said"),
+    [
+        ("graph", "replays of a graph"),
+        (["call", "call"], "calls"),
+        ("nothing at all", "no kernels recorded: CUPTI is not available here, or another profiler holds it"),
+        (RuntimeError("CUPTI is\nlost"), "no kernels recorded: RuntimeError: CUPTI is"),
+    ],
+    ids=["graphs", "calls alone", "nothing", "it fails"],
+)
+def test_a_profile_where_not_everything_can_be_recorded(seen: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def recorded(call: Any) -> list[Any]:
+        if isinstance(seen, Exception):
+            raise seen
+        kernel = types.SimpleNamespace(key="k", device_type=DeviceType.CUDA, count=10, self_device_time_total=50.0)
+        return [kernel] if call() == seen else []
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(profiles, "captured", lambda steps: lambda: "graph")
+    monkeypatch.setattr(profiles, "_recorded", recorded)
+    row = profiles.kernels_of([lambda: "call"] * 2)
+    assert row.get("recorded", row.get("skipped")) == said
+    if "kernels" in row:
+        assert row["kernels"] == {"k": {"launches": 1.0, "us": 5.0}} and row["us"] == 5.0
 
 
 @pytest.mark.skipif(GPU, reason="stands in for a GPU")

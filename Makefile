@@ -76,6 +76,7 @@ gpu-check:
 # What most models have: the other head dims and float32 with benchmarks/tune.py --write.
 gpu-tune:
 	$(GPU_PYTHON) benchmarks/tune.py --write --dim 128 --bytes 2 --seconds 240
+	mkdir -p "$(GPU_RESULTS)" && cp gazepatch/kernels/tuned.py "$(GPU_RESULTS)/tuned.py"
 
 gpu-figures:
 	$(GPU_PYTHON) benchmarks/decode_gpu.py --seconds $(GPU_SECONDS) --results "$(GPU_RESULTS)"

@@ -11,6 +11,7 @@ sdpa has: what a dense engine would do at best. Ours at full budget is one more 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -194,31 +195,28 @@ class Models:
 
 def model_step(setup: Setup, models: Models) -> Iterator[Case]:
     """Steps of every batch and size: the largest sequences, which the figures are about, first."""
-    for size, frames in sorted(setup.sizes.items(), key=lambda item: -item[1]):
-        for batch in setup.model_batches:
-            yield _case(setup, models, "dense", size, batch, lambda m, f=frames, b=batch: dense_ms(m, setup.grid(f), b))
-            for side in (*WANTED, DEFAULTS, WHOLE):
-                yield _case(
-                    setup,
-                    models,
-                    side,
-                    size,
-                    batch,
-                    lambda m, s=side, f=frames, b=batch: gaze_ms(m, setup.grid(f), b, s),
-                )
+    sizes = sorted(setup.sizes.items(), key=lambda item: -item[1])
+    for (size, frames), batch, side in itertools.product(
+        sizes, setup.model_batches, ("dense", *WANTED, DEFAULTS, WHOLE)
+    ):
+
+        def measure(model: Any, frames: int = frames, batch: int = batch, side: str = side) -> Row:
+            grid = setup.grid(frames)
+            return dense_ms(model, grid, batch) if side == "dense" else gaze_ms(model, grid, batch, side)
+
+        yield model_case(setup, models, side, size, batch, measure)
 
 
-def _case(
-    setup: Setup, models: Models, side: str, size: str, batch: int, measure: Callable[[Any], Row], spare: int = SPARE
-) -> Case:
+def model_case(setup: Setup, models: Models, side: str, size: str, batch: int, measure: Callable[[Any], Row]) -> Case:
+    """A case that needs the model and a full cache: where they do not fit, the row says so."""
+
     def found() -> Row:
         model = models.model
         wanted = cache_bytes(setup, setup.sizes[size], batch)
         # Entries of a layer are made before they are stored, and sorted; means are an eighth with windows of 3 x 3.
         wanted += 3 * wanted // setup.shape.layers + (wanted // 8 if side == DEFAULTS else 0)
-        if (
-            reason := lacking(wanted + spare, setup.device, f"the cache of {batch} rows and its scratch memory")
-        ) is not None:
+        reason = lacking(wanted + SPARE, setup.device, f"the cache of {batch} rows and its scratch memory")
+        if reason is not None:
             return {"skipped": reason}
         with torch.no_grad():
             try:
@@ -232,7 +230,8 @@ def _case(
 def dense_ms(model: Any, grid: Grid, batch: int) -> Row:
     """Milliseconds of every dense way, on one cache; reasons for those that this machine does not have."""
     cache, tokens = filled(model, grid, batch)
-    step, found = step_with(model, cache, tokens, batch), {}
+    step = step_with(model, cache, tokens, batch)
+    found: dict[str, float | str] = {}
     for way in (*BACKENDS, TRANSFORMERS):
         rewind(cache, tokens)
         try:
@@ -280,8 +279,8 @@ def model_compiled(setup: Setup, models: Models, tables: dict[str, list[Row]]) -
             with patched(model, SETTINGS_OF_STEPS["64, paper"]):
                 return {"ms": _compiled_ms(setup, model, *filled(model, grid, batch), batch)}
 
-        yield _case(setup, models, "dense", size, batch, dense)
-        yield _case(setup, models, "64, paper", size, batch, gaze)
+        yield model_case(setup, models, "dense", size, batch, dense)
+        yield model_case(setup, models, "64, paper", size, batch, gaze)
 
 
 def _compiled_ms(setup: Setup, model: Any, cache: StaticCache, tokens: int, batch: int) -> float:

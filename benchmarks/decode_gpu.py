@@ -1,315 +1,202 @@
-"""What gaze attention saves on a GPU: `python benchmarks/decode_gpu.py [--quick] [--only TABLE] [--json] [--dry-run]`.
+"""What gaze attention saves on a GPU: `python benchmarks/decode_gpu.py [--only TABLE] [--seconds S] [--dry-run]`.
 
-Attention of one decode step with random entries, in CUDA graphs over so many layers that none finds its own in the L2
-cache, medians. Appending the new entry is left out on both sides. Results are kept in `benchmarks/results/decode_gpu.*`
-as they come, so a run that is cut short leaves what it has.
+Steps are timed as replays of CUDA graphs: of attention alone (with random entries, over so many layers that none finds
+its own in the L2 cache; appending the new entry is left out on both sides) and of a whole model. Medians.
 
-`model_step` alone times a whole step, appending included: of a model of Qwen2.5-VL-7B's shape, on a static cache.
+Every row is kept in `benchmarks/results/decode_gpu.*` as it comes, and a later call measures only what is missing: a
+run that is cut short, or stops by itself with `--seconds`, is called again. Rows of another machine, other versions or
+other kernels are put aside under another name, and never mixed. At the end comes the verdict: every figure that is
+wanted, and what was measured.
 
-`--dry-run` sets up the data of one small case wherever it runs, says what a step would read, and runs a small model.
+`--dry-run` runs all tables with small sizes wherever it is, kernels interpreted, and keeps nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
+import os
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+import tempfile
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
+import checkout
 import torch
-from model_step import check as check_model
-from model_step import model_steps
-from on_gpu import Layers, graph_ms, layers_needed, machine, triad_gbs
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention as sdpa
+from attention_tables import (
+    Case,
+    bandwidth,
+    check,
+    dense,
+    few_dense,
+    few_tokens,
+    selection,
+    steps,
+    triad,
+)
+from comparing import against_dense, dense_ways, kernels, models_against_dense
+from kept import Kept, Row, kernels_digest, table
+from model_step import Models, model_compiled, model_step
+from on_gpu import first_line, machine
+from prefill_gpu import prefill
+from profiles import profile
+from shapes import Setup, full, tiny
+from verdict import summary, verdict
 
-from gazepatch.config import GazeConfig
-from gazepatch.ops.decode import DecodePlan, Entries
-from gazepatch.scores import Scores
-
-HEADS, KEY_HEADS, DIM = 32, 8, 128
-SCORES = Scores(DIM**-0.5)
-#: Frames of 24 x 24 tokens, which regions of 6 x 6 and of 8 x 8 divide: 8,064, 32,832 and 131,328 tokens
-FRAMES = {"8k": 14, "32k": 57, "128k": 228}
-PAPER = GazeConfig(window=None, budget=0.1, periphery=False, min_visual_tokens=0)
-SETTINGS = {
-    "36, paper": replace(PAPER, region=(6, 6, 1)),
-    "64, paper": replace(PAPER, region=(8, 8, 1)),
-    "the defaults": GazeConfig(min_visual_tokens=0),
-    "the defaults at 0.1": GazeConfig(min_visual_tokens=0, budget=0.1),
-}
-WHOLE = replace(SETTINGS["64, paper"], budget=1.0)
 RESULTS = Path(__file__).parent / "results"
+#: Exit status of a run that has rows left to measure.
+UNFINISHED = 3
 
-Row = dict[str, Any]
-
-
-def case(grid: tuple[int, int, int], batch: int, config: GazeConfig, device: torch.device) -> tuple[Layers, DecodePlan]:
-    """As many layers as a cold cache needs."""
-    like = torch.empty(0, dtype=torch.bfloat16, device=device)
-    one = Layers(grid, config, (1, HEADS, KEY_HEADS, DIM), 1, like)
-    read = one.bytes_read(one.plan(DecodePlan))
-    touched = batch * (sum(read.values()) - read["dense"])
-    count = layers_needed(touched, 2 * batch * read["dense"], device)
-    layers = Layers(grid, config, (batch, HEADS, KEY_HEADS, DIM), count, like)
-    return layers, layers.plan()
-
-
-# ---- the ways
-
-
-def gaze(layers: Layers, plan: Any) -> list[Callable[[], object]]:
-    """Selection and decode of every layer."""
-    return [lambda q=q, e=e: plan.decode(q, e, SCORES) for q, e in zip(layers.queries, layers.entries, strict=True)]
-
-
-def selections(layers: Layers, plan: Any) -> list[Callable[[], object]]:
-    """The selection alone."""
-    far = layers.config.periphery
-    return [
-        lambda q=q, e=e: plan._select(q[:, :, 0], e, DIM**-0.5, far, None)
-        for q, e in zip(layers.queries, layers.entries, strict=True)
-    ]
-
-
-def attentions(layers: Layers, plan: Any) -> list[Callable[[], object]]:
-    """Decode alone, of the regions that a selection has left in the plan."""
-    far = layers.config.periphery
-    plan.decode(layers.queries[0], layers.entries[0], SCORES)
-    return [
-        lambda q=q, e=e: plan._attend(q[:, :, 0], e, DIM**-0.5, None, far)
-        for q, e in zip(layers.queries, layers.entries, strict=True)
-    ]
-
-
-def dense(layers: Layers) -> Iterator[tuple[str, Callable[[], float]]]:
-    """Dense attention in every way there is, and how long each takes."""
-    stored = [(torch.cat([e.visual_key, e.key], 2), torch.cat([e.visual_value, e.value], 2)) for e in layers.entries]
-    both = list(zip(layers.queries, stored, strict=True))
-    backends = {
-        "flash": SDPBackend.FLASH_ATTENTION,
-        "cudnn": SDPBackend.CUDNN_ATTENTION,
-        "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    }
-    for name, backend in backends.items():
-        for how, step in (("heads grouped", _grouped), ("enable_gqa", _gqa)):
-            yield f"{name}, {how}", lambda b=backend, s=step: _with(b, [s(q, k, v) for q, (k, v) in both])
-    yield "flex attention", lambda: graph_ms(_flex(both))
-    new = layers.queries[0].new_zeros(layers.shape[0], KEY_HEADS, 1, DIM)
-    yield "transformers", lambda: graph_ms([_appended(q, k, v, new) for q, (k, v) in both])
-
-
-def _with(backend: SDPBackend, steps: list[Callable[[], object]]) -> float:
-    with sdpa_kernel(backend):
-        return graph_ms(steps)
-
-
-def _grouped(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], object]:
-    rows = q.view(len(q), KEY_HEADS, HEADS // KEY_HEADS, DIM)
-    return lambda: sdpa(rows, k, v)
-
-
-def _gqa(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], object]:
-    return lambda: sdpa(q, k, v, enable_gqa=True)
-
-
-def _flex(both: list[Any]) -> list[Callable[[], object]]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    torch._dynamo.reset()  # every shape is compiled for itself, more of them than are allowed
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return [lambda q=q, k=k, v=v: compiled(q, k, v, enable_gqa=True) for q, (k, v) in both]
-
-
-def _appended(q: Tensor, k: Tensor, v: Tensor, new: Tensor) -> Callable[[], object]:
-    """What transformers' DynamicCache and sdpa do: copy the cache with the new entry behind it, then attend."""
-    return lambda: sdpa(q, torch.cat([k, new], 2), torch.cat([v, new], 2), enable_gqa=True)
-
-
-# ---- the tables
-
-
-def check(device: torch.device) -> Iterator[Row]:
-    """The kernels against their twin in float32 on this very machine, before anything is timed."""
-    limits = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
-    for (name, config), grid, dtype in itertools.product(SETTINGS.items(), ((14, 24, 24), (5, 23, 25)), limits):
-        like = torch.empty(0, dtype=dtype, device=device)
-        layers = Layers(grid, config, (2, HEADS, KEY_HEADS, DIM), 1, like)
-        query, entries = layers.queries[0], layers.entries[0]
-        exact = Entries(*(None if entry is None else entry.float() for entry in entries))
-        ours = layers.plan().decode(query, entries, SCORES)
-        twin = layers.plan(DecodePlan).decode(query.float(), exact, SCORES)
-        error = (ours.output.float() - twin.output).abs().max().item()
-        row = {"settings": name, "grid": str(grid), "dtype": str(dtype), "max_error": error, "read": int(ours.read)}
-        if not error < limits[dtype] or int(ours.read) != int(twin.read):
-            raise SystemExit(f"the kernels are wrong here: {row}, their twin read {int(twin.read)}")
-        yield row
-
-
-def steps(device: torch.device, quick: bool) -> Iterator[Row]:
-    """A step, selection included, against dense attention; and the bandwidth of the decode kernel alone."""
-    triad = triad_gbs(device)
-    for batch, (size, frames) in itertools.product((1,) if quick else (1, 16), FRAMES.items()):
-        grid = (frames, 24, 24)
-        best, default, times = _dense_times(grid, batch, device)
-        for name, config in SETTINGS.items():
-            layers, plan = case(grid, batch, config, device)
-            read = layers.bytes_read(plan)
-            whole, alone = graph_ms(gaze(layers, plan)), graph_ms(attentions(layers, plan))
-            moved = read["selected"] + read["text"] + read["mean_values"]
-            yield {
-                "settings": name,
-                "batch": batch,
-                "visual": size,
-                "budget": config.budget,
-                "selected_mb": read["selected"] / 1e6,
-                "step_us": 1e3 * whole,
-                "decode_us": 1e3 * alone,
-                "decode_gbs": moved / alone / 1e6,
-                "of_triad": moved / alone / 1e6 / triad,
-                "best_dense": best[0],
-                "over_best_dense": best[1] / whole,
-                "over_transformers": default / whole if default else None,
-                "dense_us": times,
-                "triad_gbs": triad,
-            }
-            del layers, plan
-            torch.cuda.empty_cache()
-
-
-def _dense_times(grid: Any, batch: int, device: torch.device) -> tuple[tuple[str, float], float | None, Row]:
-    """The best way of reading everything with its milliseconds, transformers' own, and microseconds of all."""
-    layers, plan = case(grid, batch, WHOLE, device)
-    found: dict[str, float] = {"our kernel, everything read": graph_ms(gaze(layers, plan))}
-    failed: dict[str, str] = {}
-    for name, timed in dense(layers):
-        try:
-            found[name] = timed()
-        except Exception as error:  # a way that this machine does not have; said in the results
-            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}" if str(error) else repr(error)
-    ways = {name: ms for name, ms in found.items() if name != "transformers"}
-    best = min(ways, key=ways.__getitem__)
-    del layers, plan
-    torch.cuda.empty_cache()
-    return (best, ways[best]), found.get("transformers"), {n: 1e3 * ms for n, ms in found.items()} | failed
-
-
-def selection(device: torch.device, quick: bool) -> Iterator[Row]:
-    """The selection alone, against the twin's with torch.topk, and its share of the step."""
-    for batch, size, name in itertools.product((1, 16), ("32k", "128k"), ("36, paper", "64, paper", "the defaults")):
-        layers, plan = case((FRAMES[size], 24, 24), batch, SETTINGS[name], device)
-        alone, whole = graph_ms(selections(layers, plan)), graph_ms(gaze(layers, plan))
-        read = layers.bytes_read(plan)
-        yield {
-            "settings": name,
-            "batch": batch,
-            "visual": size,
-            "regions": layers.regions.start.shape[1],
-            "select_us": 1e3 * alone,
-            "mean_keys_gbs": read["mean_keys"] / alone / 1e6,
-            "of_step": alone / whole,
-        }
-        del layers, plan
-        torch.cuda.empty_cache()
-
-
-def few_tokens(device: torch.device, quick: bool) -> Iterator[Row]:
-    """Sequences so short that selecting may cost more than it saves: where to set `min_visual_tokens`."""
-    for (h, w), frames in (((16, 16), 1), ((24, 24), 1), ((24, 24), 2), ((24, 24), 4), ((24, 24), 7)):
-        best, _, _ = _dense_times((frames, h, w), 1, device)
-        for name in ("64, paper", "the defaults"):
-            layers, plan = case((frames, h, w), 1, SETTINGS[name], device)
-            ms = graph_ms(gaze(layers, plan))
-            yield {
-                "settings": name,
-                "visual_tokens": frames * h * w,
-                "step_us": 1e3 * ms,
-                "best_dense": best[0],
-                "over_best_dense": best[1] / ms,
-            }
-
-
-def model_step(device: torch.device, quick: bool) -> Iterator[Row]:
-    """A whole step of a model of Qwen2.5-VL-7B's shape, with everything that is not attention."""
-    sizes = {size: (frames, 24, 24) for size, frames in FRAMES.items() if size == "128k" or not quick}
-    yield from model_steps({name: SETTINGS[name] for name in ("64, paper", "the defaults")}, sizes, device)
-
-
-TABLES: dict[str, Callable[[torch.device, bool], Any]] = {
-    "check": lambda device, quick: check(device),
-    "steps": steps,
-    "selection": selection,
-    "few_tokens": few_tokens,
-    "model_step": model_step,
+#: In the order of what they are worth to somebody whose time on the GPU is short, with the seconds that they may take
+#: on an H100. Nobody has measured that: 16 minutes in all, a third of which is compilers.
+TABLES: dict[str, int] = {
+    "check": 60,
+    "triad": 5,
+    "steps": 120,
+    "dense": 150,  # FlexAttention compiles for 6 shapes
+    "selection": 40,
+    "model_step": 180,
+    "bandwidth": 15,
+    "few_dense": 30,
+    "few_tokens": 80,
+    "prefill": 70,
+    "profile": 90,
+    "model_compiled": 150,
 }
 
 
-def dry_run(device: torch.device) -> list[Row]:
-    """Set up one small case of every setting, and say what a step would read."""
-    rows = []
-    for name, config in SETTINGS.items():
-        like = torch.empty(0, dtype=torch.bfloat16, device=device)
-        layers = Layers((2, 24, 24), config, (2, HEADS, KEY_HEADS, DIM), 2, like)
-        plan = layers.plan(DecodePlan)
-        rows.append({"settings": name, "regions": layers.regions.start.shape[1], "count": plan.count})
-        rows[-1] |= layers.bytes_read(plan)
-    error = check_model(device)
-    return [row | {"model_error": error} for row in rows]
+def cases(name: str, setup: Setup, models: Models, tables: dict[str, list[Row]]) -> Iterable[Case]:
+    """Of a table."""
+    of_attention: dict[str, Callable[[Setup], Iterable[Case]]] = {
+        each.__name__: each for each in (check, triad, steps, dense, selection, bandwidth, few_dense, few_tokens)
+    }
+    if name in of_attention:
+        return of_attention[name](setup)
+    if name == "model_compiled":
+        return model_compiled(setup, models, tables)
+    return {"model_step": model_step, "prefill": prefill, "profile": profile}[name](setup, models)
 
 
-def table(rows: list[Row]) -> str:
-    """Plain aligned columns, without those that hold tables of their own."""
-    heads = [name for name, value in rows[0].items() if not isinstance(value, dict)]
-    cells = [heads, *([_cell(row[head]) for head in heads] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(heads))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+def derived(tables: dict[str, list[Row]]) -> dict[str, list[Row]]:
+    """What follows from the rows."""
+    return {
+        "dense ways": dense_ways(tables),
+        "attention against dense": against_dense(tables),
+        "whole steps against dense": models_against_dense(tables.get("model_step", [])),
+        "whole steps, compiled": models_against_dense(tables.get("model_compiled", [])),
+        "kernels of a step": kernels(tables),
+        "verdict": verdict(tables),
+    }
 
 
-def _cell(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def measure(kept: Kept, setup: Setup, names: Iterable[str], seconds: float = float("inf"), again: bool = False) -> bool:
+    """Measure what is missing in these tables; False: the time was over before that.
+
+    A row that failed is kept with its error, and one that had no room or no profiler with the reason; both are measured
+    anew only with `again`.
+    """
+    began, models = time.perf_counter(), Models(setup)
+    for name in names:
+        before = time.perf_counter()
+        for case in cases(name, setup, models, kept.tables):
+            held = kept.has(name, case.key)
+            if held is not None and not _unfinished(held, again or name == "check"):
+                continue
+            if time.perf_counter() - began > seconds:
+                return False
+            row = kept.add(name, case.key, _measured(case))
+            print(f"  {name}: {row}", file=sys.stderr, flush=True)
+            if name == "check" and "error" in row:
+                raise SystemExit(f"the kernels are wrong here, nothing else is timed: {row}")
+            _check_device(setup)
+        took = f"{time.perf_counter() - before:.0f} s, about {TABLES[name]} were expected of all its rows"
+        print(f"{name}: {took}", file=sys.stderr, flush=True)
+    return True
 
 
-def keep(figures: dict[str, Any], folder: Path) -> None:
-    """Write what there is so far."""
-    text = "\n\n".join(f"{n}\n{table(r)}" if isinstance(r, list) and r else f"{n}\n{r}" for n, r in figures.items())
-    for name, content in (("decode_gpu.txt", text + "\n"), ("decode_gpu.json", json.dumps(figures, indent=1) + "\n")):
-        partial = folder / f"{name}.partial"
-        partial.write_text(content)
-        partial.rename(folder / name)
+def _unfinished(held: Row, again: bool) -> bool:
+    return again and ("error" in held or "skipped" in held)
+
+
+def _measured(case: Case) -> Row:
+    try:
+        return case.measure()
+    except Exception as error:  # one row that fails must not cost the others
+        return {"error": first_line(error)}
+
+
+def _check_device(setup: Setup) -> None:
+    if setup.device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        raise SystemExit(
+            f"the GPU is lost to this process ({first_line(error)}): the row above is kept with its error; call again "
+            "to go on behind it, with --again to try it once more"
+        ) from None
+
+
+def interpreted() -> None:
+    """Start over with Triton's interpreter, which has to be asked for before Triton is imported."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        os.environ["TRITON_INTERPRET"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+
+
+def dry_run(device: torch.device, names: Iterable[str]) -> dict[str, list[Row]]:
+    """All tables at small sizes. Raises SystemExit when a row that should have come did not."""
+    setup = tiny(device)
+    with tempfile.TemporaryDirectory() as folder:
+        kept = Kept(Path(folder), machine(device), "dry run", derived=derived)
+        measure(kept, setup, names)
+        kept.write()
+    failed = [(name, row) for name, rows in kept.tables.items() for row in rows if "error" in row]
+    if failed:
+        raise SystemExit(f"dry run: {len(failed)} rows failed, the first in {failed[0][0]}: {failed[0][1]}")
+    return kept.tables
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one row instead of 16")
     parser.add_argument("--only", choices=TABLES, action="append", help="this table alone; may be repeated")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row when these are over")
+    parser.add_argument("--again", action="store_true", help="measure rows anew that failed or did not fit")
+    parser.add_argument("--anew", action="store_true", help="put the results that are there aside and start over")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--dry-run", action="store_true", help="set up data only; needs no GPU")
+    parser.add_argument("--dry-run", action="store_true", help="small sizes, nothing kept; needs no GPU")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the results")
     options = parser.parse_args()
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    figures: dict[str, Any] = {"machine": machine(device)}
+    names = [name for name in TABLES if not options.only or name in options.only]
     if options.dry_run:
-        figures["dry run"] = dry_run(device)
-        print(json.dumps(figures, indent=1) if options.json else table(figures["dry run"]))
-        return
-    if device.type != "cuda":
-        raise SystemExit("needs a GPU, found none: --dry-run sets up the data without one")
-    for name in options.only or TABLES:
-        figures[name] = []
-        for row in TABLES[name](device, options.quick):
-            print(f"  {name}: {row}", file=sys.stderr, flush=True)
-            figures[name].append(row)
-            keep(figures, options.results)
-        if not options.json:
-            print(f"{name}\n{table(figures[name])}\n", flush=True)
+        if device.type != "cuda":
+            interpreted()
+        tables, done = dry_run(device, names), True
+    elif device.type != "cuda":
+        raise SystemExit("needs a GPU, found none: --dry-run runs everything at small sizes without one")
+    else:
+        digest = kernels_digest(checkout.ROOT / "gazepatch")
+        kept = Kept(options.results, machine(device), digest, options.anew, derived)
+        if kept.said:
+            print(kept.said, file=sys.stderr, flush=True)
+        done = measure(kept, full(device), names, options.seconds, options.again)
+        tables = kept.tables
     if options.json:
-        print(json.dumps(figures, indent=1))
+        print(json.dumps({"machine": machine(device), "tables": tables, "derived": derived(tables)}, indent=1))
+    elif not options.dry_run:
+        shown = {**{name: tables.get(name, []) for name in names}, **derived(tables)}
+        print("\n\n".join(f"{name}\n{table(rows)}" for name, rows in shown.items() if rows))
+    if options.dry_run:
+        ran = ", ".join(f"{name} {len(rows)}" for name, rows in tables.items())
+        print(f"dry run: every row came ({ran}); the times mean nothing", file=sys.stderr)
+        return
+    last = "all that was asked for is there" if done else "the time is over: call again to go on"
+    print(f"{last}; figures reached: {summary(verdict(tables))}", file=sys.stderr)
+    if not done:
+        raise SystemExit(UNFINISHED)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,14 @@
-"""What the GPU benchmarks share: layers of random entries, and times of CUDA graphs with a cold cache."""
+"""What the GPU benchmarks share: layers of random entries, and times of CUDA graphs with a cold cache.
+
+Without a GPU every call runs once or twice as it is, for dry runs: what is measured then means nothing.
+"""
 
 from __future__ import annotations
 
+import gc
 import platform
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +21,8 @@ from gazepatch.ops.decode import DecodePlan, Entries
 from gazepatch.regions import sort_chunk
 
 TEXT = 64  # other entries beside the visual ones
+#: About a millisecond, in which the host launches the largest of graphs.
+BUSY_CYCLES = 2_000_000
 
 
 class Layers:
@@ -80,14 +87,19 @@ def _means(store: Tensor, slot_windows: Tensor, windows: int) -> Tensor:
 
 def layers_needed(touched: int, held: int, device: torch.device, memory: float = 0.4) -> int:
     """Layers enough that none finds its own in the cache: they touch three times its size, if they fit in memory."""
+    if device.type != "cuda":
+        return 2
     properties = torch.cuda.get_device_properties(device)
     wanted = -(-3 * int(properties.L2_cache_size) // touched)
-    return max(1, min(max(wanted, 2), int(memory * properties.total_memory) // held, 64))
+    return max(1, min(max(wanted, 2), int(memory * properties.total_memory) // held, 512))
 
 
-def graph_ms(steps: Sequence[Callable[[], object]], rounds: int = 25) -> float:
-    """Median milliseconds of one of `steps`, when a graph of them all is replayed."""
+def captured(steps: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    """A call that runs all `steps`: the replay of a CUDA graph; without a GPU, where nothing is timed, themselves."""
+    if not torch.cuda.is_available():
+        return lambda: [step() for step in steps]
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
             for step in steps:
@@ -98,34 +110,78 @@ def graph_ms(steps: Sequence[Callable[[], object]], rounds: int = 25) -> float:
     with torch.cuda.graph(graph):
         for step in steps:
             step()
-    for _ in range(3):
-        graph.replay()
-    times = []
-    for _ in range(rounds):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) / len(steps))
-    del graph
-    return statistics.median(times)
+    return graph.replay
+
+
+def graph_ms(steps: Sequence[Callable[[], object]], rounds: int = 25, seconds: float = 2.0) -> float:
+    """Median milliseconds of one of `steps`, when a graph of them all is replayed; fewer rounds if they take long."""
+    replay = captured(steps)
+    if not torch.cuda.is_available():
+        return elapsed_ms(replay) / len(steps)
+    warm = [elapsed_ms(replay, queued=True) for _ in range(3)]
+    rounds = max(min(rounds, 7), min(rounds, int(1e3 * seconds / max(min(warm), 1e-3))))
+    return statistics.median(elapsed_ms(replay, queued=True) for _ in range(rounds)) / len(steps)
+
+
+def elapsed_ms(call: Callable[[], object], queued: bool = False) -> float:
+    """Milliseconds that a call keeps the GPU, from when it is free until it is again: the host's delays count.
+
+    Not so with `queued`: the GPU is kept busy until the host has handed it the call, so that only its own time counts.
+    """
+    if not torch.cuda.is_available():
+        began = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - began)
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    if queued:
+        torch.cuda._sleep(BUSY_CYCLES)
+    start.record()
+    call()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop)
+
+
+def free() -> None:
+    """Give back all memory of the GPU that nobody holds, cycles and the pools of graphs included."""
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def lacking(wanted: int, device: torch.device, what: str) -> str | None:
+    """Why `wanted` bytes do not fit into the memory that is free, with the sizes; None when they do."""
+    if device.type != "cuda":
+        return None
+    free()
+    left, there = torch.cuda.mem_get_info(device)
+    if wanted <= left:
+        return None
+    return f"does not fit: {what} take {wanted / 2**30:.1f} GiB, {left / 2**30:.1f} of {there / 2**30:.1f} GiB are free"
 
 
 def triad_gbs(device: torch.device) -> float:
     """Gigabytes a second of `a = b + s * c`, the highest of which the memory is good in practice."""
-    a, b, c = (torch.zeros(1 << 28, device=device) for _ in range(3))
+    a, b, c = (torch.zeros(1 << (28 if device.type == "cuda" else 10), device=device) for _ in range(3))
     return 3 * a.numel() * a.element_size() / graph_ms([lambda: torch.add(b, c, alpha=2.0, out=a)]) / 1e6
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What figures depend on."""
+    import transformers
     import triton
 
     found: dict[str, Any] = {"torch": torch.__version__, "triton": triton.__version__}
-    found["python"] = platform.python_version()
+    found |= {"transformers": transformers.__version__, "python": platform.python_version(), "gpu": "none"}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {"gpu": properties.name, "multiprocessors": properties.multi_processor_count}
-        found |= {"l2_bytes": int(properties.L2_cache_size), "cuda": torch.version.cuda, "hip": torch.version.hip}
+        found |= {"l2_bytes": int(properties.L2_cache_size), "memory_bytes": int(properties.total_memory)}
+        found |= {"cuda": torch.version.cuda, "hip": torch.version.hip}
     return found
+
+
+def first_line(error: BaseException) -> str:
+    """Of an error, for a row of the results."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0][:160]}"

@@ -1,7 +1,11 @@
-"""Measure launch settings of the decode kernel on this GPU: `python benchmarks/tune.py [--write]`.
+"""Measure launch settings of the decode kernel on this GPU: `python benchmarks/tune.py [--write] [--seconds S]`.
 
-Every candidate runs a small and a large step in a CUDA graph; the best by the geometric mean of both is kept. `--write`
-puts them in `gazepatch/kernels/tuned.py`, beside those of other architectures.
+Every candidate runs a small and a large step in a CUDA graph; the best by the geometric mean of both is kept. First
+tiles, warps and stages with as many programs as the table has now, the present settings before all others; then other
+numbers of programs for the best of these; then the best of those launched early. A candidate compiles for two to four
+seconds, so head dim 128 in bfloat16 takes some two minutes; when `--seconds` are over, the best so far counts.
+
+`--write` puts them in `gazepatch/kernels/tuned.py`, beside those of other architectures.
 """
 
 from __future__ import annotations
@@ -9,15 +13,19 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import re
 import sys
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import checkout  # noqa: F401  # before the package
 import torch
-from on_gpu import Layers, graph_ms, layers_needed, machine
+from on_gpu import Layers, first_line, free, graph_ms, layers_needed, machine
 
 import gazepatch.kernels.tuned as tuned
 from gazepatch.config import GazeConfig
-from gazepatch.kernels.launches import architecture
+from gazepatch.kernels.launches import architecture, decode_launch
 from gazepatch.ops.decode import DecodePlan
 from gazepatch.scores import Scores
 
@@ -25,17 +33,50 @@ CONFIG = GazeConfig(region=(8, 8, 1), window=None, budget=0.1, periphery=False, 
 #: Rows and frames of 24 x 24 tokens
 CASES = ((1, 57), (8, 228))
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
-Settings = tuple[int, int, int, int]
+#: As in `gazepatch.kernels.launches.Launch`.
+Settings = tuple[int, int, int, int, bool]
+#: What ran: microseconds and settings.
+Ran = list[tuple[float, Settings]]
+#: How many of the best get other numbers of programs.
+FINALISTS = 4
+#: How many of the best after that are launched early, too, or are not.
+EARLY = 2
 
 
-def candidates(dim: int, size: int) -> list[Settings]:
-    """Tiles, warps, stages and programs per multiprocessor that may be good."""
+def candidates(dim: int, size: int, present: Settings) -> list[Settings]:
+    """The present settings, and then others that may be good, with as many programs."""
     blocks = [block for block in (16, 32, 64, 128) if 4096 <= block * dim * size <= 32768]
-    return list(itertools.product(blocks, (4, 8), (2, 3, 4), (1, 2, 3)))
+    others = [(*tile, *present[3:]) for tile in itertools.product(blocks, (4, 8), (2, 3, 4))]
+    return [present, *(settings for settings in others if settings != present)]
 
 
-def tune(dim: int, size: int, device: torch.device) -> tuple[Settings, list[tuple[float, Settings]]]:
-    """The best settings, and all that ran with their mean microseconds."""
+def search(present: Settings, dim: int, size: int, measure: Callable[[Settings], float | None], seconds: float) -> Ran:
+    """All that ran before `seconds` were over, the best first. `measure` gives None for what does not run."""
+    began, ran = time.perf_counter(), Ran()
+
+    def each(of: Iterable[Settings]) -> None:
+        for settings in of:
+            if ran and time.perf_counter() - began > seconds:
+                print(f"  {seconds:g} s are over: not all candidates ran", file=sys.stderr, flush=True)
+                return
+            if (us := measure(settings)) is not None:
+                ran.append((us, settings))
+        ran.sort()
+
+    each(candidates(dim, size, present))
+    best = [settings for _, settings in sorted(ran)[:FINALISTS]]
+    each(
+        (*tile, programs, early)
+        for *tile, present_programs, early in best
+        for programs in (1, 2, 3, 4)
+        if programs != present_programs
+    )
+    each((*launch, not early) for *launch, early in [settings for _, settings in ran[:EARLY]])
+    return ran
+
+
+def tune(dim: int, size: int, device: torch.device, seconds: float) -> Ran:
+    """All settings that ran with their mean microseconds, the best first."""
     like = torch.empty(0, dtype=DTYPES[size], device=device)
     key = (architecture(device), dim, size)
     cases = []
@@ -44,63 +85,75 @@ def tune(dim: int, size: int, device: torch.device) -> tuple[Settings, list[tupl
         read = (one := Layers(grid, CONFIG, (1, 32, 8, dim), 1, like)).bytes_read(one.plan(DecodePlan))
         count = layers_needed(batch * (read["selected"] + read["mean_keys"]), 2 * batch * read["dense"], device, 0.2)
         cases.append(Layers(grid, CONFIG, shape, count, like))
-    ran = []
-    for settings in candidates(dim, size):
+
+    def measure(settings: Settings) -> float | None:
         tuned.DECODE[key] = settings
         try:
             times = [_ms(layers) for layers in cases]
         except Exception as error:  # too much shared memory, say
-            print(f"  {key} {settings}: {type(error).__name__}", file=sys.stderr, flush=True)
-            continue
-        ran.append((1e3 * math.prod(times) ** (1 / len(times)), settings))
-    ran.sort()
-    return ran[0][1], ran
+            print(f"  {key} {settings}: {first_line(error)}", file=sys.stderr, flush=True)
+            torch.cuda.synchronize()  # fails if nothing else can run either
+            return None
+        us = 1e3 * math.prod(times) ** (1 / len(times))
+        print(f"  {key} {settings}: {us:.1f} us", file=sys.stderr, flush=True)
+        return us
+
+    present: Settings = tuple(decode_launch(*key))  # type: ignore[assignment]
+    ran = search(present, dim, size, measure, seconds)
+    cases.clear()  # `measure` holds it
+    free()
+    if not ran:
+        raise SystemExit(f"no settings ran for {key}: see the errors above")
+    return ran
 
 
 def _ms(layers: Layers) -> float:
     plan = layers.plan()
     scores = Scores(layers.shape[3] ** -0.5)
     both = zip(layers.queries, layers.entries, strict=True)
-    return graph_ms([lambda q=q, e=e: plan.decode(q, e, scores) for q, e in both], rounds=7)
+    return graph_ms([lambda q=q, e=e: plan.decode(q, e, scores) for q, e in both], rounds=15)
 
 
 def write(path: Path, found: dict[tuple[str, int, int], Settings], measured: str) -> None:
-    """Put settings in the table, in order, and say where they were measured."""
+    """Put settings in the table, in order, and say above it where they were measured; an older note of them goes."""
     text = path.read_text(encoding="utf-8")
     head, _ = text.split("DECODE: dict", 1)
     rows = dict(sorted((tuned.DECODE | found).items()))
-    note = f"#: Of {sorted({key[0] for key in found})}: {measured}\n"
+    for key in found:
+        head = re.sub(rf"^#: {re.escape(_name(key))}: .*\n", "", head, flags=re.MULTILINE)
+    notes = "".join(f"#: {_name(key)}: {measured}\n" for key in sorted(found))
     body = "".join(f'    ("{key[0]}", {key[1]}, {key[2]}): {value},\n' for key, value in rows.items())
     partial = path.with_suffix(".partial")
-    table = f"DECODE: dict[tuple[str, int, int], tuple[int, int, int, int]] = {{\n{body}}}\n"
-    partial.write_text(f"{head}{note}{table}", encoding="utf-8")
-    partial.rename(path)
+    table = f"DECODE: dict[tuple[str, int, int], tuple[int, int, int, int, bool]] = {{\n{body}}}\n"
+    partial.write_text(f"{head}{notes}{table}", encoding="utf-8")
+    partial.replace(path)
+
+
+def _name(key: tuple[str, int, int]) -> str:
+    architecture, dim, size = key
+    return f"{architecture}, head dim {dim}, {size} bytes"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dim", type=int, choices=(64, 128, 256), action="append", help="this head dim alone")
     parser.add_argument("--bytes", type=int, choices=DTYPES, action="append", help="elements of this size alone")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="for each head dim and size of elements")
     parser.add_argument("--write", action="store_true", help="put the settings in gazepatch/kernels/tuned.py")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("needs a GPU, found none")
-    device = torch.device("cuda")
-    before, found = dict(tuned.DECODE), {}
+    device, where = torch.device("cuda"), machine(torch.device("cuda"))
     for dim, size in itertools.product(options.dim or (64, 128, 256), options.bytes or DTYPES):
-        best, ran = tune(dim, size, device)
-        found[architecture(device), dim, size] = best
-        print(
-            f"head dim {dim}, {size} bytes: {best}",
-            *(f"    {us:.1f} us {s}" for us, s in ran[:5]),
-            sep="\n",
-            flush=True,
-        )
-    tuned.DECODE.clear()
-    tuned.DECODE.update(before)
-    if options.write:
-        where = machine(device)
-        write(Path(tuned.__file__), found, f"measured on {where['gpu']}, triton {where['triton']}")
+        before = dict(tuned.DECODE)
+        ran = tune(dim, size, device, options.seconds)
+        tuned.DECODE.clear()
+        tuned.DECODE.update(before)
+        best = {(architecture(device), dim, size): ran[0][1]}
+        print(f"head dim {dim}, {size} bytes", *(f"    {us:.1f} us {s}" for us, s in ran[:8]), sep="\n", flush=True)
+        if options.write:  # at once: the next one may be cut short
+            write(Path(tuned.__file__), best, f"measured on {where['gpu']}, triton {where['triton']}")
+        tuned.DECODE.update(best)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class Launch(NamedTuple):
     warps: int
     stages: int
     programs: int
-    early: bool = False
+    early: bool
 
 
 def padded(dim: int) -> int:

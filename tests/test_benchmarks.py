@@ -1,0 +1,511 @@
+"""The GPU benchmarks, as far as they run without a GPU: what follows from rows, going on after a cut, small models."""
+
+from __future__ import annotations
+
+import ast
+import gc
+import itertools
+import json
+import subprocess
+import sys
+import types
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton")
+import attention_tables
+import comparing
+import decode_gpu
+import model_step
+import on_gpu
+import prefill_gpu
+import profiles
+import tune
+from comparing import Row, Tables
+from kept import Kept, kernels_digest, table
+from shapes import DEFAULTS, SETTINGS_OF_STEPS, SMALL, WANTED, WHOLE, tiny
+from torch import Tensor
+from torch.autograd import DeviceType
+from transformers import StaticCache
+from verdict import ATTENTION, FEWEST, MODEL, SELECTION, Value, judged, summary, verdict
+
+import gazepatch.kernels.tuned as tuned
+from gazepatch.config import GazeConfig
+from gazepatch.kernels.launches import architecture, decode_launch
+from gazepatch.patch import patched
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+ROOT = Path(__file__).parents[1]
+H100, H200 = ({"gpu": name, "torch": "2.11"} for name in ("H100", "H200"))
+
+
+# ---- the verdict, of rows that are made up
+
+
+def measured(faster: float = 10.0) -> Tables:
+    """Rows of a machine on which everything is reached: dense attention takes 1,000 us, gaze `faster` times less."""
+    names, tokens = (*WANTED, DEFAULTS), {"8k": 8064, "32k": 32832, "128k": 131328, "256": 256, "576": 576}
+    steps, dense, selection, model = [], [], [], []
+    for batch, size in ATTENTION:
+        place = {"batch": batch, "visual": size}
+        dense.append({**place, "us": {"flash": 1000.0, "transformers": 4000.0, "cudnn": "RuntimeError: no kernel"}})
+        for name in names:
+            selected = 4.0 * batch * tokens[size] / 10000
+            row = {"settings": name, **place, "visual_tokens": tokens[size], "step_us": 1000 / faster}
+            steps.append({**row, "selected_mb": selected, "decode_gbs": 900.0})
+            share = {"select_us": 5.0, "of_step": 0.05}
+            selection.append({"settings": name, **place, **share})
+    few = [
+        {"settings": name, "batch": 1, "visual": size, "visual_tokens": tokens[size], "step_us": 10.0}
+        for name in names
+        for size in ("256", "576")
+    ]
+    few_dense = [{"batch": 1, "visual": size, "us": {"flash": 10.0}} for size in ("256", "576")]
+    for batch in MODEL:
+        place = {"batch": batch, "visual": "128k"}
+        model.append({"side": "dense", **place, "dense_ms": {"flash": 40.0, "transformers": 90.0}})
+        model += [{"side": name, **place, "ms": 40.0 / faster} for name in names]
+    return {
+        "triad": [{"triad_gbs": 1000.0}],
+        "steps": steps,
+        "dense": dense,
+        "selection": selection,
+        "few_tokens": few,
+        "few_dense": few_dense,
+        "model_step": model,
+        "prefill": [{"visual": size, "overhead": 0.004} for size in ("8k", "32k")],
+    }
+
+
+def of(tables: Tables, part: str) -> Row:
+    (row,) = (row for row in verdict(tables) if part in row["figure"])
+    return row
+
+
+def test_everything_is_reached() -> None:
+    rows = verdict(measured())
+    assert summary(rows) == f"yes: {len(rows)}"
+    assert len(rows) == 2 + len(ATTENTION) + len(SELECTION) + 1 + len(MODEL) + 1 + 2
+    assert of(measured(), "batch 16, 32k")["measured"] == 10.0
+
+
+def test_nothing_is_measured() -> None:
+    rows = verdict({})
+    assert {row["reached"] for row in rows} == {"not measured"} and {row["measured"] for row in rows} == {None}
+
+
+def test_the_worst_of_the_settings_counts_and_the_defaults_do_not() -> None:
+    tables = measured()
+    for row in tables["steps"]:
+        if (row["batch"], row["visual"]) == (1, "128k"):
+            row["step_us"] = {WANTED[0]: 100.0, WANTED[1]: 250.0, DEFAULTS: 500.0}[row["settings"]]
+    row = of(tables, "attention over the best dense, batch 1, 128k")
+    assert (row["measured"], row["reached"], row["the_defaults"]) == (4.0, "no", 2.0)
+    assert WANTED[1] in row["where"] and "against flash" in row["where"]
+
+
+def test_a_row_that_is_missing_or_failed_leaves_a_figure_open() -> None:
+    tables = measured()
+    tables["prefill"].pop()
+    assert of(tables, "prompt")["reached"] == "not measured"
+    tables["prefill"][0]["overhead"] = 0.03  # what is there is enough to say no
+    assert of(tables, "prompt")["reached"] == "no"
+    (batch_8, *_) = (row for row in tables["model_step"] if row["batch"] == 8 and row["side"] == "dense")
+    del batch_8["dense_ms"]
+    batch_8["skipped"] = "does not fit: 75 GiB"
+    row = of(tables, "whole step over the best dense, batch 8")
+    assert row["reached"] == "not measured" and "75 GiB" in row["where"] and row["measured"] is None
+    for row in tables["selection"]:
+        if (row["settings"], row["batch"], row["visual"]) == (WANTED[0], 1, "32k"):
+            row.pop("select_us")
+            row["error"] = "RuntimeError: out of registers"
+    assert "out of registers" in of(tables, "selection, microseconds, batch 1, 32k")["where"]
+
+
+def test_bandwidth_is_judged_by_how_much_is_read() -> None:
+    tables = measured()
+    for row in tables["steps"]:
+        row["decode_gbs"] = 800.0  # enough from 32 MB, too little from 200 MB
+    assert of(tables, "from 200 MB")["reached"] == "no" and of(tables, "from 32 MB")["reached"] == "yes"
+
+
+def test_our_own_kernel_that_reads_everything_is_a_dense_way() -> None:
+    tables = measured()
+    tables["steps"].append({"settings": WHOLE, "batch": 1, "visual": "8k", "step_us": 500.0})
+    row = comparing.row_of(comparing.against_dense(tables), settings=WANTED[0], batch=1, visual="8k")
+    assert row is not None
+    assert (row["best_dense"], row["over_best_dense"], row["over_transformers"]) == (WHOLE, 5.0, 40.0)
+    tables["model_step"].append({"side": WHOLE, "batch": 8, "visual": "128k", "ms": 20.0})
+    assert of(tables, "batch 8, 128k")["measured"] == 5.0
+
+
+def test_every_dense_way_is_told() -> None:
+    tables = {"dense": measured()["dense"][:1], "model_step": [{"side": WHOLE, "batch": 8, "visual": "8k", "ms": 1.0}]}
+    flash, _, cudnn = comparing.dense_ways(tables)
+    assert flash == {"table": "dense", "batch": 1, "visual": "8k", "way": "flash", "us": 1000.0}
+    assert cudnn["failed"] == "RuntimeError: no kernel" and "us" not in cudnn
+
+
+def test_where_gaze_breaks_even() -> None:
+    tables = measured()
+    assert of(tables, "min_visual_tokens")["measured"] == FEWEST
+    for row in tables["few_tokens"]:
+        row["step_us"] = 10.0 if row["visual"] == "576" else 12.5
+    assert of(tables, "min_visual_tokens")["measured"] == 576
+    assert of(tables, "min_visual_tokens")["reached"] == "no"
+    row = of(tables, f"anywhere from {FEWEST}")
+    assert (row["measured"], row["reached"]) == (0.8, "no") and "256 visual tokens" in row["where"]
+    slow = [{"visual_tokens": 1000, "over_best_dense": 0.5}, {"visual_tokens": 500, "over_best_dense": 2.0}]
+    assert comparing.break_even(slow) is None
+
+
+def test_less_is_better_where_it_is() -> None:
+    values = [Value(4.0, "here"), Value(6.0, "there")]
+    assert judged("x", 5.0, values, None, at_least=False)["reached"] == "no"
+    assert judged("x", 6.0, values, None, at_least=False)["measured"] == 6.0
+
+
+# ---- going on after a cut
+
+
+def test_rows_are_kept_as_they_come(tmp_path: Path) -> None:
+    kept = Kept(tmp_path, H100, "k1", derived=lambda tables: {"count": [{"rows": len(tables["steps"])}]})
+    kept.add("steps", {"batch": 1, "visual": "8k"}, {"us": 3.0})
+    kept.add("steps", {"batch": 2, "visual": "8k"}, {"error": "out of memory"})
+    kept.add("steps", {"batch": 2, "visual": "8k"}, {"us": 4.0, "more": {"a": 1}})  # in its place
+    text = (tmp_path / "decode_gpu.txt").read_text()
+    assert "H100" in text and "count" in text and "out of memory" not in text
+    again = Kept(tmp_path, H100, "k1")
+    assert again.said is None and [row["us"] for row in again.tables["steps"]] == [3.0, 4.0]
+    assert {row["gpu"] for row in again.tables["steps"]} == {"H100"}
+    assert again.has("steps", {"batch": 2, "visual": "8k"}) and again.has("steps", {"batch": 3}) is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["decode_gpu.json", "decode_gpu.txt"]
+
+
+def test_machines_are_not_mixed(tmp_path: Path) -> None:
+    for number, machine in enumerate((H100, H200, H100)):
+        kept = Kept(tmp_path, machine, "k1")
+        assert kept.tables == {} and (kept.said is None) == (number == 0)
+        kept.add("dense", {"batch": number}, {"us": {}})
+    assert kept.said is not None and "'H200'" in kept.said and "decode_gpu.before-2.json" in kept.said
+    aside = json.loads((tmp_path / "decode_gpu.before-1.json").read_text())
+    assert aside["machine"] == H100 and aside["tables"]["dense"][0]["batch"] == 0
+    assert (tmp_path / "decode_gpu.before-2.txt").exists()
+    assert Kept(tmp_path, H100, "k1", anew=True).tables == {}
+
+
+def test_kernels_that_changed_are_measured_anew(tmp_path: Path) -> None:
+    kept = Kept(tmp_path, H100, "k1")
+    for name in ("dense", "steps"):
+        kept.add(name, {"batch": 1}, {"us": 1.0})
+    kept = Kept(tmp_path, H100, "k2")
+    assert set(kept.tables) == {"dense"} and "decode_gpu.before-1.json" in str(kept.said)
+    folder = tmp_path / "package" / "kernels" / "device"
+    folder.mkdir(parents=True)
+    (folder / "a.py").write_text("one = 1\n")
+    before = kernels_digest(tmp_path / "package")
+    (folder / "a.py").write_text("one = 2\n")
+    assert kernels_digest(tmp_path / "package") != before
+
+
+def test_a_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def fail() -> Row:
+        raise RuntimeError("once\nand for all")
+
+    def cases(*_: Any) -> list[attention_tables.Case]:
+        good = [attention_tables.Case({"n": n}, lambda n=n: asked.append(n) or {"us": float(n)}) for n in range(3)]
+        return [good[0], attention_tables.Case({"n": "bad"}, fail), *good[1:]]
+
+    monkeypatch.setattr(decode_gpu, "cases", cases)
+    setup = tiny(DEVICE)
+    assert decode_gpu.measure(Kept(tmp_path, H100, "k"), setup, ["steps"], seconds=0.0) is False and asked == []
+    kept = Kept(tmp_path, H100, "k")
+    kept.add("steps", {"n": 1}, {"us": 7.0})
+    assert decode_gpu.measure(kept, setup, ["steps"]) and asked == [0, 2]
+    assert [row["n"] for row in kept.tables["steps"]] == [1, 0, "bad", 2]
+    assert kept.tables["steps"][2]["error"] == "RuntimeError: once" and kept.tables["steps"][0]["us"] == 7.0
+    assert decode_gpu.measure(Kept(tmp_path, H100, "k"), setup, ["steps"], again=True) and asked == [0, 2]
+    for _ in range(2):  # nothing is timed with kernels that are wrong, in a second call neither
+        with pytest.raises(SystemExit, match="the kernels are wrong here"):
+            decode_gpu.measure(Kept(tmp_path, H100, "k"), setup, ["check"])
+
+
+def test_tables_in_print() -> None:
+    rows = [{"a": 1, "b": None, "c": {"d": 1}}, {"a": 0.12345, "e": "x"}]
+    assert table(rows).splitlines() == ["    a  b  e", "    1", "0.123     x"]
+
+
+# ---- small runs
+
+
+@pytest.mark.parametrize("name", ["check", "triad", "bandwidth", "dense", "model_step", "prefill", "profile"])
+def test_a_dry_run(name: str) -> None:
+    tables = decode_gpu.dry_run(DEVICE, [name])
+    assert tables[name] and not any("error" in row for row in tables[name])
+
+
+def test_a_static_step_is_that_of_the_model() -> None:
+    assert model_step.check(DEVICE) < 1e-3
+
+
+class OnDevice(TorchDispatchMode):
+    """Fails where a tensor is made on the host, which a CUDA graph would have to copy from."""
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = operator(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            assert not isinstance(tensor, Tensor) or tensor.device.type == "meta", f"{operator} on the host"
+        return made
+
+
+def without_data(value: Any, seen: set[int]) -> Any:
+    """A cache, or a part of one, with its tensors on a device that has no data: whoever asks for some fails."""
+    if isinstance(value, Tensor):
+        return value.to("meta")
+    if isinstance(value, torch.device):
+        return torch.device("meta")
+    if isinstance(value, dict):
+        return {without_data(key, seen): without_data(part, seen) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        parts = [without_data(part, seen) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    of_cache = type(value).__module__.startswith(("gazepatch", "transformers.cache_utils"))
+    if of_cache and not isinstance(value, GazeConfig) and id(value) not in seen:
+        seen.add(id(value))
+        for name, part in vars(value).items():
+            object.__setattr__(value, name, without_data(part, seen))
+    return value
+
+
+@pytest.mark.skipif(GPU, reason="kernels that are not interpreted need a GPU's tensors")
+@pytest.mark.parametrize(
+    ("side", "backend"),
+    [("transformers", ""), ("flash", ""), *itertools.product((*WANTED, DEFAULTS, WHOLE), ("torch", "triton"))],
+)
+@torch.no_grad()
+def test_a_step_of_the_whole_model_can_be_captured(side: str, backend: str) -> None:
+    model, grid = model_step.model_of(SMALL, torch.float32, DEVICE), (2, 11, 12)
+    way = patched(model, replace(SETTINGS_OF_STEPS[side], backend=backend)) if backend else None
+    tokens = 2 * 11 * 12 + on_gpu.TEXT
+    with way or model_step.way_of(model, side, tokens + 1):
+        cache, _ = model_step.filled(model, grid, 2)
+        model_step.step_with(model, cache, tokens, 2)()  # what the first call may make
+        model.to("meta")
+        without_data(cache, set())
+        step = model_step.step_with(model, cache, tokens, 2)
+        with OnDevice():
+            assert step().shape == (2, 1, SMALL.words)
+
+
+@torch.no_grad()
+def test_one_cache_at_a_time() -> None:
+    model, grid = model_step.model_of(SMALL, torch.float32, DEVICE), (1, 12, 12)
+
+    def caches() -> int:
+        return sum(type(each) is StaticCache for each in gc.get_objects())
+
+    held = caches()
+    row = model_step.dense_ms(model, grid, 2)
+    assert isinstance(row["dense_ms"]["transformers"], float)
+    assert isinstance(row["dense_ms"]["cudnn"], str)  # what a machine does not have says why
+    assert "ms" in model_step.gaze_ms(model, grid, 2, "64, paper")
+    gc.collect()  # as between rows
+    assert caches() == held
+    assert model.config.text_config._attn_implementation == "sdpa"
+
+
+def test_what_does_not_fit_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_step, "lacking", lambda wanted, device, what: f"does not fit: {wanted}")
+    cases = list(model_step.model_step(tiny(DEVICE), model_step.Models(tiny(DEVICE))))
+    assert "does not fit" in cases[0].measure()["skipped"]
+    assert cases[0].key == {"side": "dense", "batch": 1, "visual": "128k"}
+
+
+def test_the_prompt_is_found_and_read_by_gaze() -> None:
+    model = model_step.model_of(SMALL, torch.float32, DEVICE)
+    inputs = prefill_gpu.prompt(model.config, 2, 8, DEVICE)
+    features = torch.randn(2 * 64, SMALL.hidden).to(DEVICE)
+    step = {"input_ids": torch.tensor([[5]]).to(DEVICE), "position_ids": torch.full((3, 1, 1), 300).to(DEVICE)}
+    with prefill_gpu.without_tower(model, features), torch.no_grad():
+        dense = model(**inputs, use_cache=True)
+        with patched(model, prefill_gpu.SIDES["patched"]):
+            ours = model(**inputs, use_cache=True)
+            spans = ours.past_key_values.gaze.spans
+            assert [span.grid for span in spans] == [(1, 8, 8)] * 2
+            assert model(**step, past_key_values=ours.past_key_values).logits.isfinite().all()
+        with patched(model, prefill_gpu.SIDES["routed"]):
+            routed = model(**inputs, use_cache=True)
+    torch.testing.assert_close(ours.logits, dense.logits)
+    assert not torch.allclose(routed.logits, dense.logits, atol=1e-6)
+    assert "forward" not in vars(model.model.visual)
+
+
+def test_shares_are_medians_of_rounds() -> None:
+    row = prefill_gpu.summarised(
+        {"dense": [100.0, 200.0, 300.0], "patched": [101.0, 204.0, 330.0], "routed": [90.0] * 3}
+    )
+    assert row["overhead"] == pytest.approx(0.02) and row["overhead_most"] == pytest.approx(0.1)
+    assert row["dense_ms"] == 200.0 and row["rounds"] == 3
+
+
+def test_a_profile_adds_up_by_kernel() -> None:
+    def event(key: str, device: DeviceType, count: int, us: float) -> types.SimpleNamespace:
+        return types.SimpleNamespace(key=key, device_type=device, count=count, self_device_time_total=us)
+
+    averages = [
+        event("select_kernel", DeviceType.CUDA, 20, 100.0),
+        event("decode_kernel", DeviceType.CUDA, 20, 400.0),
+        event("cudaGraphLaunch", DeviceType.CPU, 5, 0.0),
+    ]
+    found = profiles.summed(averages, steps=10)
+    assert found == {"decode_kernel": {"launches": 2.0, "us": 40.0}, "select_kernel": {"launches": 2.0, "us": 10.0}}
+    assert "no kernels recorded" in profiles.kernels_of([lambda: None])["skipped"]
+    (row, _) = comparing.kernels({"profile": [{"step": "attention", "batch": 1, "kernels": found, "gpu": "H100"}]})
+    assert row == {"step": "attention", "batch": 1, "launches": 2.0, "us": 40.0, "kernel": "decode_kernel"}
+
+
+@pytest.mark.parametrize(
+    ("seen", "said"),
+    [
+        ("graph", "replays of a graph"),
+        (["call", "call"], "calls"),
+        ("nothing at all", "no kernels recorded: CUPTI is not available here, or another profiler holds it"),
+        (RuntimeError("CUPTI is\nlost"), "no kernels recorded: RuntimeError: CUPTI is"),
+    ],
+    ids=["graphs", "calls alone", "nothing", "it fails"],
+)
+def test_a_profile_where_not_everything_can_be_recorded(seen: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def recorded(call: Any) -> list[Any]:
+        if isinstance(seen, Exception):
+            raise seen
+        kernel = types.SimpleNamespace(key="k", device_type=DeviceType.CUDA, count=10, self_device_time_total=50.0)
+        return [kernel] if call() == seen else []
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(profiles, "captured", lambda steps: lambda: "graph")
+    monkeypatch.setattr(profiles, "_recorded", recorded)
+    row = profiles.kernels_of([lambda: "call"] * 2)
+    assert row.get("recorded", row.get("skipped")) == said
+    if "kernels" in row:
+        assert row["kernels"] == {"k": {"launches": 1.0, "us": 5.0}} and row["us"] == 5.0
+
+
+@pytest.mark.skipif(GPU, reason="stands in for a GPU")
+def test_what_is_asked_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Not one that computes: only the order of what a graph and its timing need.
+    asked: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            asked.append("event")
+
+        def synchronize(self) -> None:
+            asked.append("wait")
+
+        def elapsed_time(self, stop: Any) -> float:
+            return 6.0
+
+    class Stream:
+        def wait_stream(self, other: Any) -> None:
+            asked.append("stream")
+
+    graph = types.SimpleNamespace(replay=lambda: asked.append("replay"))
+    for name, stand_in in {
+        "is_available": lambda: True,
+        "Stream": Stream,
+        "current_stream": Stream,
+        "stream": lambda stream: nullcontext(),
+        "graph": lambda graph: nullcontext(),
+        "CUDAGraph": lambda: graph,
+        "Event": Event,
+        "synchronize": lambda: asked.append("wait"),
+        "_sleep": lambda cycles: asked.append("busy"),
+        "empty_cache": lambda: None,
+        "mem_get_info": lambda device: (3 << 30, 4 << 30),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    ms = on_gpu.graph_ms([lambda: asked.append("step")] * 2, rounds=25, seconds=0.06)
+    capture = ["stream", *["step"] * 4, "stream", "wait", *["step"] * 2]
+    assert ms == 3.0 and asked == capture + ["wait", "busy", "event", "replay", "event", "wait"] * (3 + 10)
+    cuda = torch.device("cuda")
+    assert on_gpu.lacking(1 << 30, cuda, "two tensors") is None
+    assert on_gpu.lacking(5 << 30, cuda, "two tensors") == (
+        "does not fit: two tensors take 5.0 GiB, 3.0 of 4.0 GiB are free"
+    )
+
+
+# ---- tuning
+
+
+def test_settings_are_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(tune, "CASES", ((1, 1), (2, 1)))
+    monkeypatch.setattr(tuned, "DECODE", dict(tuned.DECODE))
+    ran = tune.tune(64, 4, DEVICE, 0.0)
+    assert [settings for _, settings in ran] == [tuple(decode_launch(architecture(DEVICE), 64, 4))]
+
+
+def test_the_search_stops_and_keeps_what_ran(capsys: pytest.CaptureFixture[str]) -> None:
+    present = (64, 4, 3, 2, False)
+
+    def us(settings: tuple[int, ...]) -> float | None:
+        block, warps, stages, programs, early = settings
+        return None if block == 128 else 100.0 - block / 8 + warps + stages + (0 if programs == 3 else 5) - early
+
+    ran = tune.search(present, 128, 2, us, float("inf"))
+    assert ran[0] == (100.0 - 8 + 4 + 2 - 1, (64, 4, 2, 3, True)) and len(ran) == 18 + 4 * 3 + 2
+    assert len(tune.candidates(128, 2, present)) == 24
+    (only,) = tune.search(present, 128, 2, us, 0.0)
+    assert only[1] == present and "not all candidates ran" in capsys.readouterr().err
+
+
+def test_settings_are_written_twice(tmp_path: Path) -> None:
+    path = tmp_path / "tuned.py"
+    path.write_text(Path(tuned.__file__).read_text())
+    keys = [("cuda90", 128, 2), ("cuda90", 64, 4)]
+    tune.write(path, {keys[0]: (32, 8, 4, 1, True), keys[1]: (16, 4, 2, 3, False)}, "measured on H100, triton 3.6.0")
+    tune.write(path, {keys[0]: (128, 4, 2, 1, False)}, "measured on H200, triton 3.6.0")
+    text = path.read_text()
+    module: dict[str, Any] = {}
+    exec(compile(ast.parse(text), str(path), "exec"), module)
+    assert module["DECODE"] == tuned.DECODE | {keys[0]: (128, 4, 2, 1, False)}
+    assert text.count("#: cuda90, head dim 128, 2 bytes: measured on H200") == 1
+    assert (
+        text.count("#: cuda90, head dim 64, 4 bytes: measured on H100") == 1
+        and "head dim 128, 2 bytes: measured on H100" not in text
+    )
+    ruff = [sys.executable, "-m", "ruff", "format", "--check", "--config", str(ROOT / "pyproject.toml"), str(path)]
+    if subprocess.run([*ruff[:3], "--version"], capture_output=True).returncode == 0:
+        done = subprocess.run(ruff, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---- without an installation
+
+
+def test_a_checkout_is_enough(tmp_path: Path) -> None:
+    # An interpreter that sees what the package needs, but no gazepatch: as on a machine where nothing can be installed.
+    code = (
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in f.__module__]\n"
+        "import importlib.util; assert importlib.util.find_spec('gazepatch') is None\n"
+        f"sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); before = list(sys.path); import checkout\n"
+        "assert sys.path == before, 'other folders of the checkout would be found too'\n"
+        "import gazepatch.adapters.base, gazepatch.cli, gazepatch.caches.static\n"
+        "print(gazepatch.adapters.__file__, gazepatch.cli.__file__)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    if "find_spec('gazepatch') is None" in run.stderr:
+        pytest.skip("gazepatch is installed as files")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == [str(ROOT / "adapters" / "__init__.py"), str(ROOT / "cli" / "__init__.py")]

@@ -15,12 +15,12 @@ from gazepatch.adapters.base import Adapter
 from gazepatch.backend import choose
 from gazepatch.config import GazeConfig
 from gazepatch.errors import GazeError
-from gazepatch.forward import MODALITIES
 from gazepatch.layout import Span
 from gazepatch.loading import artefact_folder, base_config, base_of, is_artefact
 from gazepatch.manifest import read
 from gazepatch.patch import is_patched, patch_of, root_model
 from gazepatch.registry import adapter_for
+from gazepatch.running.capture import MODALITIES
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gazepatch.adapters.base import Adapter
-from gazepatch.attention import GazeAttention, unregister
 from gazepatch.backend import choose
 from gazepatch.config import GazeConfig
 from gazepatch.context import parameter, with_context_tokens
 from gazepatch.eager import nothing_compiled
 from gazepatch.errors import ConfigError, PatchError, UnsupportedModelError
-from gazepatch.forward import CONTEXT_TOKENS, MODALITIES, Runtime
 from gazepatch.layers import gaze_layers
 from gazepatch.registry import adapter_for
+from gazepatch.running.attention import GazeAttention, unregister
+from gazepatch.running.capture import MODALITIES, Capture
+from gazepatch.running.decoder import CONTEXT_TOKENS, DecoderHooks
+from gazepatch.running.runtime import Runtime
 from gazepatch.stats import Stats
 from gazepatch.trace import Trace
 
@@ -294,19 +296,19 @@ def _change(
     finalizer = weakref.finalize(root, unregister, attention.name)
     undo.append(lambda: finalizer() and None)
     _set(decoder.config, "_attn_implementation_internal", attention.name, undo)
-    base = root.base_model
+    base, capture, hooks = root.base_model, Capture(runtime), DecoderHooks(runtime, decoder)
     for modality in MODALITIES:
         if (function := getattr(base, name := f"get_{modality}_features", None)) is not None:
-            _set(base, name, runtime.capture(modality, function), undo)
+            _set(base, name, capture.features(modality, function), undo)
     if runtime.latent:
         for module in decoder.modules():
             if (expand := getattr(module, "expand_kv", None)) is not None:
-                _set(module, "expand_kv", runtime.expanding(expand), undo)
+                _set(module, "expand_kv", capture.latents(expand), undo)
     # One at a time, each with its undoing, so that a failure half-way leaves nothing.
-    undo.append(base.register_forward_pre_hook(runtime.before_model, with_kwargs=True).remove)
-    undo.append(base.register_forward_hook(runtime.after_model, always_call=True).remove)
-    undo.append(decoder.register_forward_pre_hook(runtime.before_decoder, with_kwargs=True).remove)
-    undo.append(decoder.register_forward_hook(runtime.after_decoder, with_kwargs=True, always_call=True).remove)
+    undo.append(base.register_forward_pre_hook(capture.before_model, with_kwargs=True).remove)
+    undo.append(base.register_forward_hook(capture.after_model, always_call=True).remove)
+    undo.append(decoder.register_forward_pre_hook(hooks.before, with_kwargs=True).remove)
+    undo.append(decoder.register_forward_hook(hooks.after, with_kwargs=True, always_call=True).remove)
 
 
 def _set(owner: Any, name: str, value: Any, undo: list[Callable[[], None]]) -> None:

@@ -18,7 +18,9 @@ from gazepatch.caches.state import GazeState
 from gazepatch.config import GazeConfig
 from gazepatch.errors import CacheError
 from gazepatch.layout import Span
-from gazepatch.patch import apply, patch_of, patched, restore, stats
+from gazepatch.patch import apply, patched, restore, stats
+from gazepatch.running import attention, prompt
+from gazepatch.running.call import Call
 
 WHOLE = GazeConfig(region=(3, 3, 1), window=(1, 3, 1), budget=1.0, periphery=False, min_visual_tokens=0)
 QUARTER = dataclasses.replace(WHOLE, budget=0.25)
@@ -327,22 +329,20 @@ def test_a_cropped_image_does_not_count_any_more(case: Case) -> None:
         assert cache.gaze.spans == [] and cache.get_seq_length() == case.spans[0].start
 
 
-def test_a_mask_of_padding_only_is_causal_for_queries_that_gaze(case: Case) -> None:
+def test_a_mask_of_padding_only_is_causal_for_queries_that_gaze(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """As flash attention gets it: two dimensions, and the kernel is causal by itself."""
-    pair = batch(case)
+    pair, calls = batch(case), []
+
+    def with_padding_mask(call: Call, *arguments: Any) -> Tensor:
+        calls.append(call)
+        return prompt.gaze(dataclasses.replace(call, mask=pair.inputs["attention_mask"]), *arguments)
+
     with patched(pair.model, QUARTER, prefill="gaze"), torch.no_grad():
         expected = pair.model(**pair.inputs, use_cache=False).logits
-        attention = patch_of(pair.model).attention
-        prefill = attention._prefill
-
-        def with_padding_mask(*arguments: object) -> Tensor:
-            *others, _mask, dense = arguments
-            return prefill(*others, pair.inputs["attention_mask"], dense)
-
-        attention._prefill = with_padding_mask
+        monkeypatch.setattr(attention, "gaze", with_padding_mask)
         actual = pair.model(**pair.inputs, use_cache=False).logits
     kept = pair.inputs["attention_mask"].bool()
-    assert torch.allclose(actual[kept], expected[kept], atol=1e-5)
+    assert calls and torch.allclose(actual[kept], expected[kept], atol=1e-5)
 
 
 # ---- layers with short convolutions beside their keys

@@ -24,6 +24,7 @@ from gazepatch.registry import adapter_for
 from gazepatch.running.attention import GazeAttention, unregister
 from gazepatch.running.capture import MODALITIES, Capture
 from gazepatch.running.decoder import CONTEXT_TOKENS, DecoderHooks
+from gazepatch.running.repeating import Repeating
 from gazepatch.running.runtime import Runtime
 from gazepatch.stats import Stats
 from gazepatch.trace import Trace
@@ -304,6 +305,11 @@ def _change(
         for module in decoder.modules():
             if (expand := getattr(module, "expand_kv", None)) is not None:
                 _set(module, "expand_kv", capture.latents(expand), undo)
+    if runtime.adapter.across:
+        repeating = Repeating(runtime)
+        _set(root, (name := "prepare_inputs_for_generation"), repeating.prepare(getattr(root, name)), undo)
+        _set(root, (name := "_update_model_kwargs_for_generation"), repeating.update(getattr(root, name)), undo)
+        undo.append(base.register_forward_pre_hook(repeating.before_model, with_kwargs=True).remove)
     # One at a time, each with its undoing, so that a failure half-way leaves nothing.
     undo.append(base.register_forward_pre_hook(capture.before_model, with_kwargs=True).remove)
     undo.append(base.register_forward_hook(capture.after_model, always_call=True).remove)

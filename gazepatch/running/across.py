@@ -24,7 +24,8 @@ def start_across(runtime: Runtime, text: Forward, call: Mapping[str, Any], rows:
     prompt, adapter = text.tokens > 1 or text.past == 0, runtime.adapter
     state = state_of_images(text.cache, runtime, runtime.config, runtime.cross_layers, runtime.gaze_layers)
     keys, spans = new_keys(adapter, runtime.model_config, call, rows)
-    others = state.look(spans, rows, keys, call.get(adapter.cross_mask), decoding=not prompt)
+    last_row, runtime.running.last_row = runtime.running.last_row, None  # of this forward alone
+    others = state.look(spans, rows, keys, call.get(adapter.cross_mask), not prompt, None if prompt else last_row)
     forward = Forward(state, text.cache, state.length + keys, text.tokens)
     runtime.record(forward, rows, prompt, others)
     if prompt and runtime.config.prefill == "gaze" and state.regions is not None:

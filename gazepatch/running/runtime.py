@@ -29,6 +29,7 @@ class Running(threading.local):
         capturing: Whether features are being made right now.
         dense: Whether the model reads densely for a while.
         forward: The running forward of the decoder.
+        last_row: What stands for that of the mask over images, where somebody knows (`gazepatch.running.repeating`).
         latents: What the layer that runs makes its keys and values of (MLA).
         trace: Who wants to know what decode steps read.
     """
@@ -40,6 +41,7 @@ class Running(threading.local):
         self.capturing = False
         self.dense = False
         self.forward: Forward | None = None
+        self.last_row: object | None = None
         self.latents: tuple[Tensor, Tensor] | None = None
         self.trace: Trace | None = None
 

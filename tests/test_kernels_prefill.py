@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_decode import MORE
+from sequences import MORE
 from test_prefill import BASE, LAYOUTS, SETTINGS, masks, text
 from torch import Tensor
 

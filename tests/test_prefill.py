@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_decode import MORE
+from sequences import MORE
 from torch import Tensor
 
 from gazepatch.caches.layer import GazeLayer

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from crossing import CASES, FAR, QUARTER, close, plainly
-from tiny import Case, built
+from tiny import Case, built, tiny
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
+from gazepatch.caches.adoption import gaze_state
 from gazepatch.caches.crossing import CrossLayer, CrossState
 from gazepatch.patch import patched
 
@@ -175,3 +176,14 @@ def test_a_decoder_that_is_called_by_itself_has_no_name_for_its_mask(asked: list
             inputs_embeds=embedded, past_key_values=answer.cache, cross_attention_mask=shown[:, :, -1:]
         )
         assert len(asked) == 1
+
+
+@torch.no_grad()
+def test_a_compiled_decoder_knows_its_forward() -> None:
+    case = tiny("mllama")
+    with patched(case.model, FAR):
+        expected = case.model(**case.inputs).logits
+        case.model.get_decoder().compile(backend="eager")
+        cache = DynamicCache()
+        close(case.model(**case.inputs, past_key_values=cache).logits, expected)
+        assert cache.get_seq_length() == expected.shape[1] and not gaze_state(cache).broken

@@ -27,6 +27,10 @@ class DecoderHooks:
 
     def __init__(self, runtime: Runtime, decoder: nn.Module) -> None:
         self.runtime, self.signature = runtime, inspect.signature(decoder.forward)
+        if runtime.adapter.across:
+            # The numbers of a mask, which it may have to look at, are in no graph. Where torch.compile finds that out
+            # half-way, it drops which forward is running (torch 2.13).
+            self._started = torch.compiler.disable(self._started)  # type: ignore[method-assign]
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward starts; returns the arguments to call the decoder with, or None to leave them."""

@@ -179,6 +179,16 @@ def test_a_decoder_that_is_called_by_itself_has_no_name_for_its_mask(asked: list
 
 
 @torch.no_grad()
+def test_a_model_without_a_head_is_patched_too() -> None:
+    case = built("mllama")
+    base = case.model.base_model
+    with plainly(case.model, QUARTER, prompts=True):
+        expected = base(**case.inputs).last_hidden_state
+    with patched(base, QUARTER, prefill="gaze"):
+        close(base(**case.inputs).last_hidden_state, expected)
+
+
+@torch.no_grad()
 def test_a_compiled_decoder_knows_its_forward() -> None:
     case = tiny("mllama")
     with patched(case.model, FAR):

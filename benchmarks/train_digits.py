@@ -22,29 +22,29 @@ import gazepatch
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "digits_vlm"
 sys.path.insert(0, str(EXAMPLE))
-import data as boards  # noqa: E402
+from data import EVALUATION  # noqa: E402
 from model import PRESETS  # noqa: E402
 from PIL import Image  # noqa: E402
+from questions import ask  # noqa: E402
+from scenes import Digits, digits, draw  # noqa: E402
 
 BOARD = PRESETS["cpu"].board
 #: Questions of a board, to train with and to evaluate.
-TRAINING, HELD_OUT = {"digit": 2, "colour": 1, "row": 2, "more": 8, "most": 1}, boards.EVALUATION[0]
+TRAINING, HELD_OUT = {"digit": 2, "colour": 1, "row": 2, "more": 8, "most": 1}, EVALUATION[0]
 
 
-def write_records(
-    folder: Path, name: str, source: boards.Digits, questions: dict[str, int], count: int, seed: int
-) -> Path:
+def write_records(folder: Path, name: str, source: Digits, questions: dict[str, int], count: int, seed: int) -> Path:
     """Boards as images, and a file of conversations about them."""
     generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
     (folder / name).mkdir(parents=True, exist_ok=True)
     records = []
     for first in range(0, count, 100):
-        scene = boards.draw(BOARD, source, min(100, count - first), 1, generator)
+        scene = draw(BOARD, source, min(100, count - first), 1, generator)
         for row, pixels in enumerate(scene.pixels[:, 0]):
             path = f"{name}/{first + row}.png"
             Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / path)
             messages = []
-            for question in boards.ask(scene, row, questions, rng):
+            for question in ask(scene, row, questions, rng):
                 messages.append({"role": "user", "content": " ".join([*question.words, "="])})
                 messages.append({"role": "assistant", "content": " ".join(question.answer)})
             messages[0]["content"] = "<image>" + messages[0]["content"]
@@ -70,7 +70,7 @@ def main() -> None:
     args = parser.parse_args()
     base = EXAMPLE / "models" / "dense"
     processor = AutoProcessor.from_pretrained(base)
-    train, test = boards.digits()
+    train, test = digits()
     data = write_records(args.folder, "boards", train, TRAINING, args.boards, seed=1)
     held_out = write_records(args.folder, "held-out", test, HELD_OUT, args.held_out, seed=2)
     cell = BOARD.cell_tokens

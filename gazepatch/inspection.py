@@ -17,10 +17,10 @@ from gazepatch.artefact.manifest import read
 from gazepatch.backend import choose
 from gazepatch.config import GazeConfig
 from gazepatch.errors import GazeError
-from gazepatch.forward import MODALITIES
 from gazepatch.layout import Span
 from gazepatch.patch import is_patched, patch_of, root_model
 from gazepatch.registry import adapter_for
+from gazepatch.running.capture import MODALITIES
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,8 @@
-"""`apply` and `restore`: the only place that changes a model. Every change is noted with its undoing."""
+"""`apply` and `restore`, and what there is to ask of a patched model."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,15 +13,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gazepatch.adapters.base import Adapter
-from gazepatch.attention import GazeAttention, unregister
 from gazepatch.backend import choose
 from gazepatch.config import GazeConfig
 from gazepatch.context import parameter, with_context_tokens
 from gazepatch.eager import nothing_compiled
 from gazepatch.errors import ConfigError, PatchError, UnsupportedModelError
-from gazepatch.forward import CONTEXT_TOKENS, MODALITIES, Runtime
 from gazepatch.layers import gaze_layers
 from gazepatch.registry import adapter_for
+from gazepatch.running.attention import GazeAttention
+from gazepatch.running.changes import Undo, add_parameter, put_hooks, set_attribute, take_back
+from gazepatch.running.decoder import CONTEXT_TOKENS
+from gazepatch.running.runtime import Runtime
 from gazepatch.stats import Stats
 from gazepatch.trace import Trace
 
@@ -42,7 +43,7 @@ class Patch:
     config: GazeConfig
     runtime: Runtime
     attention: GazeAttention
-    undo: list[Callable[[], None]]
+    undo: Undo
 
 
 def apply(
@@ -105,11 +106,11 @@ def apply(
     patch = Patch(config, runtime, GazeAttention(runtime, original), [])
     try:
         if tokens is not None:
-            _add_parameter(root, decoder, parameter(tokens, decoder), patch.undo)
-        _change(root, decoder, runtime, patch.attention, patch.undo)
-        _set(root, ATTRIBUTE, patch, patch.undo)
+            add_parameter(root, decoder, parameter(tokens, decoder), patch.undo)
+        put_hooks(root, decoder, patch.attention, patch.undo)
+        set_attribute(root, ATTRIBUTE, patch, patch.undo)
     except BaseException:
-        _undo(patch.undo)
+        take_back(patch.undo)
         raise
     return model
 
@@ -121,7 +122,7 @@ def restore(model: Model) -> Model:
         PatchError: The model is not patched.
     """
     patch = patch_of(model)
-    _undo(patch.undo)
+    take_back(patch.undo)
     return model
 
 
@@ -269,62 +270,3 @@ def _settings(config: GazeConfig | None, settings: dict[str, Any]) -> GazeConfig
 
 def _has_local_layers(adapter: Adapter, model_config: Any) -> bool:
     return any("layer" in reason for reason in adapter.dense_reasons(model_config).values())
-
-
-def _add_parameter(
-    root: PreTrainedModel, decoder: nn.Module, made: nn.Parameter, undo: list[Callable[[], None]]
-) -> None:
-    undo.append(lambda: delattr(decoder, CONTEXT_TOKENS))
-    decoder.register_parameter(CONTEXT_TOKENS, made)
-    # The model's own files stay as they were: context tokens have one of their own.
-    ignored = list(root._keys_to_ignore_on_save or [])
-    names = [name for name, held in root.named_parameters() if held is made]
-    _set(root, "_keys_to_ignore_on_save", ignored + names, undo)
-
-
-def _change(
-    root: PreTrainedModel,
-    decoder: nn.Module,
-    runtime: Runtime,
-    attention: GazeAttention,
-    undo: list[Callable[[], None]],
-) -> None:
-    attention.register()
-    # A model that is thrown away while patched must not leave its functions behind.
-    finalizer = weakref.finalize(root, unregister, attention.name)
-    undo.append(lambda: finalizer() and None)
-    _set(decoder.config, "_attn_implementation_internal", attention.name, undo)
-    base = root.base_model
-    for modality in MODALITIES:
-        if (function := getattr(base, name := f"get_{modality}_features", None)) is not None:
-            _set(base, name, runtime.capture(modality, function), undo)
-    if runtime.latent:
-        for module in decoder.modules():
-            if (expand := getattr(module, "expand_kv", None)) is not None:
-                _set(module, "expand_kv", runtime.expanding(expand), undo)
-    # One at a time, each with its undoing, so that a failure half-way leaves nothing.
-    undo.append(base.register_forward_pre_hook(runtime.before_model, with_kwargs=True).remove)
-    undo.append(base.register_forward_hook(runtime.after_model, always_call=True).remove)
-    undo.append(decoder.register_forward_pre_hook(runtime.before_decoder, with_kwargs=True).remove)
-    undo.append(decoder.register_forward_hook(runtime.after_decoder, with_kwargs=True, always_call=True).remove)
-
-
-def _set(owner: Any, name: str, value: Any, undo: list[Callable[[], None]]) -> None:
-    """Set an attribute of the instance, so that neither class nor other instances notice."""
-    before = vars(owner).get(name, undo)  # a value that no attribute has stands for "not there"
-
-    def back() -> None:
-        if vars(owner).get(name) is not value:
-            return  # somebody changed it since: that is theirs to keep
-        if before is undo:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, before)
-
-    undo.append(back)
-    setattr(owner, name, value)
-
-
-def _undo(undo: list[Callable[[], None]]) -> None:
-    while undo:
-        undo.pop()()

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from gazepatch.attention import GazeAttention
 from gazepatch.config import GazeConfig
 from gazepatch.patch import context_tokens_of, is_patched, patch_of, patched, restored, root_model
 from gazepatch.registry import adapter_for
+from gazepatch.running.attention import GazeAttention
 
 #: Largest difference of logits that is put down to the order of additions, relative to the largest logit.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}

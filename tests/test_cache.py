@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from tiny import Case, batch, tiny
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Cache, DynamicCache, StaticCache
 
 from gazepatch.caches.hybrid import HybridLayer
@@ -18,7 +20,9 @@ from gazepatch.caches.state import GazeState
 from gazepatch.config import GazeConfig
 from gazepatch.errors import CacheError
 from gazepatch.layout import Span
-from gazepatch.patch import apply, patch_of, patched, restore, stats
+from gazepatch.patch import apply, patched, restore, stats
+from gazepatch.running import attention, prompt
+from gazepatch.running.call import Call
 
 WHOLE = GazeConfig(region=(3, 3, 1), window=(1, 3, 1), budget=1.0, periphery=False, min_visual_tokens=0)
 QUARTER = dataclasses.replace(WHOLE, budget=0.25)
@@ -327,22 +331,46 @@ def test_a_cropped_image_does_not_count_any_more(case: Case) -> None:
         assert cache.gaze.spans == [] and cache.get_seq_length() == case.spans[0].start
 
 
-def test_a_mask_of_padding_only_is_causal_for_queries_that_gaze(case: Case) -> None:
+def test_a_mask_of_padding_only_is_causal_for_queries_that_gaze(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """As flash attention gets it: two dimensions, and the kernel is causal by itself."""
-    pair = batch(case)
+    pair, calls = batch(case), []
+
+    def with_padding_mask(call: Call, *arguments: Any) -> Tensor:
+        calls.append(call)
+        return prompt.gaze(dataclasses.replace(call, mask=pair.inputs["attention_mask"]), *arguments)
+
     with patched(pair.model, QUARTER, prefill="gaze"), torch.no_grad():
         expected = pair.model(**pair.inputs, use_cache=False).logits
-        attention = patch_of(pair.model).attention
-        prefill = attention._prefill
-
-        def with_padding_mask(*arguments: object) -> Tensor:
-            *others, _mask, dense = arguments
-            return prefill(*others, pair.inputs["attention_mask"], dense)
-
-        attention._prefill = with_padding_mask
+        monkeypatch.setattr(attention, "gaze", with_padding_mask)
         actual = pair.model(**pair.inputs, use_cache=False).logits
     kept = pair.inputs["attention_mask"].bool()
-    assert torch.allclose(actual[kept], expected[kept], atol=1e-5)
+    assert calls and torch.allclose(actual[kept], expected[kept], atol=1e-5)
+
+
+class NothingSent(TorchDispatchMode):
+    """Fails where numbers of the host are sent to the device, which it waits for."""
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = operator(*args, **(kwargs or {}))
+        assert operator is not torch.ops.aten._to_copy.default or args[0].device == made.device
+        return made
+
+
+def test_padding_is_sent_to_the_device_once() -> None:
+    device, mask = torch.device("meta"), torch.ones(2, 1, 1, 100, dtype=torch.bool, device="meta")
+    state = GazeState(torch.nn.Module(), QUARTER)
+    state.begin([Span(0, 3, 43, (1, 5, 8), 0)], 2, 50)  # the second row has no image, so it has more other entries
+    state.finish(True)
+    for step, context in enumerate((nullcontext(), NothingSent(), NothingSent()), 1):
+        with context:
+            state.begin([], 2, 1)
+            bias, alone = (state.bias(given, device) for given in (mask, None))
+            assert bias is not None and alone is not None and bias.shape == alone.shape == (2, 1, 1, 50 + step)
+            state.finish(True)
+    state.crop(5)
+    state.begin([], 2, 1)
+    cropped = state.bias(mask, device)
+    assert cropped is not None and cropped.shape[3] == 53 - 5 + 1
 
 
 # ---- layers with short convolutions beside their keys

@@ -16,6 +16,7 @@ import boards
 import data
 import model as builder
 import policies
+import scenes
 from train import answer_logits
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -68,7 +69,7 @@ def test_a_blind_model_knows_nothing(dense: Any, processor: Any) -> None:
 
 
 def batch(counts: dict[str, int]) -> data.Batch:
-    source = data.Digits(torch.rand(50, 8, 8), torch.randint(0, 10, (50,)))
+    source = scenes.Digits(torch.rand(50, 8, 8), torch.randint(0, 10, (50,)))
     return data.make_batch(BOARD, source, 3, counts, torch.Generator().manual_seed(1), random.Random(1))
 
 

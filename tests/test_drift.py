@@ -18,6 +18,8 @@ from transformers import AutoConfig
 
 from gazepatch.registry import adapter_for
 
+MLLAMA = "models.mllama.modeling_mllama.MllamaForConditionalGeneration"
+
 #: Parameters of functions that are called or replaced; None where only the name counts.
 SYMBOLS: dict[str, Any] = {
     "cache_utils.Cache.layers": None,
@@ -45,6 +47,8 @@ SYMBOLS: dict[str, Any] = {
     "configuration_utils.PreTrainedConfig._attn_implementation": None,
     "models.llava_next.modeling_llava_next.get_anyres_image_grid_shape": ("image_size", "grid_pinpoints", "patch_size"),
     "models.llava_next.modeling_llava_next.unpad_image": ("tensor", "original_size"),
+    f"{MLLAMA}.prepare_inputs_for_generation": ("cross_attention_mask",),
+    f"{MLLAMA}._update_model_kwargs_for_generation": ("outputs", "model_kwargs"),
 }
 
 

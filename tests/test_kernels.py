@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_decode import BASE, LAYOUTS, MORE, SETTINGS, TURNS, Filled, separated, steps
+from sequences import BASE, LAYOUTS, MORE, SETTINGS, TURNS, Filled, separated, steps
 from tiny import Case, batch, tiny
 from torch import Tensor
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_decode import MORE
+from sequences import MORE
 from test_prefill import BASE, LAYOUTS, SETTINGS, masks, text
 from torch import Tensor
 
 from gazepatch.caches.layer import GazeLayer
 from gazepatch.caches.state import GazeState
 from gazepatch.config import GazeConfig
-from gazepatch.ops.prefill import gaze_prefill
+from gazepatch.ops.prefill import Keys, Queries, gaze_prefill
 
 pytest.importorskip("triton")
 from gazepatch.kernels.routed import routed
@@ -38,18 +38,12 @@ def gazed(sequence: Any, config: GazeConfig, positions: Tensor, mask_kind: str) 
     layer.update(key, value)
     mask = masks(sequence, positions, mask_kind)
     positions = positions.to(DEVICE)
-    output = gaze_prefill(
-        query[:, :, positions],
-        key,
-        value,
-        (layer.mean_keys, layer.mean_values),  # type: ignore[arg-type]
-        state.table("regions", DEVICE),
-        state.table("region_of", DEVICE),
-        positions,
-        None if mask is None else mask.to(DEVICE),
-        config,
-        state.laid(sequence.scores(slice(None), key.shape[2])).of_queries(positions),
-    )
+    mask = None if mask is None else mask.to(DEVICE)
+    scores = state.laid(sequence.scores(slice(None), key.shape[2])).of_queries(positions)
+    assert layer.mean_keys is not None
+    tables = state.table("regions", DEVICE), state.table("region_of", DEVICE)
+    keys = Keys(key, value, layer.mean_keys, layer.mean_values, *tables)
+    output = gaze_prefill(Queries(query[:, :, positions], positions, mask, scores), keys, config)
     torch.manual_seed(1)
     rows = text(sequence)[:, positions.cpu()].to(DEVICE)
     gradient = torch.randn(output.shape).to(DEVICE, output.dtype) * rows[:, None, :, None]

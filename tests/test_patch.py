@@ -12,10 +12,10 @@ import transformers
 from tiny import Case, tiny
 from torch import nn
 
-from gazepatch.attention import GazeAttention
 from gazepatch.config import GazeConfig
 from gazepatch.errors import ConfigError, GazeError, PatchError, UnsupportedModelError
 from gazepatch.patch import apply, is_patched, patched, restore, stats
+from gazepatch.running.attention import GazeAttention
 from gazepatch.verification import fingerprint, generate_logits, verify
 
 SMALL = GazeConfig(region=(3, 3, 1), window=None, budget=0.25, min_visual_tokens=0)

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_decode import MORE
+from sequences import MORE
 from torch import Tensor
 
 from gazepatch.caches.layer import GazeLayer
 from gazepatch.caches.state import GazeState
 from gazepatch.config import GazeConfig
 from gazepatch.ops import prefill
-from gazepatch.ops.prefill import gaze_prefill
+from gazepatch.ops.prefill import Keys, Queries, gaze_prefill
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -73,10 +73,9 @@ def gazed(sequence: Any, config: GazeConfig, positions: Tensor, mask: Tensor | N
     state.begin(sequence.spans, sequence.rows, sequence.key.shape[2])
     key, value = layer.update(sequence.key, sequence.value)
     assert state.regions is not None and layer.mean_keys is not None
-    means = layer.mean_keys, layer.mean_values
-    query = sequence.query[:, :, positions]
+    keys = Keys(key, value, layer.mean_keys, layer.mean_values, state.regions, state.region_of())
     scores = state.laid(sequence.scores(slice(None), key.shape[2])).of_queries(positions)
-    return gaze_prefill(query, key, value, means, state.regions, state.region_of(), positions, mask, config, scores)
+    return gaze_prefill(Queries(sequence.query[:, :, positions], positions, mask, scores), keys, config)
 
 
 def assert_every_query_is_the_reference(sequence: Any, config: GazeConfig, mask_kind: str) -> None:
@@ -151,9 +150,9 @@ def test_blocks_of_queries(queries: int, kind: str, sequences: Make, monkeypatch
     sizes = []
     block = prefill._block
 
-    def noted(query: Tensor, *args: Any) -> Tensor:
-        sizes.append(query.shape[2])
-        return block(query, *args)
+    def noted(queries: Queries, *args: Any) -> Tensor:
+        sizes.append(len(queries.positions))
+        return block(queries, *args)
 
     monkeypatch.setattr(prefill, "_block", noted)
     monkeypatch.setattr(prefill, "BLOCK_ELEMENTS", queries * rows * heads * length)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from tiny import Case, batch, tiny
 
-from gazepatch.attention import GazeAttention
 from gazepatch.conformance import QUARTER, WHOLE, _spied
-from gazepatch.patch import patch_of, patched
+from gazepatch.patch import patched
+from gazepatch.running import attention, prompt
+from gazepatch.running.arguments import scores_of
 from gazepatch.scores import Scores
 from gazepatch.verification import generate_logits
 
@@ -46,7 +47,7 @@ def test_what_the_model_has_is_honoured(name: str, monkeypatch: pytest.MonkeyPat
         (own,) = {module.sinks for module in attention_of(case) if hasattr(module, "sinks")}
         assert all(step.scores.softcap is None and torch.equal(step.scores.sinks[0, :, 0], own) for step in steps)
     # It is large enough in these models for its absence to show.
-    monkeypatch.setattr(GazeAttention, "_scores", lambda self, query, kwargs: Scores(kwargs["scaling"]))
+    monkeypatch.setattr(attention, "scores_of", lambda original, query, options: Scores(options["scaling"]))
     with patched(case.model, settings):
         without, _ = generate_logits(case.model, case.inputs, 4, tokens)
     assert (without - dense).abs().max() > 1e-2
@@ -68,20 +69,17 @@ def test_sinks_are_trained_with_gaze() -> None:
 @torch.no_grad()
 def test_own_images_under_flash_attention_are_those_of_eager(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case, calls = eager(name), []
-    original = GazeAttention._own_image
 
-    def noted(self: GazeAttention, own: Any, module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        calls.append((own, module, args, kwargs))
-        return original(self, own, module, *args, **kwargs)
+    def noted(call: Any, own: Any, original: str, dense: torch.Tensor) -> torch.Tensor:
+        calls.append((call, own, dense))
+        return prompt.see_own_image(call, own, original, dense)
 
-    monkeypatch.setattr(GazeAttention, "_own_image", noted)
+    monkeypatch.setattr(attention, "see_own_image", noted)
     with patched(case.model, QUARTER, context_tokens=torch.randn(3, 64)):
         case.model(**case.inputs)
-        attention = patch_of(case.model).attention
-        own, module, (query, key, value, _, dense), kwargs = calls[1]
-        outputs = []
-        for attention.original in ("flash_attention_2", "eager"):
-            outputs.append(original(attention, own, module, query, key, value, None, dense, **kwargs))
-        assert torch.equal(*outputs) and not torch.equal(outputs[0], dense)
-        attention.original = "sdpa"  # of older versions, which leave out soft caps, as does gaze
-        assert attention._scores(query, kwargs) == Scores(kwargs["scaling"])
+    call, own, dense = calls[1]
+    call.mask = None
+    outputs = [prompt.see_own_image(call, own, original, dense) for original in ("flash_attention_2", "eager")]
+    assert torch.equal(*outputs) and not torch.equal(outputs[0], dense)
+    # Older versions use sdpa, which leaves out soft caps, as does gaze.
+    assert scores_of("sdpa", call.query, call.options) == Scores(call.options["scaling"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_decode import BASE, LAYOUTS, SETTINGS, TURNS, Filled
+from sequences import BASE, LAYOUTS, SETTINGS, TURNS, Filled
 from tiny import Case, batch, tiny
 
 import gazepatch

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data import Batch, Board, evaluation_set
+from data import Batch, evaluation_set
 from model import PRESETS
 from policies import POLICIES, reading_by
 from report import COLUMNS, write
 from train import by_cells, measure
 from transformers import AutoModelForImageTextToText
+from words import Board
 
 import gazepatch
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from data import IMAGE, PAD, START, Board
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -22,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
+from words import IMAGE, PAD, START, Board
 
 #: A conversation as the model knows it: images and questions up to their `=`, answers up to their full stop.
 CHAT_TEMPLATE = (

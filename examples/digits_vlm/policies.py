@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from data import Batch, Board
+from data import Batch
 from torch import Tensor, nn
 from transformers import AttentionInterface, LlavaForConditionalGeneration
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from words import Board
 
 Attended = tuple[Tensor, None]
 

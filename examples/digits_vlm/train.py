@@ -18,24 +18,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from data import (
-    IGNORED,
-    NAMES,
-    Batch,
-    Board,
-    Scene,
-    digits,
-    draw,
-    evaluation_set,
-    make_batch,
-    normalise,
-    right_tokens,
-    score,
-)
+from data import IGNORED, Batch, evaluation_set, make_batch, normalise
 from model import PRESETS, Preset, build, make_processor, save
 from muon import Muon
+from scenes import Scene, digits, draw
+from scoring import right_tokens, score
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
+from words import NAMES, Board
 
 import gazepatch
 

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data import EVALUATION, Question, Scene, ask, digits, draw, pack
+from data import EVALUATION, pack
 from model import PRESETS
+from questions import Question, ask
+from scenes import Scene, digits, draw
 from torch import Tensor
 from transformers import DynamicCache
 

@@ -33,15 +33,27 @@ class CrossState(GazeState):
 
     Attributes:
         shown: `[b, R]` which regions the last query of each row sees, on the CPU; None: all of them.
+        last_row: What stands for the row of the mask that says so; None where nobody knows.
     """
 
     def clear(self) -> None:
         """Forget all images."""
         super().clear()
         self.shown: Tensor | None = None
+        self.last_row: object | None = None
 
-    def look(self, spans: Sequence[Span], rows: int, keys: int, mask: Tensor | None, decoding: bool) -> bool:
+    def look(
+        self,
+        spans: Sequence[Span],
+        rows: int,
+        keys: int,
+        mask: Tensor | None,
+        decoding: bool,
+        last_row: object | None = None,
+    ) -> bool:
         """A forward starts; returns whether its last query sees other images than the last one before.
+
+        Waits for the device, unless the `last_row` of the mask is known to be that of the forward before it.
 
         Args:
             spans: Of its new images, the same in each row, by place among its new keys.
@@ -49,11 +61,14 @@ class CrossState(GazeState):
             keys: New keys of each row.
             mask: `[B, 1, Q, L]` what its queries see of all keys; None: everything.
             decoding: Whether it is one decode step.
+            last_row: What stands for the last row of the mask, one object for the same numbers; None: nobody knows.
         """
         moved = [replace(span, start=span.start + self.length, stop=span.stop + self.length) for span in spans]
         self.begin([replace(span, row=row) for row in range(rows) for span in moved], rows, keys)
         self.decoding = decoding and self.regions is not None
-        return self._show(mask)
+        known = last_row is not None and last_row is self.last_row and not keys
+        self.last_row = last_row
+        return not known and self._show(mask)
 
     def _sort(self, spans: Sequence[Span], rows: int, new_tokens: int) -> Chunk:
         # However few there are: how many a query sees is known query by query.
@@ -64,7 +79,7 @@ class CrossState(GazeState):
         self._forget("last_places")
 
     def _show(self, mask: Tensor | None) -> bool:
-        """Note what the last query sees, and return whether that is new; waits for the device, once a forward."""
+        """Note what the last query sees, and return whether that is new; waits for the device."""
         shown = None
         if mask is not None and self.regions is not None and mask.shape[-1] == self.length + self.new_tokens:
             last = mask[:, 0, -1].index_select(1, self.table("last_places", mask.device))
@@ -97,6 +112,7 @@ class CrossState(GazeState):
     def select_rows(self, rows: Tensor) -> None:
         """Keep the rows of the batch with these numbers, in this order."""
         super().select_rows(rows)
+        self.last_row = None  # rows of the mask need not have changed places too
         if self.shown is not None and len(self.shown) > 1:
             self.shown = self.shown[rows.cpu()]
 

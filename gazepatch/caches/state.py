@@ -123,7 +123,7 @@ class GazeState:
         self._other = other if past is None else _cat_rows(past, other)
         self.other_end = self.length + new_tokens
         self.regions = chunk.regions if self.regions is None else self.regions.followed_by(chunk.regions)
-        for name in ("chunk", "regions", "readable", "plan", *_GROWING):
+        for name in ("chunk", "regions", "readable", "plan", "_other", *_GROWING):
             self._forget(name)
 
     # ---- what the layers ask
@@ -239,18 +239,25 @@ class GazeState:
             mask: `[B, 1, 1, L]`, boolean (True: visible) or to be added; or None when everything is visible.
             device: Of the layer.
         """
-        positions = self.other_positions()
-        assert positions is not None
-        padded = bool((positions < 0).any())
-        if mask is None and not padded:
+        assert self._other is not None
+        if mask is None and not bool((self._other < 0).any()):
             return None
+        positions = self._others_on(device)
         if mask is None:
-            return torch.where(positions < 0, ABSENT, 0.0)[:, None, None].to(device)
+            return torch.where(positions < 0, ABSENT, 0.0)[:, None, None]
         mask = mask.to(device)
-        positions = positions.to(device).expand(mask.shape[0], -1)
+        positions = positions.expand(mask.shape[0], -1)
         row = mask[:, 0, -1].gather(1, positions.clamp(min=0))
         row = torch.where(row, 0.0, ABSENT) if row.dtype == torch.bool else row.float().clamp(min=ABSENT)
         return row.masked_fill(positions < 0, ABSENT)[:, None, None]
+
+    def _others_on(self, device: torch.device) -> Tensor:
+        """`other_positions` on a device, which waits for the host only where they do more than grow by a token."""
+        held: Tensor = self.table("_other", device)
+        if self.other_end == self.reach:
+            return held
+        tail = torch.arange(self.other_end, self.reach, device=device)
+        return torch.cat([held, tail.expand(len(held), -1)], 1)
 
     # ---- changes by generation methods
 
@@ -263,6 +270,7 @@ class GazeState:
         self.spans = [span for span in self.spans if span.stop <= self.length]
         if self._other is not None and self.length < self.other_end:
             self._other, self.other_end = self._other[:, : self.length - self.other_end], self.length
+            self._forget("_other")
 
     def check_crop(self, tokens: int) -> None:
         """Raise CacheError unless the last `tokens` tokens can be forgotten."""

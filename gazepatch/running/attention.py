@@ -1,0 +1,116 @@
+"""The attention and mask functions that a patched decoder calls in place of its own.
+
+They are registered with transformers under a name of the patched model's own, and fall back to the implementation that
+the model had, with its own mask, wherever nothing gazes: same arithmetic, same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+from gazepatch.caches.latents import LatentLayer
+from gazepatch.caches.static import StaticState
+from gazepatch.running.arguments import refuse_unsupported, scores_of, tempered
+from gazepatch.running.call import Attended, Call, implementation
+from gazepatch.running.checkpointing import OF_FORWARD
+from gazepatch.running.forward import Forward
+from gazepatch.running.masks import as_4d, block_mask, by_position, of_keys
+from gazepatch.running.prompt import gaze, see_own_image
+from gazepatch.running.runtime import Runtime
+from gazepatch.scores import Scores
+
+
+class GazeAttention:
+    """Attention of one patched model. `original` is the name of the implementation that it had."""
+
+    def __init__(self, runtime: Runtime, original: str) -> None:
+        self.runtime, self.original = runtime, original
+        #: Unique among living models, and free of the words that transformers looks for in a name.
+        self.name = f"gazepatch_{id(self):x}"
+
+    def register(self) -> None:
+        """Make the functions known to transformers."""
+        AttentionInterface.register(self.name, self.attend)
+        AttentionMaskInterface.register(self.name, self.mask)
+
+    def mask(self, *args: Any, **kwargs: Any) -> Any:
+        """The mask that the original implementation would get."""
+        forward = self.runtime.running.forward
+        if forward is not None and forward.state.slots.inserted and kwargs.get("local_size") is not None:
+            device = torch.device(kwargs.get("device", "cpu"))
+            kwargs["mask_function"] = by_position(kwargs["mask_function"], *forward.state.every_slot(device))
+        return ALL_MASK_ATTENTION_FUNCTIONS[self.original](*args, **kwargs)
+
+    def attend(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> Attended:
+        """Attention of `query` `[B, H, S, D]`, as transformers calls it; returns `[B, S, H, D_v]` and no weights."""
+        if kwargs.get("block_indices") is not None and self.original in ("sdpa", "eager"):
+            attention_mask = block_mask(module, query, key, attention_mask, **kwargs)
+        running = self.runtime.running
+        latents, running.latents = running.latents, None
+        forward: Forward | None = kwargs.pop(OF_FORWARD, None) or running.forward
+        if forward is None:
+            return self.dense(module, query, key, value, attention_mask, **kwargs)
+        if forward.state.slots.inserted and getattr(module, "attn_temperature_tuning", False) and not module.use_rope:
+            query = tempered(module, query, forward)
+        layer = getattr(module, "layer_idx", -1)
+        if forward.across is not None and layer in self.runtime.cross_layers:
+            forward = forward.across
+        if forward.state.decoding and layer in self.runtime.gaze_layers:
+            refuse_unsupported(kwargs)
+            scores = scores_of(self.original, query, kwargs)
+            return self.decode(forward, layer, module, query, scores, attention_mask), None
+        return self.read(forward, layer, Call(module, query, key, value, attention_mask, kwargs, latents))
+
+    def dense(self, module: nn.Module, *args: Any, **kwargs: Any) -> Attended:
+        """The model's own attention."""
+        return implementation(self.original, module)(module, *args, **kwargs)
+
+    def decode(self, forward: Forward, layer: int, module: Any, query: Tensor, scores: Scores, mask: Any) -> Tensor:
+        """One routed step of one layer: `query` `[B, H, 1, D]` gives `[B, 1, H, D_v]`."""
+        store, state = forward.layer(self.runtime.store_of.get(layer, layer)), forward.state
+        expansion = store.expansion(module.expand_kv) if isinstance(store, LatentLayer) else None
+        query = query if expansion is None else expansion.absorbed(query)
+        entries = store.entries()
+        plan, scores = state.plan(query, entries), state.laid(scores)
+        total = state.counters.on_device(layer, query.device) if plan.counts_itself else None
+        decoded = plan.decode(query, entries, scores, forward.bias(as_4d(mask), query.device), total)
+        forward.count(layer, query.shape[1], entries.key.shape[1], plan.visual_entries, decoded.read)
+        if forward.trace is not None:
+            forward.reads[layer] = None if decoded.selected is None else plan.numbers(decoded.selected)
+        output = decoded.output if expansion is None else expansion.expanded(decoded.output)
+        return output.transpose(1, 2)
+
+    def read(self, forward: Forward, layer: int, call: Call) -> Attended:
+        """Anything but a routed step: the model's own attention, and some queries of a prompt again behind it."""
+        gazes, store = layer in self.runtime.gaze_layers, self.runtime.store_of.get(layer, layer)
+        if forward.state.decoding and store in self.runtime.stores:  # the layer it shares keys with did not return all
+            call.key, call.value = forward.layer(store).logical()
+        call.mask = of_keys(call.mask, call.key)
+        if gazes and isinstance(forward.state, StaticState):
+            forward.state.expect(layer, call.query, call.key, call.value)
+        elif gazes and forward.state.spans and forward.tokens == 1 and forward.state.regions is None:
+            forward.count_whole(layer, call.query.shape[1], 1 if self.runtime.latent else call.key.shape[1])
+        if forward.insertion is not None:
+            # Context tokens repeat positions, which flash attention would take for the borders of packed sequences.
+            call.options["position_ids"] = None
+        output, weights = self.dense(call.module, call.query, call.key, call.value, call.mask, **call.options)
+        if forward.insertion is not None:
+            output = see_own_image(call, forward.own_image(forward.insertion, call.query.device), self.original, output)
+        if gazes and forward.routed is not None:
+            refuse_unsupported(call.options)
+            scores = scores_of(self.original, call.query, call.options)
+            output = gaze(call, scores, forward, store, self.runtime.config, output)
+        return output, weights
+
+
+def unregister(name: str) -> None:
+    """Take a patched model's functions out of transformers' registries, which offer no call for it."""
+    AttentionInterface._global_mapping.pop(name, None)
+    AttentionMaskInterface._global_mapping.pop(name, None)

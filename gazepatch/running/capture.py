@@ -1,0 +1,75 @@
+"""Hooks that only look: they note what a multimodal model is called with, for the forward of its text decoder."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gazepatch.caches.latents import Expand
+from gazepatch.running.runtime import Runtime
+
+MODALITIES = ("image", "video")
+
+
+class Capture:
+    """What one patched model is called with is noted in `runtime.running`."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+
+    def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remember the token ids and the padding mask of the forward that starts."""
+        running = self.runtime.running
+        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments if args else kwargs
+        ids, mask = bound.get("input_ids"), bound.get("attention_mask")
+        running.ids = ids if torch.is_tensor(ids) else None
+        running.mask = mask if torch.is_tensor(mask) and mask.dim() == 2 else None
+
+    def after_model(self, *_: Any) -> None:
+        """Forget them."""
+        running = self.runtime.running
+        running.ids = running.mask = None
+
+    def features(self, modality: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap `get_image_features` or `get_video_features`, which every path goes through, to see its arguments."""
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)  # generate() reads the signature
+        def captured(*args: Any, **kwargs: Any) -> Any:
+            running = self.runtime.running
+            # Video features are often made by way of image features; a dense forward needs none of this.
+            if running.capturing or running.dense:
+                return function(*args, **kwargs)
+            running.captured[modality] = _arguments(signature, args, kwargs)
+            running.capturing = True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                running.capturing = False
+
+        return captured
+
+    def latents(self, expand: Expand) -> Expand:
+        """Wrap `expand_kv` of an attention module, to see the latents of a forward without a cache too."""
+
+        @functools.wraps(expand)
+        def expanded(latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
+            self.runtime.running.latents = latent, rotated
+            return expand(latent, rotated)
+
+        return expanded
+
+
+def _arguments(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by name, those of `**kwargs` among them."""
+    bound = signature.bind_partial(*args, **kwargs).arguments
+    names = [name for name, p in signature.parameters.items() if p.kind is inspect.Parameter.VAR_KEYWORD]
+    extra: dict[str, Any] = {}
+    for name in names:
+        extra |= bound.pop(name, {})
+    return {**bound, **extra}

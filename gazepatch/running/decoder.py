@@ -1,0 +1,97 @@
+"""The door of the text decoder: its call gets a cache of ours, and context tokens, and its output loses them again."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from gazepatch.caches.adoption import adopt, stepping
+from gazepatch.caches.state import GazeState
+from gazepatch.running.across import start_across
+from gazepatch.running.checkpointing import OF_FORWARD, checkpoints, runs_again
+from gazepatch.running.forward import Forward
+from gazepatch.running.runtime import Runtime
+from gazepatch.running.starting import start, start_step
+from gazepatch.splice import lengthen, lengthen_step, shorten
+
+#: The decoder's parameter that holds the embeddings of the context tokens.
+CONTEXT_TOKENS = "gaze_context_tokens"
+
+
+class DecoderHooks:
+    """Hooks on the text decoder of one patched model, which is given to read its signature and not kept."""
+
+    def __init__(self, runtime: Runtime, decoder: nn.Module) -> None:
+        self.runtime, self.signature = runtime, inspect.signature(decoder.forward)
+        if runtime.adapter.across:
+            # The numbers of a mask, which it may have to look at, are in no graph. Where torch.compile finds that out
+            # half-way, it drops which forward is running (torch 2.13).
+            self._started = torch.compiler.disable(self._started)  # type: ignore[method-assign]
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A forward starts; returns the arguments to call the decoder with, or None to leave them."""
+        runtime = self.runtime
+        if runtime.running.dense:
+            return None
+        call = {**kwargs, **self.signature.bind_partial(*args).arguments} if args else dict(kwargs)
+        hidden = call.get("inputs_embeds")
+        hidden = call.get("input_ids") if hidden is None else hidden
+        if not torch.is_tensor(hidden):
+            return None  # the decoder itself says what it needs
+        rows, tokens = hidden.shape[:2]
+        cache = call.get("past_key_values")
+        if tokens == 1 and cache is not None and (ready := stepping(cache, runtime)) is not None:
+            start_step(runtime, ready, cache, rows)
+            return (), lengthen_step(call, ready, hidden) if ready.slots.inserted else call
+        return (), self._started(module, call, hidden)
+
+    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """The forward is over, or failed (`output` is None)."""
+        running = self.runtime.running
+        forward, running.forward, running.latents = running.forward, None, None
+        if forward is None:
+            return None
+        forward.finish(completed=output is not None)
+        return output if output is None or forward.insertion is None else shorten(output, forward.insertion)
+
+    def _started(self, decoder: nn.Module, call: dict[str, Any], hidden: Tensor) -> dict[str, Any]:
+        """Start any forward but a step on a static cache; returns the arguments of the decoder."""
+        runtime, (rows, tokens) = self.runtime, hidden.shape[:2]
+        cache = self._cache(decoder, call)
+        if cache is None:
+            state = GazeState(runtime, runtime.config)
+        else:
+            state = adopt(cache, runtime, runtime.config, runtime.layers)
+        forward = runtime.running.forward = start(runtime, state, cache, rows, tokens)
+        if runtime.adapter.across:
+            forward.across = start_across(runtime, forward, call, rows)
+        if state.slots.inserted:
+            call = lengthen(call, state, forward.insertion, getattr(decoder, CONTEXT_TOKENS), cache)
+        if runtime.store_of:
+            self._keep_queries(call, forward)
+        if runs_again(decoder, self.signature) and (forward.insertion is not None or forward.routes):
+            call[OF_FORWARD] = forward
+        return call
+
+    def _cache(self, decoder: nn.Module, call: dict[str, Any]) -> Cache | None:
+        """The cache to use: that of the call, or one that the decoder was about to make, which has to be ours."""
+        cache: Cache | None = call.get("past_key_values")
+        if checkpoints(decoder):
+            if cache is not None and cache.get_seq_length() == 0:
+                cache = call["past_key_values"] = None  # the layers would not fill it either
+        elif cache is None:
+            wanted = call.get("use_cache")
+            if getattr(self.runtime.text_config, "use_cache", False) if wanted is None else wanted:
+                cache = call["past_key_values"] = DynamicCache(config=self.runtime.text_config)
+        return cache
+
+    def _keep_queries(self, call: dict[str, Any], forward: Forward) -> None:
+        # Layers that share keys drop all queries but those that logits are asked for, the last ones. Without a mask of
+        # four dimensions only a single one can go without the others, and it must be a token.
+        kept = call.get("logits_to_keep")
+        if isinstance(kept, int) and (kept > 1 or self.runtime.flash or forward.insertion is not None):
+            call["logits_to_keep"] = 0

@@ -1,0 +1,107 @@
+"""What is known of one patched model while it runs: facts that stay, and what each thread is doing with it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from gazepatch.adapters.base import Adapter
+from gazepatch.caches.adoption import Layers
+from gazepatch.caches.latents import LatentLayer
+from gazepatch.caches.layer import GazeLayer
+from gazepatch.config import GazeConfig
+from gazepatch.errors import PatchError
+from gazepatch.running.forward import Forward
+from gazepatch.stats import Counters
+from gazepatch.trace import Trace
+
+
+class Running(threading.local):
+    """What one thread is doing with the model, so that two that generate with it do not see each other.
+
+    Attributes:
+        ids: Token ids that the multimodal model was called with.
+        mask: Its padding mask `[B, S]`.
+        captured: By modality, the arguments that features were made from, until a forward of the decoder takes them.
+        capturing: Whether features are being made right now.
+        dense: Whether the model reads densely for a while.
+        forward: The running forward of the decoder.
+        last_row: What stands for that of the mask over images, where somebody knows (`gazepatch.running.repeating`).
+        latents: What the layer that runs makes its keys and values of (MLA).
+        trace: Who wants to know what decode steps read.
+    """
+
+    def __init__(self) -> None:
+        self.ids: Tensor | None = None
+        self.mask: Tensor | None = None
+        self.captured: dict[str, dict[str, Any]] = {}
+        self.capturing = False
+        self.dense = False
+        self.forward: Forward | None = None
+        self.last_row: object | None = None
+        self.latents: tuple[Tensor, Tensor] | None = None
+        self.trace: Trace | None = None
+
+
+class Runtime:
+    """One patched model.
+
+    Args:
+        adapter: Facts about the architecture.
+        model_config: Configuration of the whole model.
+        decoder: The text decoder. It is not kept.
+        config: Settings.
+        gaze_layers: Indices of the layers that gaze.
+
+    Attributes:
+        store_of: For every layer that reads the keys of another one: that layer.
+        latent: Whether caches hold latents, a single key head for all query heads.
+        stores: Layers whose entries are kept region by region, among those of the sequence.
+        counters: Of the cache that had the last prompt.
+        warned: Whether somebody was told that a prompt came without token ids.
+    """
+
+    def __init__(
+        self, adapter: Adapter, model_config: Any, decoder: nn.Module, config: GazeConfig, gaze_layers: Sequence[int]
+    ) -> None:
+        self.adapter, self.model_config, self.config = adapter, model_config, config
+        self.text_config = adapter.text_config(model_config)
+        self.gaze_layers = tuple(gaze_layers)
+        self.flash = str(decoder.config._attn_implementation).startswith("flash")  # type: ignore[union-attr]
+        self.store_of = adapter.store_layers(model_config)
+        self.latent = adapter.latent(model_config)
+        self.cross_layers = adapter.cross_layers(model_config)
+        self.stores = tuple(sorted({self.store_of.get(layer, layer) for layer in gaze_layers} - {*self.cross_layers}))
+        self.layers = Layers(
+            self.text_config.num_hidden_layers,
+            self.stores,
+            self.cross_layers,
+            LatentLayer if self.latent else GazeLayer,
+        )
+        self.counters = Counters()
+        self.running = Running()
+        self.warned = False
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise PatchError(
+            "a patched model cannot be copied or pickled, because its undoing belongs to this one: "
+            "call gazepatch.restore(model) first, then apply to both"
+        )
+
+    def record(self, forward: Forward, rows: int, prompt: bool, others: bool = False) -> None:
+        """Start the counters and the trace anew with a prompt; go on with a decode step.
+
+        A trace, which numbers the regions that a query sees, starts anew as well where it sees `others`.
+        """
+        state = forward.state
+        if self.running.trace is not None:
+            self.running.trace.follow(state, rows, prompt or others)
+        if prompt:
+            self.counters = state.counters
+            state.counters.clear()
+        elif state.spans:
+            state.counters.steps += 1
+            forward.trace = self.running.trace

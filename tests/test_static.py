@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ import transformers
 from tiny import Case, batch, tiny
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, DynamicCache, StaticCache
 
@@ -149,6 +151,18 @@ def test_the_kernels_compile_within_a_step(case: Case, fresh: None) -> None:
     with patched(case.model, SETTINGS["periphery"], backend="triton"):
         assert_same(generate(case, 3, **compiled("aot_eager")), expected)
         assert stats(case.model) == counted and counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_what_the_kernels_write_is_not_copied(case: Case, fresh: None) -> None:
+    # Operators that write to their arguments are made pure by a compiler, which then has to see that it need not.
+    with patched(case.model, SETTINGS["periphery"], backend="triton"):
+        expected = generate(case, 3)
+        found, codes = run_and_get_code(generate, case, 3, **compiled("inductor"))
+    assert_same(found, expected)
+    (code,) = (code for code in codes if "gazepatch.decode" in code)
+    assert code.count("gazepatch.select.default(") == code.count("gazepatch.decode.default(") == 2  # layers
+    assert "clone" not in code and "copy_.default" not in code
 
 
 class NeverWaiting(TorchDispatchMode):

@@ -1,0 +1,65 @@
+"""Selection by the kernel: the same decisions as its PyTorch twin."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from on_kernels import DEVICE, Selection, assert_runs
+
+from gazepatch.kernels.ops import select
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+@pytest.mark.parametrize("head_reduce", ["mean", "max", "none"])
+@pytest.mark.parametrize("regions", [1, 35, 36, 63, 100])
+def test_selection_among_ties(regions: int, head_reduce: str) -> None:
+    # One window a region and heads that agree: equal scores are equal to the bit here as in the twin.
+    case = Selection(regions, windows=1, group=4 if regions > 36 else 1, distinct=2)
+    if head_reduce != "none":
+        case.query = case.query[:, :: case.group].repeat_interleave(case.group, 1)
+    for share in (0.0, 0.3, 1.0):
+        budget = [round(share * regions), round(share * (regions // 2))]
+        if max(budget):
+            runs, taken, total = case.run(budget, head_reduce, splits=3)
+            expected = case.expected(budget, head_reduce)
+            assert torch.equal(taken.bool(), expected)
+            assert_runs(runs, expected, case)
+            assert total == int((expected * case.length[:, None, None]).sum())
+
+
+@pytest.mark.parametrize(("regions", "windows"), [(36, 4), (63, 9), (5, 50)], ids=str)
+@pytest.mark.parametrize("group", [1, 7])
+def test_selection_by_windows(regions: int, windows: int, group: int) -> None:
+    case = Selection(regions, windows, group, distinct=7)
+    case.mean_keys += torch.randn_like(case.mean_keys)  # no two scores alike
+    case.mean_keys = case.mean_keys.mT.contiguous().mT  # as on CPU
+    budget = [regions // 3, 1]
+    _, taken, _ = case.run(budget, "mean", splits=2)
+    assert torch.equal(taken.bool(), case.expected(budget, "mean"))
+
+
+def test_a_row_without_budget_selects_nothing() -> None:
+    case = Selection(36, windows=1, group=4, distinct=3)
+    runs, taken, _ = case.run([9, 0], "mean", splits=1)
+    assert taken[0].sum() == 9 * 2 and not taken[1].any() and not runs[1].any()
+
+
+@pytest.mark.parametrize("nan", [float("nan"), -float("nan")])
+def test_scores_that_are_no_numbers_stay_in_bounds(nan: float) -> None:
+    case = Selection(36, windows=1, group=4, distinct=3)
+    case.query[0] = nan
+    arguments = case.arguments([9, 4], "mean", 2)
+    select(*arguments)
+    runs, taken = arguments[8:10]
+    assert torch.equal(taken[0].nonzero()[:, -1].view(2, 9), torch.arange(9, device=DEVICE).expand(2, 9))
+    assert_runs(runs, taken.bool(), case)
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_many_regions(group: int) -> None:
+    case = Selection(5000, windows=1, group=group, distinct=2, rows=1)
+    case.query = case.query[:, ::group].repeat_interleave(group, 1)
+    case.length[:] = 1
+    _, taken, _ = case.run([500], "mean", splits=1)
+    assert torch.equal(taken.bool(), case.expected([500], "mean"))

@@ -31,15 +31,7 @@ from gazepatch.kernels.device.decode import decode_kernel
 from gazepatch.kernels.device.means import means_kernel
 from gazepatch.kernels.device.prefill import forward_kernel, key_gradient_kernel, query_gradient_kernel
 from gazepatch.kernels.device.selection import select_kernel
-from gazepatch.kernels.launches import (
-    combined_at_once,
-    decode_launch,
-    heads_at_once,
-    padded,
-    power,
-    prefill_launch,
-    scored_regions,
-)
+from gazepatch.kernels.launches import decode_settings, padded, prefill_settings, select_settings
 
 TARGETS = {
     "cuda80": GPUTarget("cuda", 80, 32),
@@ -49,7 +41,7 @@ TARGETS = {
 DTYPES = {"fp16": 2, "bf16": 2, "fp32": 4}
 DIMS = (64, 80, 96, 128, 256)
 KERNELS = ("decode", "select", "means", "prefill", "query_gradient", "key_gradient")
-GROUP, WINDOWS, REGIONS = 7, 4, 4096
+GROUP, WINDOWS, REGIONS, TOKENS = 7, 4, 4096, 64
 
 #: Arguments whose values are multiples of 16 wherever a head dim is: pointers, and strides but for those of tables.
 ALIGNED = re.compile(r"(query|key|value|entry|visual_key|visual_value|mean)_(row|head|token|window)")
@@ -57,7 +49,8 @@ ALIGNED = re.compile(r"(query|key|value|entry|visual_key|visual_value|mean)_(row
 
 def build(kernel: str, target: str, dtype: str, dim: int) -> dict[str, Any]:
     """Compile one kernel with everything in it, and say what it takes."""
-    function, pointers, constants, warps, stages = globals()[f"_{kernel}"](target, dtype, dim)
+    function, pointers, constants = globals()[f"_{kernel}"](target, dtype, dim)
+    warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
     signature, attributes = {}, {}
     for i, name in enumerate(function.arg_names):
         scalar = "fp32" if name in ("scale", "softcap") else "i32"
@@ -73,10 +66,11 @@ def build(kernel: str, target: str, dtype: str, dim: int) -> dict[str, Any]:
 
 
 def _decode(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
-    launch, data = decode_launch(target, dim, DTYPES[dtype]), f"*{dtype}"
+    data = f"*{dtype}"
     names = ("query", "key", "value", "visual_key", "visual_value", "mean_values", "output")
     pointers = dict.fromkeys(names, data) | dict.fromkeys(("bias", "logits", "partial", "weights"), "*fp32")
     pointers |= {"runs": "*i32", "taken": "*i8", "arrived": "*i32", "sinks": data}
+    settings = decode_settings(target, GROUP, dim, dim, DTYPES[dtype], TOKENS)
     constants = {
         "SELECTIONS": 1,
         "ROWS": GROUP,
@@ -85,20 +79,11 @@ def _decode(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
         "WINDOWS": WINDOWS,
         "HAS_BIAS": True,
         "HAS_RUNS": True,
-        "PER_TILE": 1,
         "PERIPHERY": True,
         "HAS_SINKS": True,
         "CAPPED": True,
-        "EARLY": target == "cuda90",
-        "BLOCK_M": padded(GROUP),
-        "BLOCK_N": launch.block,
-        "BLOCK_D": padded(dim),
-        "BLOCK_V": padded(dim),
-        "BLOCK_G": power(GROUP),
-        "BLOCK_S": combined_at_once(GROUP, dim, launch.warps),
-        "STAGES": launch.stages,
     }
-    return decode_kernel, pointers, constants, launch.warps, launch.stages
+    return decode_kernel, pointers, constants | settings | {"EARLY": target == "cuda90"}
 
 
 def _select(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
@@ -106,7 +91,6 @@ def _select(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
     pointers |= dict.fromkeys(("log_counts", "logits", "region_logits"), "*fp32")
     pointers |= dict.fromkeys(("start", "length", "budget", "runs", "arrived"), "*i32")
     pointers |= {"taken": "*i8", "total": "*i64"}
-    warps = 8
     constants = {
         "GROUP": GROUP,
         "DIM": dim,
@@ -116,21 +100,16 @@ def _select(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
         "PERIPHERY": True,
         "COUNTS": True,
         "CAPPED": True,
-        "EARLY": target == "cuda90",
-        "HEADS": heads_at_once(GROUP, REGIONS, warps),
-        "BLOCK_M": padded(GROUP),
-        "BLOCK_R": scored_regions(WINDOWS, dim, DTYPES[dtype]),
-        "BLOCK_C": WINDOWS,
-        "BLOCK_D": padded(dim),
-        "BLOCK_ALL": REGIONS,
         "mean_dim": 1,
     }
-    return select_kernel, pointers, constants, warps, 2
+    settings = select_settings(target, GROUP, WINDOWS, REGIONS, dim, DTYPES[dtype])
+    return select_kernel, pointers, constants | settings | {"EARLY": target == "cuda90"}
 
 
 def _means(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
     pointers = {"entries": f"*{dtype}", "means": f"*{dtype}", "start": "*i32", "length": "*i32"}
-    return means_kernel, pointers, {"DIM": dim, "BLOCK_W": 4, "BLOCK_T": 16, "BLOCK_D": padded(dim)}, 4, 3
+    sizes = {"DIM": dim, "BLOCK_W": 4, "BLOCK_T": 16, "BLOCK_D": padded(dim)}
+    return means_kernel, pointers, sizes | {"num_warps": 4, "num_stages": 3}
 
 
 def _prefill(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
@@ -149,10 +128,8 @@ def _routed(dtype: str, dim: int, *more: str) -> tuple[Any, ...]:
     pointers = dict.fromkeys(("query", "key", "value", *more), f"*{dtype}")
     pointers |= dict.fromkeys(("bias", "weight", "delta"), "*fp32")
     pointers |= {"region_of": "*i32", "taken": "*i8", "positions": "*i32"}
-    settings = prefill_launch(dim, dim, DTYPES[dtype])
-    warps, stages = settings.pop("num_warps"), settings.pop("num_stages")
     constants = {"GROUP": GROUP, "SELECTIONS": 1, "DIM": dim, "VALUE_DIM": dim, "HAS_BIAS": True, "CAPPED": True}
-    return pointers, constants | settings, warps, stages
+    return pointers, constants | prefill_settings(dim, dim, DTYPES[dtype])
 
 
 def _nvidia(cubin: bytes) -> dict[str, int]:

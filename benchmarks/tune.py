@@ -25,7 +25,7 @@ from on_gpu import Layers, first_line, free, graph_ms, layers_needed, machine
 
 import gazepatch.kernels.tuned as tuned
 from gazepatch.config import GazeConfig
-from gazepatch.kernels.launches import architecture, decode_launch
+from gazepatch.kernels.launches import architecture, decode_launch, forget
 from gazepatch.ops.decode import DecodePlan
 from gazepatch.scores import Scores
 
@@ -88,6 +88,7 @@ def tune(dim: int, size: int, device: torch.device, seconds: float) -> Ran:
 
     def measure(settings: Settings) -> float | None:
         tuned.DECODE[key] = settings
+        forget()
         try:
             times = [_ms(layers) for layers in cases]
         except Exception as error:  # too much shared memory, say
@@ -154,6 +155,7 @@ def main() -> None:
         if options.write:  # at once: the next one may be cut short
             write(Path(tuned.__file__), best, f"measured on {where['gpu']}, triton {where['triton']}")
         tuned.DECODE.update(best)
+        forget()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,6 @@ from gazepatch.kernels.tuned import DECODE
 SCORED_BYTES = 1 << 15
 #: Multiprocessors to plan for where kernels are interpreted.
 INTERPRETED = 4
-
-
 #: Numbers that a thread holds at a time where a program waits for many of them at once.
 HELD = 64
 
@@ -38,11 +36,6 @@ class Launch(NamedTuple):
     early: bool
 
 
-def padded(dim: int) -> int:
-    """The power of two that a head dim is padded to; products need 16 at least."""
-    return max(16, power(dim))
-
-
 def decode_launch(architecture: str, dim: int, bytes_per_element: int) -> Launch:
     """The row of the table, for the next larger head dim of the next older architecture that it has."""
     if architecture not in {key[0] for key in DECODE}:
@@ -53,11 +46,77 @@ def decode_launch(architecture: str, dim: int, bytes_per_element: int) -> Launch
     return Launch(*DECODE[architecture, fitting, max(bytes_per_element, 2)])
 
 
-def prefill_launch(dim: int, value_dim: int, bytes_per_element: int) -> dict[str, int]:
-    """Settings of the kernels for a prompt: small enough for the two accumulators of the gradients. UNMEASURED."""
+# ---- settings of the kernels, by name; worked out once, not in every layer and step
+
+
+@functools.cache
+def decode_settings(
+    architecture: str, rows: int, dim: int, value_dim: int, bytes_per_element: int, longest: int
+) -> dict[str, Any]:
+    """Of the decode kernel, for selections of `rows` query heads and regions of up to `longest` tokens."""
+    launch = decode_launch(architecture, max(dim, value_dim), bytes_per_element)
+    return {
+        "EARLY": launch.early,
+        "PER_TILE": regions_per_tile(longest, launch.block),
+        "BLOCK_M": padded(rows),
+        "BLOCK_N": launch.block,
+        "BLOCK_D": padded(dim),
+        "BLOCK_V": padded(value_dim),
+        "BLOCK_G": power(rows),
+        # So many results of programs are combined at a time.
+        "BLOCK_S": max(1, HELD * 32 * launch.warps // (power(rows) * padded(value_dim))),
+        "STAGES": launch.stages,
+        "num_warps": launch.warps,
+        "num_stages": launch.stages,
+        **({"launch_pdl": True} if launch.early else {}),
+    }
+
+
+@functools.cache
+def select_settings(
+    architecture: str, group: int, windows: int, regions: int, dim: int, bytes_per_element: int
+) -> dict[str, Any]:
+    """Of the selection, for `regions` of `windows` each."""
+    warps, block_all = 8 if regions > 2048 else 4, max(16, power(regions))
+    return {
+        "EARLY": decode_launch(architecture, dim, bytes_per_element).early,
+        # So many heads' scores of all regions are held at a time.
+        "HEADS": max(1, min(power(group), HELD * 32 * warps // block_all)),
+        "BLOCK_M": padded(group),
+        "BLOCK_R": scored_regions(windows, dim, bytes_per_element),
+        "BLOCK_C": power(windows),
+        "BLOCK_D": padded(dim),
+        "BLOCK_ALL": block_all,
+        "num_warps": warps,
+        "num_stages": 2,
+    }
+
+
+@functools.cache
+def prefill_settings(dim: int, value_dim: int, bytes_per_element: int) -> dict[str, int]:
+    """Of the kernels for a prompt: small enough for the two accumulators of the gradients. UNMEASURED."""
     sizes = {"BLOCK_D": padded(dim), "BLOCK_V": padded(value_dim)}
     block = 32 if bytes_per_element <= 2 and max(sizes.values()) <= 128 else 16
     return {"BLOCK_M": block, "BLOCK_N": block, "num_warps": 4, "num_stages": 2, **sizes}
+
+
+def forget() -> None:
+    """Work settings out anew: the table has changed."""
+    decode_settings.cache_clear()
+    select_settings.cache_clear()
+
+
+# ---- sizes
+
+
+def power(n: int) -> int:
+    """The next power of two."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def padded(dim: int) -> int:
+    """The power of two that a head dim is padded to; products need 16 at least."""
+    return max(16, power(dim))
 
 
 def scored_regions(windows: int, dim: int, bytes_per_element: int) -> int:
@@ -66,34 +125,22 @@ def scored_regions(windows: int, dim: int, bytes_per_element: int) -> int:
     return max(1, cells // power(windows))
 
 
-def heads_at_once(group: int, regions: int, warps: int) -> int:
-    """Query heads whose scores of all `regions` a program of the selection holds: a power of two."""
-    return max(1, min(power(group), HELD * 32 * warps // regions))
-
-
 def regions_per_tile(longest: int, block: int) -> int:
     """Regions of up to `longest` tokens that a tile of `block` entries holds: a power of two, 1 for longer ones."""
     return max(1, block // power(longest))
 
 
-def combined_at_once(rows: int, value_dim: int, warps: int) -> int:
-    """Programs whose results for `rows` query heads are combined at a time: a power of two."""
-    return max(1, HELD * 32 * warps // (power(rows) * padded(value_dim)))
+def row_stride(table: Tensor) -> int:
+    """Of a `[b, ...]` table; 0 where one row serves all."""
+    return table.stride(0) if len(table) > 1 else 0
 
 
-def power(n: int) -> int:
-    """The next power of two."""
-    return 1 << max(n - 1, 0).bit_length()
+# ---- the device
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device: make it this one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def row_stride(table: Tensor) -> int:
-    """Of a `[b, ...]` table; 0 where one row serves all."""
-    return table.stride(0) if len(table) > 1 else 0
 
 
 @functools.cache
@@ -111,6 +158,9 @@ def architecture(device: torch.device) -> str:
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU; a small number where kernels are interpreted, so that work is split there too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else INTERPRETED
+
+
+# ---- programs
 
 
 def most_splits(groups: int, programs: int) -> int:

@@ -6,31 +6,17 @@ can be captured in a CUDA graph. What they need between launches is handed in (`
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from gazepatch.kernels.device.decode import decode_kernel
 from gazepatch.kernels.device.means import means_kernel
 from gazepatch.kernels.device.selection import select_kernel
-from gazepatch.kernels.launches import (
-    Launch,
-    architecture,
-    combined_at_once,
-    decode_launch,
-    heads_at_once,
-    on,
-    padded,
-    power,
-    regions_per_tile,
-    row_stride,
-    scored_regions,
-)
+from gazepatch.kernels.launches import architecture, decode_settings, on, padded, power, row_stride, select_settings
+from gazepatch.kernels.library import fake, operator
 
 
-@torch.library.custom_op(
-    "gazepatch::select",
-    mutates_args=("logits", "region_logits", "runs", "taken", "total", "arrived"),
-    schema="(Tensor query, Tensor mean_keys, Tensor log_counts, Tensor start, Tensor length, Tensor budget, "
+@operator(
+    "select(Tensor query, Tensor mean_keys, Tensor log_counts, Tensor start, Tensor length, Tensor budget, "
     "Tensor(a!) logits, Tensor(b!) region_logits, Tensor(c!) runs, Tensor(d!) taken, Tensor(e!)? total, "
     "Tensor(f!) arrived, float scale, float? softcap, bool by_max, bool periphery, int splits) -> ()",
 )
@@ -76,7 +62,7 @@ def select(
     batch, heads, dim = query.shape
     key_heads, regions = mean_keys.shape[1], length.shape[1]
     group, windows = heads // key_heads, log_counts.shape[1] // max(regions, 1)
-    warps, block_all = 8 if regions > 2048 else 4, max(16, power(regions))
+    settings = select_settings(architecture(query.device), group, windows, regions, dim, query.element_size())
     with on(query.device):
         select_kernel[batch * key_heads, splits](
             query,
@@ -111,27 +97,17 @@ def select(
             PERIPHERY=periphery,
             COUNTS=total is not None,
             CAPPED=softcap is not None,
-            EARLY=launch_for(query, dim).early,
-            HEADS=heads_at_once(group, block_all, warps),
-            BLOCK_M=padded(group),
-            BLOCK_R=scored_regions(windows, dim, query.element_size()),
-            BLOCK_C=power(windows),
-            BLOCK_D=padded(dim),
-            BLOCK_ALL=block_all,
-            num_warps=warps,
-            num_stages=2,
+            **settings,
         )
 
 
-@select.register_fake
+@fake("select")
 def _(*_: object) -> None:
     return None
 
 
-@torch.library.custom_op(
-    "gazepatch::decode",
-    mutates_args=("partial", "weights", "arrived"),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor visual_key, Tensor visual_value, "
+@operator(
+    "decode(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor visual_key, Tensor visual_value, "
     "Tensor runs, Tensor? logits, Tensor? taken, Tensor? mean_values, Tensor? sinks, Tensor(a!) partial, "
     "Tensor(b!) weights, Tensor(c!) arrived, float scale, float? softcap, int longest, int splits) -> Tensor",
 )
@@ -180,7 +156,8 @@ def decode(
     rows = heads // key_heads // selections
     output = query.new_empty(batch, heads, value_dim)
     periphery = logits is not None and taken is not None and mean_values is not None
-    launch = launch_for(query, value_dim)
+    kind = architecture(query.device)
+    settings = decode_settings(kind, rows, dim, value_dim, query.element_size(), longest)
     with on(query.device):
         decode_kernel[batch * key_heads * selections, splits](
             query,
@@ -222,40 +199,20 @@ def decode(
             WINDOWS=logits.shape[2] // taken.shape[3] if logits is not None and taken is not None else 1,
             HAS_BIAS=bias is not None,
             HAS_RUNS=places > 0,
-            PER_TILE=regions_per_tile(longest, launch.block),
             PERIPHERY=periphery,
             HAS_SINKS=sinks is not None,
             CAPPED=softcap is not None,
-            EARLY=launch.early,
-            BLOCK_M=padded(rows),
-            BLOCK_N=launch.block,
-            BLOCK_D=padded(dim),
-            BLOCK_V=padded(value_dim),
-            BLOCK_G=power(rows),
-            BLOCK_S=combined_at_once(rows, value_dim, launch.warps),
-            STAGES=launch.stages,
-            num_warps=launch.warps,
-            num_stages=launch.stages,
-            **({"launch_pdl": True} if launch.early else {}),
+            **settings,
         )
     return output
 
 
-@decode.register_fake
+@fake("decode")
 def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
     return query.new_empty(*query.shape[:2], value.shape[3])
 
 
-def launch_for(query: Tensor, value_dim: int) -> Launch:
-    """Settings of the decode kernel for a query `[..., D]` and values of `value_dim`."""
-    return decode_launch(architecture(query.device), max(query.shape[-1], value_dim), query.element_size())
-
-
-@torch.library.custom_op(
-    "gazepatch::window_means",
-    mutates_args=(),
-    schema="(Tensor entries, Tensor start, Tensor length, int longest) -> Tensor",
-)
+@operator("window_means(Tensor entries, Tensor start, Tensor length, int longest) -> Tensor")
 def window_means(entries: Tensor, start: Tensor, length: Tensor, longest: int) -> Tensor:
     """Mean of every window, like `gazepatch.regions.Chunk.means`. One launch.
 
@@ -293,6 +250,6 @@ def window_means(entries: Tensor, start: Tensor, length: Tensor, longest: int) -
     return means
 
 
-@window_means.register_fake
+@fake("window_means")
 def _(entries: Tensor, start: Tensor, length: Tensor, longest: int) -> Tensor:
     return entries.new_empty(*entries.shape[:2], length.shape[1], entries.shape[3])

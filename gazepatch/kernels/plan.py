@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,13 +12,15 @@ from gazepatch.backend import DTYPES, MOST_DIM, kernels_fit
 from gazepatch.config import GazeConfig
 from gazepatch.errors import UnsupportedModelError
 from gazepatch.kernels.launches import (
+    architecture,
+    decode_launch,
     even_splits,
     most_splits,
     multiprocessors,
     regions_per_tile,
     scored_regions,
 )
-from gazepatch.kernels.ops import decode, launch_for, select
+from gazepatch.kernels.ops import decode, select
 from gazepatch.ops.decode import Decoded, DecodePlan, Entries
 from gazepatch.regions import Regions
 from gazepatch.scores import Scores
@@ -25,6 +28,25 @@ from gazepatch.scores import Scores
 #: One program holds the scores of all regions of a row in its registers.
 MOST_REGIONS = 8192
 MOST_WINDOWS = 64  # of a region
+
+
+class Share(NamedTuple):
+    """How the work of a step is shared out among programs, for queries of one kind.
+
+    Attributes:
+        scoring: Programs of the selection that a key head has.
+        block: Entries of a tile.
+        tiles: Tiles that the visual entries make.
+        most: Most programs of the decode kernel that a selection has.
+        partial, weights: Where these leave what they found, `[.., most, heads, D_v]` and `[.., most, heads, 2]`.
+    """
+
+    scoring: int
+    block: int
+    tiles: int
+    most: int
+    partial: Tensor
+    weights: Tensor
 
 
 class KernelPlan(DecodePlan):
@@ -55,11 +77,11 @@ class KernelPlan(DecodePlan):
             self.region_logits = torch.empty(batch, heads, count, device=device)
             self.logits = torch.empty(batch, heads, windows if config.periphery else 0, device=device)
             self.taken = torch.empty(*self.shape, count if config.periphery else 0, dtype=torch.int8, device=device)
-        self._combining: dict[tuple[int, int, int], tuple[int, int, Tensor, Tensor]] = {}
+        self._shares: dict[tuple[int, int, int], Share] = {}
 
     def prepare(self, query: Tensor, value_dim: int) -> None:
         """Take the scratch memory for queries like this."""
-        self._combining_for(query, value_dim)
+        self._share(query, value_dim)
 
     def decode(
         self, query: Tensor, entries: Entries, scores: Scores, bias: Tensor | None = None, total: Tensor | None = None
@@ -94,8 +116,6 @@ class KernelPlan(DecodePlan):
         counter = None
         if not self.regions.even:
             counter = torch.zeros(1, dtype=torch.int64, device=query.device) if total is None else total
-        tile = scored_regions(self.regions.windows, query.shape[2], query.element_size())
-        tiles = -(-self.regions.start.shape[1] // tile)
         select(
             query,
             entries.mean_keys,
@@ -113,7 +133,7 @@ class KernelPlan(DecodePlan):
             scores.softcap,
             self.config.head_reduce == "max",
             far,
-            even_splits(tiles, most_splits(self.pairs, 2 * self.programs)),
+            self._share(query, entries.value.shape[3]).scoring,
         )
         if counter is None:
             return self.pairs * self.selections * self.count * self.regions.max_length
@@ -121,9 +141,9 @@ class KernelPlan(DecodePlan):
 
     def _attend(self, query: Tensor, entries: Entries, scores: Scores, bias: Tensor | None, far: bool) -> Tensor:
         key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (entries.key, entries.value))
-        block, most, partial, weights = self._combining_for(query, entries.value.shape[3])
-        tiles = -(-key.shape[2] // block) + self._tiles_of_runs(block)
-        tiles += -(-self.log_counts.shape[1] // block) if far else 0
+        share = self._share(query, entries.value.shape[3])
+        tiles = share.tiles + -(-key.shape[2] // share.block)
+        tiles += -(-self.log_counts.shape[1] // share.block) if far else 0
         output: Tensor = decode(
             query,
             key,
@@ -136,29 +156,36 @@ class KernelPlan(DecodePlan):
             self.taken if far else None,
             entries.mean_values if far else None,
             None if scores.sinks is None else scores.sinks[:, :, 0],
-            partial,
-            weights,
+            share.partial,
+            share.weights,
             self.arrived,
             scores.scale,
             scores.softcap,
             self.longest,
-            even_splits(tiles, most),
+            even_splits(tiles, share.most),
         )
         return output
 
-    def _tiles_of_runs(self, block: int) -> int:
-        return -(-self.runs.shape[3] // regions_per_tile(self.longest, block)) * -(-self.longest // block)
-
-    def _combining_for(self, query: Tensor, value_dim: int) -> tuple[int, int, Tensor, Tensor]:
-        """Entries of a tile, programs of a selection, and where these leave what they found: shared by all layers."""
+    def _share(self, query: Tensor, value_dim: int) -> Share:
+        """Made once, as all layers share it."""
         key = (query.shape[-1], value_dim, query.element_size())
-        if key not in self._combining:
-            launch, groups = launch_for(query, value_dim), self.pairs * self.selections
-            most = most_splits(groups, launch.programs * self.programs)
-            shape = (groups, most, self.shape[0] * self.heads // groups)
-            empty = self.log_counts.new_empty  # float32, on the device
-            self._combining[key] = launch.block, most, empty(*shape, value_dim), empty(*shape, 2)
-        return self._combining[key]
+        if key not in self._shares:
+            self._shares[key] = self._shared(*key)
+        return self._shares[key]
+
+    def _shared(self, dim: int, value_dim: int, bytes_per_element: int) -> Share:
+        device, regions = self.log_counts.device, self.regions.start.shape[1]
+        scored = scored_regions(self.regions.windows, dim, bytes_per_element)
+        scoring = even_splits(-(-regions // scored), most_splits(self.pairs, 2 * self.programs))
+        launch = decode_launch(architecture(device), max(dim, value_dim), bytes_per_element)
+        tiles = -(-self.runs.shape[3] // regions_per_tile(self.longest, launch.block)) * -(
+            -self.longest // launch.block
+        )
+        groups = self.pairs * self.selections
+        most = most_splits(groups, launch.programs * self.programs)
+        shape = (groups, most, self.shape[0] * self.heads // groups)
+        empty = self.log_counts.new_empty  # float32, on the device
+        return Share(scoring, launch.block, tiles, most, empty(*shape, value_dim), empty(*shape, 2))
 
     def unfit(self, query: Tensor, entries: Entries, scores: Scores) -> str | None:
         """Why the kernels cannot take this step, or None."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gazepatch.kernels.device.prefill import forward_kernel, key_gradient_kernel, query_gradient_kernel
-from gazepatch.kernels.launches import on, prefill_launch, row_stride
+from gazepatch.kernels.launches import on, prefill_settings, row_stride
 
 
 @torch.library.custom_op(
@@ -47,7 +47,7 @@ def routed(
     output = query.new_empty(batch, key_heads, rows, value.shape[3])
     weight = query.new_empty(batch, key_heads, rows, dtype=torch.float32)
     tensors = (query, key, value, region_of, taken.contiguous(), positions, bias)
-    settings = prefill_launch(query.shape[3], value.shape[3], query.element_size())
+    settings = prefill_settings(query.shape[3], value.shape[3], query.element_size())
     with on(query.device):
         grid = (-(-rows // settings["BLOCK_M"]), batch * key_heads)
         shapes, constants = _shapes(*tensors, scale, softcap), _constants(*tensors, softcap)
@@ -87,7 +87,7 @@ def routed_backward(
     of_query, of_key, of_value = (x.new_empty(x.shape) for x in (query, key, value))
     tensors = (query, key, value, region_of, taken.contiguous(), positions, bias)
     given = (weight, gradient.contiguous(), delta)
-    settings = prefill_launch(query.shape[3], value.shape[3], query.element_size())
+    settings = prefill_settings(query.shape[3], value.shape[3], query.element_size())
     shapes, constants = _shapes(*tensors, scale, softcap), _constants(*tensors, softcap)
     with on(query.device):
         grid = (-(-rows // settings["BLOCK_M"]), batch * key_heads)

@@ -93,15 +93,20 @@ def summarised(taken: Mapping[str, list[float]]) -> Row:
     return row | {"rounds": len(taken["dense"])}
 
 
+def no_room(setup: Setup, images: int) -> str | None:
+    """Why a prompt does not fit: two caches for a moment, and the activations of an MLP twice."""
+    each = 4 * setup.shape.layers * setup.shape.key_heads * setup.shape.dim + 6 * setup.shape.mlp
+    tokens = images * setup.side**2 + TEXT
+    return lacking(tokens * each * setup.dtype.itemsize, setup.device, "the activations of a prompt")
+
+
 def prefill(setup: Setup, models: Models) -> Iterator[Case]:
     """A row for every size."""
     for size, images in setup.prompts.items():
 
         def measure(images: int = images) -> Row:
-            model, tokens = models.model, images * setup.side**2 + TEXT
-            # Two caches for a moment, and the activations of an MLP twice.
-            each = 4 * setup.shape.layers * setup.shape.key_heads * setup.shape.dim + 6 * setup.shape.mlp
-            if reason := lacking(tokens * each * setup.dtype.itemsize, setup.device, "the activations of a prompt"):
+            model = models.model
+            if reason := no_room(setup, images):
                 return {"skipped": reason}
             inputs = prompt(model.config, images, setup.side, setup.device)
             features = torch.randn(images * setup.side**2, setup.shape.hidden, device=setup.device).to(setup.dtype)

@@ -247,7 +247,9 @@ def test_tables_in_print() -> None:
 # ---- small runs
 
 
-@pytest.mark.parametrize("name", ["check", "triad", "bandwidth", "dense", "model_step", "prefill", "profile"])
+@pytest.mark.parametrize(
+    "name", ["check", "triad", "bandwidth", "dense", "model_step", "prefill", "answers", "profile"]
+)
 def test_a_dry_run(name: str) -> None:
     tables = decode_gpu.dry_run(DEVICE, [name])
     assert tables[name] and not any("error" in row for row in tables[name])

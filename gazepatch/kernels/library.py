@@ -31,4 +31,5 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
 
 def fake(name: str) -> Callable[[Callable[..., Any]], Any]:
     """Say what an operator gives without running it: shapes and types, for compilers."""
-    return torch.library.register_fake(f"gazepatch::{name}", lib=_LIBRARY)
+    made: Callable[[Callable[..., Any]], Any] = torch.library.register_fake(f"gazepatch::{name}", lib=_LIBRARY)
+    return made

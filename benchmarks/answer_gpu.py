@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from attention_tables import Case
 from model_step import Models
-from on_gpu import free
-from prefill_gpu import no_room, prompt, without_tower
+from prefill_gpu import prompts, without_tower
 from shapes import DEFAULTS, SETTINGS, WANTED, Setup
 from torch import Tensor
 
@@ -89,19 +88,10 @@ def summarised(taken: Mapping[str, list[list[float]]]) -> Row:
 
 def answers(setup: Setup, models: Models) -> Iterator[Case]:
     """A row for every size of a prompt."""
-    for size, images in setup.prompts.items():
+    rounds, tokens = (3, 33) if setup.device.type == "cuda" else (1, 4)
 
-        def measure(images: int = images) -> Row:
-            model = models.model
-            if reason := no_room(setup, images):
-                return {"skipped": reason}
-            inputs = prompt(model.config, images, setup.side, setup.device)
-            del inputs["position_ids"]  # `generate` makes them
-            features = torch.randn(images * setup.side**2, setup.shape.hidden, device=setup.device).to(setup.dtype)
-            try:
-                taken = rounds_of(model, inputs, features, *((3, 33) if setup.device.type == "cuda" else (1, 4)))
-            finally:
-                free()
-            return {"visual_tokens": images * setup.side**2, **summarised(taken)}
+    def run(model: Any, inputs: dict[str, Any], features: Tensor) -> Row:
+        del inputs["position_ids"]  # `generate` makes them
+        return summarised(rounds_of(model, inputs, features, rounds, tokens))
 
-        yield Case({"visual": size}, measure)
+    return prompts(setup, models, run)

@@ -113,23 +113,23 @@ def _means(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
 
 
 def _prefill(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
-    return forward_kernel, *_routed(dtype, dim, "output")
+    return forward_kernel, *_routed(target, dtype, dim, "output")
 
 
 def _query_gradient(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
-    return query_gradient_kernel, *_routed(dtype, dim, "gradient", "query_gradient")
+    return query_gradient_kernel, *_routed(target, dtype, dim, "gradient", "query_gradient")
 
 
 def _key_gradient(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
-    return key_gradient_kernel, *_routed(dtype, dim, "gradient", "key_gradient", "value_gradient")
+    return key_gradient_kernel, *_routed(target, dtype, dim, "gradient", "key_gradient", "value_gradient")
 
 
-def _routed(dtype: str, dim: int, *more: str) -> tuple[Any, ...]:
+def _routed(target: str, dtype: str, dim: int, *more: str) -> tuple[Any, ...]:
     pointers = dict.fromkeys(("query", "key", "value", *more), f"*{dtype}")
     pointers |= dict.fromkeys(("bias", "weight", "delta"), "*fp32")
     pointers |= {"region_of": "*i32", "taken": "*i8", "positions": "*i32"}
     constants = {"GROUP": GROUP, "SELECTIONS": 1, "DIM": dim, "VALUE_DIM": dim, "HAS_BIAS": True, "CAPPED": True}
-    return pointers, constants | prefill_settings(dim, dim, DTYPES[dtype])
+    return pointers, constants | prefill_settings(target, dim, dim, DTYPES[dtype])
 
 
 def _nvidia(cubin: bytes) -> dict[str, int]:

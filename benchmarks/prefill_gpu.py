@@ -100,8 +100,11 @@ def no_room(setup: Setup, images: int) -> str | None:
     return lacking(tokens * each * setup.dtype.itemsize, setup.device, "the activations of a prompt")
 
 
-def prefill(setup: Setup, models: Models) -> Iterator[Case]:
-    """A row for every size."""
+Run = Callable[[Any, dict[str, Any], Tensor], Row]
+
+
+def prompts(setup: Setup, models: Models, run: Run) -> Iterator[Case]:
+    """A row for every size: what `run` says of the model, the inputs and the features of the images."""
     for size, images in setup.prompts.items():
 
         def measure(images: int = images) -> Row:
@@ -110,11 +113,15 @@ def prefill(setup: Setup, models: Models) -> Iterator[Case]:
                 return {"skipped": reason}
             inputs = prompt(model.config, images, setup.side, setup.device)
             features = torch.randn(images * setup.side**2, setup.shape.hidden, device=setup.device).to(setup.dtype)
-            timed = setup.device.type == "cuda"
             try:
-                taken = rounds_of(model, inputs, features, *((11, 2) if timed else (1, 0)))
+                return {"visual_tokens": images * setup.side**2, "images": images, **run(model, inputs, features)}
             finally:
                 free()
-            return {"visual_tokens": images * setup.side**2, "images": images, **summarised(taken)}
 
         yield Case({"visual": size}, measure)
+
+
+def prefill(setup: Setup, models: Models) -> Iterator[Case]:
+    """A row for every size."""
+    rounds, warmup = (11, 2) if setup.device.type == "cuda" else (1, 0)
+    return prompts(setup, models, lambda *given: summarised(rounds_of(*given, rounds, warmup)))

@@ -15,6 +15,8 @@ from gazepatch.kernels.tuned import DECODE
 SCORED_BYTES = 1 << 15
 #: Multiprocessors to plan for where kernels are interpreted.
 INTERPRETED = 4
+#: Regions from which on a program of the selection has twice the warps, and a multiprocessor no room for a second one.
+MANY_REGIONS = 2048
 #: Numbers that a thread holds at a time where a program waits for many of them at once.
 HELD = 64
 
@@ -77,7 +79,7 @@ def select_settings(
     architecture: str, group: int, windows: int, regions: int, dim: int, bytes_per_element: int
 ) -> dict[str, Any]:
     """Of the selection, for `regions` of `windows` each."""
-    warps, block_all = 8 if regions > 2048 else 4, max(16, power(regions))
+    warps, block_all = 8 if regions > MANY_REGIONS else 4, max(16, power(regions))
     return {
         "EARLY": decode_launch(architecture, dim, bytes_per_element).early,
         # So many heads' scores of all regions are held at a time.
@@ -88,16 +90,21 @@ def select_settings(
         "BLOCK_D": padded(dim),
         "BLOCK_ALL": block_all,
         "num_warps": warps,
-        "num_stages": 2,
+        "num_stages": _stages(architecture),
     }
 
 
 @functools.cache
-def prefill_settings(dim: int, value_dim: int, bytes_per_element: int) -> dict[str, int]:
+def prefill_settings(architecture: str, dim: int, value_dim: int, bytes_per_element: int) -> dict[str, int]:
     """Of the kernels for a prompt: small enough for the two accumulators of the gradients. UNMEASURED."""
     sizes = {"BLOCK_D": padded(dim), "BLOCK_V": padded(value_dim)}
     block = 32 if bytes_per_element <= 2 and max(sizes.values()) <= 128 else 16
-    return {"BLOCK_M": block, "BLOCK_N": block, "num_warps": 4, "num_stages": 2, **sizes}
+    return {"BLOCK_M": block, "BLOCK_N": block, "num_warps": 4, "num_stages": _stages(architecture), **sizes}
+
+
+def _stages(architecture: str) -> int:
+    """On NVIDIA's, with fewer than 3, entries are asked for only when those before them are done with."""
+    return 2 if architecture.startswith("gfx") else 3
 
 
 def forget() -> None:
@@ -128,6 +135,11 @@ def scored_regions(windows: int, dim: int, bytes_per_element: int) -> int:
 def regions_per_tile(longest: int, block: int) -> int:
     """Regions of up to `longest` tokens that a tile of `block` entries holds: a power of two, 1 for longer ones."""
     return max(1, block // power(longest))
+
+
+def scoring_programs(regions: int) -> int:
+    """Programs of the selection that run on a multiprocessor at the same time."""
+    return 1 if regions > MANY_REGIONS else 2
 
 
 def row_stride(table: Tensor) -> int:

@@ -19,6 +19,7 @@ from gazepatch.kernels.launches import (
     multiprocessors,
     regions_per_tile,
     scored_regions,
+    scoring_programs,
 )
 from gazepatch.kernels.ops import decode, select
 from gazepatch.ops.decode import Decoded, DecodePlan, Entries
@@ -176,7 +177,8 @@ class KernelPlan(DecodePlan):
     def _shared(self, dim: int, value_dim: int, bytes_per_element: int) -> Share:
         device, regions = self.log_counts.device, self.regions.start.shape[1]
         scored = scored_regions(self.regions.windows, dim, bytes_per_element)
-        scoring = even_splits(-(-regions // scored), most_splits(self.pairs, 2 * self.programs))
+        most_scoring = most_splits(self.pairs, scoring_programs(regions) * self.programs)
+        scoring = even_splits(-(-regions // scored), most_scoring)
         launch = decode_launch(architecture(device), max(dim, value_dim), bytes_per_element)
         tiles = -(-self.runs.shape[3] // regions_per_tile(self.longest, launch.block)) * -(
             -self.longest // launch.block

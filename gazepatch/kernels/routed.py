@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gazepatch.kernels.device.prefill import forward_kernel, key_gradient_kernel, query_gradient_kernel
-from gazepatch.kernels.launches import on, prefill_settings, row_stride
+from gazepatch.kernels.launches import architecture, on, prefill_settings, row_stride
 
 
 @torch.library.custom_op(
@@ -47,7 +47,7 @@ def routed(
     output = query.new_empty(batch, key_heads, rows, value.shape[3])
     weight = query.new_empty(batch, key_heads, rows, dtype=torch.float32)
     tensors = (query, key, value, region_of, taken.contiguous(), positions, bias)
-    settings = prefill_settings(query.shape[3], value.shape[3], query.element_size())
+    settings = _settings(query, value)
     with on(query.device):
         grid = (-(-rows // settings["BLOCK_M"]), batch * key_heads)
         shapes, constants = _shapes(*tensors, scale, softcap), _constants(*tensors, softcap)
@@ -87,7 +87,7 @@ def routed_backward(
     of_query, of_key, of_value = (x.new_empty(x.shape) for x in (query, key, value))
     tensors = (query, key, value, region_of, taken.contiguous(), positions, bias)
     given = (weight, gradient.contiguous(), delta)
-    settings = prefill_settings(query.shape[3], value.shape[3], query.element_size())
+    settings = _settings(query, value)
     shapes, constants = _shapes(*tensors, scale, softcap), _constants(*tensors, softcap)
     with on(query.device):
         grid = (-(-rows // settings["BLOCK_M"]), batch * key_heads)
@@ -116,6 +116,10 @@ def _backward(ctx: Any, gradient: Tensor, of_weight: Tensor) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("gazepatch::routed", _backward, setup_context=_save)
+
+
+def _settings(query: Tensor, value: Tensor) -> dict[str, int]:
+    return prefill_settings(architecture(query.device), query.shape[3], value.shape[3], query.element_size())
 
 
 def _dense(x: Tensor) -> Tensor:

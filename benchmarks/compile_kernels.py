@@ -1,6 +1,7 @@
 """Machine code of every kernel, for every target, without a GPU: `python benchmarks/compile_kernels.py [--json]`.
 
-Prints registers, spills and shared memory of each. Exits with 1 when the decode kernel spills registers to memory.
+Prints registers, spills and shared memory of each. Exits with 1 when the decode kernel spills registers to memory, or
+when a kernel takes more shared memory than the smallest GPUs have that run it.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ TARGETS = {
     "cuda90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+#: Shared memory: the settings for Ampere serve sm_86 and sm_89 too, those for Hopper sm_120.
+MOST_SHARED = {"cuda80": 99 << 10, "cuda90": 99 << 10, "gfx942": 64 << 10}
 DTYPES = {"fp16": 2, "bf16": 2, "fp32": 4}
 DIMS = (64, 80, 96, 128, 256)
 KERNELS = ("decode", "select", "means", "prefill", "query_gradient", "key_gradient")
@@ -191,10 +194,17 @@ def main() -> int:
         partial = options.out.with_suffix(".partial")
         partial.write_text(table)
         partial.rename(options.out)
-    spilling = [row for row in rows if row["kernel"] == "decode" and row["spilled_bytes"]]
-    for row in spilling:
-        print(f"the decode kernel spills: {row}", file=sys.stderr)
-    return 1 if spilling else 0
+    failed = [*_wrong(rows)]
+    print(*failed, sep="\n", end="\n" if failed else "", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _wrong(rows: list[dict[str, Any]]) -> Iterator[str]:
+    for row in rows:
+        if row["kernel"] == "decode" and row["spilled_bytes"]:
+            yield f"the decode kernel spills: {row}"
+        if row["shared_bytes"] > MOST_SHARED[row["target"]]:
+            yield f"takes more than the {MOST_SHARED[row['target']]} bytes of shared memory there are: {row}"
 
 
 if __name__ == "__main__":

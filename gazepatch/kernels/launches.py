@@ -98,8 +98,11 @@ def select_settings(
 def prefill_settings(architecture: str, dim: int, value_dim: int, bytes_per_element: int) -> dict[str, int]:
     """Of the kernels for a prompt: small enough for the two accumulators of the gradients. UNMEASURED."""
     sizes = {"BLOCK_D": padded(dim), "BLOCK_V": padded(value_dim)}
-    block = 32 if bytes_per_element <= 2 and max(sizes.values()) <= 128 else 16
-    return {"BLOCK_M": block, "BLOCK_N": block, "num_warps": 4, "num_stages": _stages(architecture), **sizes}
+    row = max(sizes.values()) * bytes_per_element
+    block = 32 if bytes_per_element <= 2 and row <= 256 else 16
+    # The widest rows leave no room for a third stage in the 99 KiB that GPUs for desktops have.
+    stages = min(_stages(architecture), 2 if row > 512 else 3)
+    return {"BLOCK_M": block, "BLOCK_N": block, "num_warps": 4, "num_stages": stages, **sizes}
 
 
 def _stages(architecture: str) -> int:

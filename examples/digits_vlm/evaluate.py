@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from data import Batch, evaluation_set
+from memory import keep_memory
 from model import PRESETS
 from policies import POLICIES, reading_by
 from report import COLUMNS, write
@@ -61,6 +62,7 @@ def gaze_rows(folder: Path, board: Board, batches: list[Batch], show: Callable[.
 
 def main() -> None:
     """Parse the command line and measure."""
+    keep_memory()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=Path, default=HERE / "models", help="folder of dense, gaze, ...")
     parser.add_argument("--scale", choices=PRESETS, default="cpu")

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from data import IGNORED, Batch, evaluation_set, make_batch, normalise
+from memory import keep_memory
 from model import PRESETS, Preset, build, make_processor, save
 from muon import Muon
 from scenes import Scene, digits, draw
@@ -354,6 +355,7 @@ def finish(run: Run, model: LlavaForConditionalGeneration, preset: Preset) -> No
 
 def main() -> None:
     """Parse the command line and train."""
+    keep_memory()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scale", choices=PRESETS, default="cpu")
     parser.add_argument("--mode", choices=("dense", "gaze"), default="dense")

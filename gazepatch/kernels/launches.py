@@ -140,6 +140,11 @@ def regions_per_tile(longest: int, block: int) -> int:
     return max(1, block // power(longest))
 
 
+def tiles_of(runs: int, longest: int, block: int) -> int:
+    """Tiles of so many regions of up to `longest` tokens, none of which crosses the end of a region."""
+    return -(-runs // regions_per_tile(longest, block)) * -(-longest // block)
+
+
 def scoring_programs(regions: int) -> int:
     """Programs of the selection that run on a multiprocessor at the same time."""
     return 1 if regions > MANY_REGIONS else 2

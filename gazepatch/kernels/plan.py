@@ -17,9 +17,9 @@ from gazepatch.kernels.launches import (
     even_splits,
     most_splits,
     multiprocessors,
-    regions_per_tile,
     scored_regions,
     scoring_programs,
+    tiles_of,
 )
 from gazepatch.kernels.ops import decode, select
 from gazepatch.ops.decode import Decoded, DecodePlan, Entries
@@ -180,9 +180,7 @@ class KernelPlan(DecodePlan):
         most_scoring = most_splits(self.pairs, scoring_programs(regions) * self.programs)
         scoring = even_splits(-(-regions // scored), most_scoring)
         launch = decode_launch(architecture(device), max(dim, value_dim), bytes_per_element)
-        tiles = -(-self.runs.shape[3] // regions_per_tile(self.longest, launch.block)) * -(
-            -self.longest // launch.block
-        )
+        tiles = tiles_of(self.runs.shape[3], self.longest, launch.block)
         groups = self.pairs * self.selections
         most = most_splits(groups, launch.programs * self.programs)
         shape = (groups, most, self.shape[0] * self.heads // groups)

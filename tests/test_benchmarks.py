@@ -504,10 +504,10 @@ def test_a_checkout_is_enough(tmp_path: Path) -> None:
         f"sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); before = list(sys.path); import checkout\n"
         "assert sys.path == before, 'other folders of the checkout would be found too'\n"
         "import gazepatch.adapters.base, gazepatch.cli, gazepatch.caches.static\n"
-        "print(gazepatch.adapters.__file__, gazepatch.cli.__file__)"
+        "print(gazepatch.adapters.__file__, gazepatch.cli.__file__, sep='\\n')"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     if "find_spec('gazepatch') is None" in run.stderr:
         pytest.skip("gazepatch is installed as files")
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == [str(ROOT / "adapters" / "__init__.py"), str(ROOT / "cli" / "__init__.py")]
+    assert run.stdout.splitlines() == [str(ROOT / "adapters" / "__init__.py"), str(ROOT / "cli" / "__init__.py")]

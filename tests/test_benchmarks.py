@@ -315,13 +315,14 @@ def test_one_cache_at_a_time() -> None:
     def caches() -> int:
         return sum(type(each) is StaticCache for each in gc.get_objects())
 
+    gc.collect()  # what other tests have left
     held = caches()
     row = model_step.dense_ms(model, grid, 2)
     assert isinstance(row["dense_ms"]["transformers"], float)
     assert isinstance(row["dense_ms"]["cudnn"], str)  # what a machine does not have says why
     assert "ms" in model_step.gaze_ms(model, grid, 2, "64, paper")
     gc.collect()  # as between rows
-    assert caches() == held
+    assert caches() <= held
     assert model.config.text_config._attn_implementation == "sdpa"
 
 

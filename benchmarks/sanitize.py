@@ -19,7 +19,7 @@ from gazepatch.caches.layer import GazeLayer
 from gazepatch.caches.state import GazeState
 from gazepatch.config import GazeConfig
 from gazepatch.layout import Span
-from gazepatch.ops.prefill import gaze_prefill
+from gazepatch.ops.prefill import Keys, Queries, gaze_prefill
 from gazepatch.scores import Scores
 
 #: Images of two rows that differ, on grids that regions of 3 x 2 do not divide; then text.
@@ -41,12 +41,12 @@ def run(config: GazeConfig, device: torch.device, dtype: torch.dtype) -> tuple[T
     state.begin(SPANS, 2, TOKENS)
     key, value = random(KEY_HEADS, TOKENS).requires_grad_(), random(KEY_HEADS, TOKENS).requires_grad_()
     layer.update(key, value)
-    positions, means = torch.arange(46, TOKENS, device=device), (layer.mean_keys, layer.mean_values)
-    assert means[0] is not None
-    regions, region_of = state.table("regions", device), state.table("region_of", device)
-    query = random(HEADS, len(positions)).requires_grad_()
-    gazed = gaze_prefill(query, key, value, means, regions, region_of, positions, None, config, scores)
-    gazed.float().square().sum().backward()
+    positions = torch.arange(46, TOKENS, device=device)
+    assert layer.mean_keys is not None
+    tables = state.table("regions", device), state.table("region_of", device)
+    keys = Keys(key, value, layer.mean_keys, layer.mean_values, *tables)
+    queries = Queries(random(HEADS, len(positions)).requires_grad_(), positions, None, scores)
+    gaze_prefill(queries, keys, config).float().square().sum().backward()
     state.finish(True)
     assert key.grad is not None
     with torch.no_grad():

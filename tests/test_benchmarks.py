@@ -26,6 +26,7 @@ import model_step
 import on_gpu
 import prefill_gpu
 import profiles
+import sanitize
 import tune
 from comparing import Row, Tables
 from kept import Kept, kernels_digest, table
@@ -253,6 +254,12 @@ def test_tables_in_print() -> None:
 def test_a_dry_run(name: str) -> None:
     tables = decode_gpu.dry_run(DEVICE, [name])
     assert tables[name] and not any("error" in row for row in tables[name])
+
+
+@pytest.mark.parametrize("config", sanitize.SETTINGS, ids=["mean", "max and periphery", "none"])
+def test_every_kernel_runs_for_the_sanitizer(config: GazeConfig) -> None:
+    output, gradient = sanitize.run(config, DEVICE, torch.float32)
+    assert output.isfinite().all() and gradient.isfinite().all() and gradient.any()
 
 
 def test_a_static_step_is_that_of_the_model() -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import attention_ways as ways
 import torch
 from on_gpu import Layers, free, graph_ms, triad_gbs
-from shapes import SETTINGS, SETTINGS_OF_STEPS, WANTED, WHOLE, Setup
+from shapes import DEFAULTS, SETTINGS, SETTINGS_OF_STEPS, WANTED, WHOLE, Setup
 
 from gazepatch.layout import Grid
 from gazepatch.ops.decode import DecodePlan, Entries
@@ -86,7 +86,7 @@ def bandwidth(setup: Setup) -> Iterator[Case]:
 
 def few_tokens(setup: Setup) -> Iterator[Case]:
     """Sequences so short that selecting may cost more than it saves: where to set `min_visual_tokens`."""
-    for name in (WHOLE, *WANTED, "the defaults"):
+    for name in (WHOLE, *WANTED, DEFAULTS):
         yield from _cases(_step(setup, name, True, False), setup.few, setup.batches, name)
 
 
@@ -125,7 +125,7 @@ def selection(setup: Setup) -> Iterator[Case]:
         }
 
     sizes = {size: frames for size, frames in setup.sizes.items() if size != "8k"}
-    for name in (*WANTED, "the defaults"):
+    for name in (*WANTED, DEFAULTS):
         yield from _cases(
             lambda grid, batch, name=name: measure(name, grid, batch), _grids(setup, sizes), setup.batches, name
         )

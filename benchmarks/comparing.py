@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from kept import Row, row_of
 from shapes import WHOLE
 
-Row = dict[str, Any]
 Tables = dict[str, list[Row]]
 
 #: What is no slower than this against dense attention costs nothing that anybody would notice.
@@ -29,11 +29,6 @@ def best(times: dict[str, Any]) -> Best | None:
         return None
     way = min(found, key=found.__getitem__)
     return Best(way, found[way], found.get("transformers"))
-
-
-def row_of(rows: Iterable[Row], **key: Any) -> Row | None:
-    """The row with these columns."""
-    return next((row for row in rows if all(row.get(name) == value for name, value in key.items())), None)
 
 
 def against_dense(tables: Tables) -> list[Row]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,7 @@ class Kept:
 
     def has(self, table: str, key: Row) -> Row | None:
         """The row with this key."""
-        rows = self.tables.get(table, ())
-        return next((row for row in rows if all(row.get(name) == value for name, value in key.items())), None)
+        return row_of(self.tables.get(table, ()), **key)
 
     def add(self, table: str, key: Row, found: Row) -> Row:
         """Keep a row in the place of the one with this key; it says which GPU it is of."""
@@ -91,6 +90,11 @@ class Kept:
             partial = path.with_name(f"{path.name}.partial")
             partial.write_text(content + "\n", encoding="utf-8")
             partial.replace(path)
+
+
+def row_of(rows: Iterable[Row], **key: Any) -> Row | None:
+    """The row with these columns."""
+    return next((row for row in rows if all(row.get(name) == value for name, value in key.items())), None)
 
 
 def kernels_digest(package: Path) -> str:

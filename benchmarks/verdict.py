@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from comparing import EVEN, Row, Tables, against_dense, break_even, models_against_dense, row_of
+from comparing import EVEN, Tables, against_dense, break_even, models_against_dense
+from kept import Row, row_of
 from shapes import DEFAULTS, WANTED
 
 #: Times of the best dense attention, by batch and visual tokens.

@@ -247,9 +247,7 @@ class GazeState:
             return torch.where(positions < 0, ABSENT, 0.0)[:, None, None]
         mask = mask.to(device)
         positions = positions.expand(mask.shape[0], -1)
-        row = mask[:, 0, -1].gather(1, positions.clamp(min=0))
-        row = torch.where(row, 0.0, ABSENT) if row.dtype == torch.bool else row.float().clamp(min=ABSENT)
-        return row.masked_fill(positions < 0, ABSENT)[:, None, None]
+        return bias_of(mask[:, 0, -1].gather(1, positions.clamp(min=0)), positions < 0)
 
     def _others_on(self, device: torch.device) -> Tensor:
         """`other_positions` on a device, which waits for the host only where they do more than grow by a token."""
@@ -295,6 +293,12 @@ class GazeState:
             picked = enumerate(rows.tolist())
             self.spans = [replace(span, row=i) for i, row in picked for span in self.spans if span.row == row]
         self._devices.clear()
+
+
+def bias_of(row: Tensor, hidden: Tensor) -> Tensor:
+    """`[B, 1, 1, T]` float32 of the `row` `[B, T]` of a mask, boolean or to be added, with more that is `hidden`."""
+    row = torch.where(row, 0.0, ABSENT) if row.dtype == torch.bool else row.float().clamp(min=ABSENT)
+    return row.masked_fill(hidden, ABSENT)[:, None, None]
 
 
 def _on(table: Any, device: torch.device) -> Any:

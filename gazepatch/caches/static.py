@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gazepatch.caches.layer import GazeLayer, Stores
-from gazepatch.caches.state import GazeState
+from gazepatch.caches.state import GazeState, bias_of
 from gazepatch.config import GazeConfig
 from gazepatch.errors import CacheError
 from gazepatch.insertion import Insertion
@@ -136,9 +136,7 @@ class StaticState(GazeState):
         row = mask.to(device)[:, 0, -1]
         if row.shape[1] < self.room:  # padding only: of the tokens so far
             row = torch.nn.functional.pad(row, (0, self.room - row.shape[1]), value=True)
-        row = row.gather(1, positions.clamp(min=0).expand(len(row), -1))
-        row = torch.where(row, 0.0, ABSENT) if row.dtype == torch.bool else row.float().clamp(min=ABSENT)
-        return row.masked_fill(~visible, ABSENT)[:, None, None]
+        return bias_of(row.gather(1, positions.clamp(min=0).expand(len(row), -1)), ~visible)
 
     # ---- changes by generation methods
 

@@ -47,7 +47,7 @@ KERNELS = ("decode", "select", "means", "prefill", "query_gradient", "key_gradie
 GROUP, WINDOWS, REGIONS, TOKENS = 7, 4, 4096, 64
 
 #: Arguments whose values are multiples of 16 wherever a head dim is: pointers, and strides but for those of tables.
-ALIGNED = re.compile(r"(query|key|value|entry|visual_key|visual_value|mean)_(row|head|token|window)")
+ALIGNED = re.compile(r"(query|(new_)?key|(new_)?value|entry|visual_key|visual_value|mean)_(row|head|token|window)")
 
 
 def build(kernel: str, target: str, dtype: str, dim: int) -> dict[str, Any]:
@@ -90,19 +90,23 @@ def _decode(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
 
 
 def _select(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
-    pointers = dict.fromkeys(("query", "mean_keys"), f"*{dtype}")
+    names = ("query", "mean_keys", "key", "value", "new_key", "new_value")
+    pointers = dict.fromkeys(names, f"*{dtype}")
     pointers |= dict.fromkeys(("log_counts", "logits", "region_logits"), "*fp32")
     pointers |= dict.fromkeys(("start", "length", "budget", "runs", "arrived"), "*i32")
-    pointers |= {"taken": "*i8", "total": "*i64"}
+    pointers |= {"taken": "*i8", "total": "*i64", "filled": "*i64"}
     constants = {
         "GROUP": GROUP,
         "DIM": dim,
+        "VALUE_DIM": dim,
         "WINDOWS": WINDOWS,
         "PER_HEAD": False,
         "BY_MAX": False,
         "PERIPHERY": True,
         "COUNTS": True,
         "CAPPED": True,
+        "APPENDS": True,
+        "BLOCK_V": padded(dim),
         "mean_dim": 1,
     }
     settings = select_settings(target, GROUP, WINDOWS, REGIONS, dim, DTYPES[dtype])

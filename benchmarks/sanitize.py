@@ -58,8 +58,8 @@ def run(config: GazeConfig, device: torch.device, dtype: torch.dtype) -> tuple[T
         detached.begin([], 2, 1)
         step.update(random(KEY_HEADS, 1), random(KEY_HEADS, 1))
         query = random(HEADS, 1)
-        bias = detached.bias(None, device)
-        output = detached.plan(query, step.entries()).decode(query, step.entries(), scores, bias).output
+        bias, late, entries = detached.bias(None, device), step.take_late(), step.entries()
+        output = detached.plan(query, entries).decode(query, entries, scores, bias, late=late).output
         detached.finish(True)
     return output, key.grad
 

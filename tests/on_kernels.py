@@ -49,7 +49,9 @@ class Selection:
         self.group, self.windows, self.regions = group, windows, regions
         self.shape = (rows, key_heads)
 
-    def arguments(self, budget: list[int], head_reduce: str, splits: int) -> tuple[Any, ...]:
+    def arguments(
+        self, budget: list[int], head_reduce: str, splits: int, appended: tuple[Any, ...] = (*[None] * 5, 0)
+    ) -> tuple[Any, ...]:
         """Of `select`."""
         selections = self.group if head_reduce == "none" else 1
         rows, key_heads = self.shape
@@ -62,6 +64,7 @@ class Selection:
             torch.empty(rows, key_heads, selections, self.regions, dtype=torch.int8, device=DEVICE),
             torch.tensor([5], device=DEVICE),
             torch.zeros(rows * key_heads, **whole),
+            *appended,
             *(0.25, None, head_reduce == "max", True, splits),
         )
 

@@ -287,13 +287,31 @@ def test_decode_steps_append_in_place_and_grow_rarely() -> None:
     for step in range(3 * LEAST_ROOM):
         state.begin([], 1, 1)
         new = torch.full((1, 2, 1, 8), float(step))
-        key, value = layer.update(new, -new)
+        layer.update(new, -new)
+        key, value = layer.entries()[:2]
         state.finish(True)
         stores.add(key.untyped_storage().data_ptr())
         assert key.shape[2] == 14 + step + 1
         assert torch.equal(key[:, :, -1:], new) and torch.equal(value[:, :, -1:], -new)
     assert len(stores) <= 4
     assert torch.equal(layer.logical()[0][:, :, 50:, 0], torch.arange(3 * LEAST_ROOM).expand(1, 2, -1).float())
+
+
+def test_an_entry_that_nobody_attended_to_is_not_lost() -> None:
+    state, layer, _owner = filled_layer(50, Span(0, 4, 40, (1, 6, 6), 0))
+    for step in range(4):
+        state.begin([], 1, 1)
+        layer.update(torch.full((1, 2, 1, 8), float(step)), torch.full((1, 2, 1, 8), -float(step)))
+        if step == 1:
+            layer.batch_select_indices(torch.tensor([0]))
+        if step == 2:
+            assert torch.equal(layer.logical()[0][0, 0, 50:, 0], torch.arange(3.0))
+        state.finish(True)
+    late = layer.take_late()
+    assert late is not None and layer.take_late() is None
+    assert layer.keys[0, 0, 50:53, 0].tolist() == [0, 1, 2]
+    late.write()  # by whoever took it
+    assert layer.keys[0, 0, 50:, 0].tolist() == [0, 1, 2, 3] and layer.values[0, 1, -1, 7] == -3
 
 
 def test_memory_is_close_to_that_of_the_entries() -> None:

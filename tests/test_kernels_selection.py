@@ -7,6 +7,8 @@ import torch
 from on_kernels import DEVICE, Selection, assert_runs
 
 from gazepatch.kernels.ops import select
+from gazepatch.kernels.plan import appended
+from gazepatch.ops.late import Late
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -63,3 +65,22 @@ def test_many_regions(group: int) -> None:
     case.length[:] = 1
     _, taken, _ = case.run([500], "mean", splits=1)
     assert torch.equal(taken.bool(), case.expected([500], "mean"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("filled", [None, 40])
+@pytest.mark.parametrize("dims", [(16, 16), (16, 1), (16, 200), (16,)], ids=str)
+def test_an_entry_is_appended_by_the_way(dims: tuple[int, ...], filled: int | None, dtype: torch.dtype) -> None:
+    case = Selection(36, windows=1, group=4, distinct=3)
+    stores = tuple(torch.randn(2, 2, 51, dim, device=DEVICE).to(dtype) for dim in dims)
+    # As a projection leaves them, and once with an odd order in memory.
+    entry = tuple(torch.randn(2, 1, 2, dim, device=DEVICE).to(dtype).transpose(1, 2) for dim in dims)
+    entry = (entry[0].mT.contiguous().mT, *entry[1:])
+    count = None if filled is None else torch.tensor(filled, device=DEVICE)
+    late = Late(stores, entry, count, 7 if filled is None else 7 - filled)
+    expected = [store.clone() for store in stores]
+    late._replace(stores=tuple(expected)).write()
+    select(*case.arguments([9, 4], "mean", 3, appended(late)))
+    for store, written in zip(stores, expected, strict=True):
+        assert torch.equal(store, written)
+    assert all(torch.equal(store[:, :, 7:8], new) for store, new in zip(stores, entry, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -169,6 +170,29 @@ def test_what_the_kernels_write_is_not_copied(case: Case, fresh: None) -> None:
     assert "clone" not in code and "copy_.default" not in code
 
 
+def test_what_a_step_appends_takes_no_launch_of_its_own(case: Case) -> None:
+    pytest.importorskip("triton")
+    with torch.no_grad(), patched(case.model, QUARTER, backend="triton"):
+        cache = static(case)
+        case.model(**case.inputs, past_key_values=cache)
+        with Ran() as ran:
+            case.model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+    assert ran.count["gazepatch::select"] == ran.count["gazepatch::decode"] == 2  # layers
+    assert not {"aten::index_copy_", "aten::copy_"} & set(ran.count)
+
+
+class Ran(TorchDispatchMode):
+    """Counts operators by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[operator.name().partition(".")[0]] += 1
+        return operator(*args, **(kwargs or {}))
+
+
 class NeverWaiting(TorchDispatchMode):
     """Fails where the host asks for a number of the device, which no CUDA graph can."""
 
@@ -266,8 +290,7 @@ def test_nothing_moves_from_step_to_step(name: str) -> None:
                 assert now == before
             before = now
         assert len(before) > 50 and any("_devices[('plan" in name for name in before)
-        assert int(cache.get_seq_length()) == mask.shape[1]
-        assert all(int(layer.filled) == mask.shape[1] for layer in cache.layers if isinstance(layer, StaticGazeLayer))
+        assert int(cache.get_seq_length()) == int(cache.gaze.filled) == mask.shape[1]
 
 
 def test_a_cache_that_is_reset_stays_where_it_is(case: Case, fresh: None) -> None:

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer
 from gazepatch.caches.state import GazeState
 from gazepatch.errors import CacheError
 from gazepatch.ops.decode import Entries
+from gazepatch.ops.late import Late
 from gazepatch.ops.plan import means_of
 from gazepatch.regions import Chunk, take
 
@@ -45,6 +46,7 @@ class GazeLayer(DynamicLayer):
         self._other: Stores | None = None  # with room for more behind `_used`
         self._visual: Stores | None = None
         self._means: Stores | None = None  # of the values with periphery only
+        self._late: Late | None = None
 
     # ---- filling
 
@@ -57,7 +59,7 @@ class GazeLayer(DynamicLayer):
         """Append `[B, H_kv, S, D]` keys and values; returns what the attention of this forward reads.
 
         That is the whole sequence in its own order, except for a routed decode step, whose attention reads the stores
-        (`entries`) and gets the other entries here.
+        (`entries`) and gets the other entries here. What it brings itself waits to be taken (`take_late`).
         """
         if not self.state.running:
             raise CacheError(
@@ -68,13 +70,15 @@ class GazeLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         first = self._slots == 0
         self._slots += key_states.shape[-2]
-        self._keep(self._stored(key_states, value_states))
-        if first:
-            return key_states, value_states
-        return self._of_step(key_states, value_states) if self.gazes and self.state.decoding else self.logical()
+        new = self._stored(key_states, value_states)
+        if self.gazes and self.state.decoding and self.state.chunk is None:
+            self._late = self._behind_others(new)
+            return self._of_step(key_states, value_states)
+        self._keep(new)
+        return (key_states, value_states) if first else self.logical()
 
     def _of_step(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        key, value = self._others()
+        key, value = self._held()
         return key, value
 
     def _stored(self, key: Tensor, value: Tensor) -> Stores:
@@ -98,6 +102,22 @@ class GazeLayer(DynamicLayer):
         assert self._other is not None
         for store, of_store in zip(self._other, new, strict=True):
             store.narrow(2, start, of_store.shape[2]).copy_(of_store)
+
+    def _behind_others(self, new: Stores) -> Late:
+        self._write_late()
+        start, self._used = self._used, self._used + 1
+        self._make_room(start, new)
+        assert self._other is not None
+        return Late(self._other, new, None, start)
+
+    def take_late(self) -> Late | None:
+        """The newest entry, if it is not written yet: whoever takes it has to."""
+        late, self._late = self._late, None
+        return late
+
+    def _write_late(self) -> None:
+        if (late := self.take_late()) is not None:
+            late.write()
 
     def _make_room(self, start: int, new: Stores) -> None:
         """Have a store of other entries with room for all that are used; the first `start` of them are held."""
@@ -135,6 +155,11 @@ class GazeLayer(DynamicLayer):
         return None if self._means is None or not self.state.config.periphery else self._means[-1]
 
     def _others(self) -> Stores:
+        self._write_late()
+        return self._held()
+
+    def _held(self) -> Stores:
+        """The other entries, the last of which may be late."""
         assert self._other is not None
         return tuple(x.narrow(2, 0, self._used) for x in self._other)
 
@@ -207,6 +232,7 @@ class GazeLayer(DynamicLayer):
         """Keep the rows `indices` `[B]`."""
         if self._other is None:
             return
+        self._write_late()
         rows = indices.to(self.device)
         self._other = tuple(x[rows] for x in self._other)
         if self._visual is not None and self._means is not None:

@@ -19,6 +19,7 @@ from gazepatch.config import GazeConfig
 from gazepatch.errors import CacheError
 from gazepatch.insertion import Insertion
 from gazepatch.layout import Span
+from gazepatch.ops.late import Late
 from gazepatch.regions import ABSENT, Chunk
 from gazepatch.stats import StepCounters
 
@@ -30,10 +31,11 @@ class StaticState(GazeState):
         capacity: Tokens there is room for.
         ready: Whether everything that decode steps need is made. `length` is then that of the last prompt; how long the
             sequence is by now, the device knows.
-        filled: Slots filled, a number on the device of the leading layer.
+        filled: Slots filled before the running forward, a number on the device of the first layer; None before it.
     """
 
     counters: StepCounters
+    filled: Tensor | None = None
 
     def __init__(self, owner: object, config: GazeConfig, capacity: int) -> None:
         super().__init__(owner, config)
@@ -44,7 +46,8 @@ class StaticState(GazeState):
         """Forget the sequence."""
         super().clear()
         self.ready = False
-        self.filled: Tensor | None = None
+        if self.filled is not None:
+            self.filled.zero_()
         self._expected: dict[int, tuple[Tensor, int, int]] = {}
 
     # ---- prompts
@@ -80,10 +83,19 @@ class StaticState(GazeState):
         if self.ready:
             self.running = self.decoding = False
             self.broken = not completed
+            if self.filled is not None:
+                self.filled.add_(1)
             return
         super().finish(completed)
         if completed:
+            if self.filled is not None:
+                self.filled.fill_(self.length)
             self._make_ready()
+
+    def count_on(self, device: torch.device) -> None:
+        """Have `filled`, on the device of the first layer that asks."""
+        if self.filled is None:
+            self.filled = _settled(torch.zeros((), dtype=torch.long, device=device))
 
     def expect(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
         """A layer that gazes was seen in a prompt: it will ask for a plan."""
@@ -130,7 +142,7 @@ class StaticState(GazeState):
             return super().bias(mask, device)
         assert self.filled is not None
         positions: Tensor = self.table("other_positions", device)
-        visible = (positions >= 0) & (positions < self.filled.to(device))
+        visible = (positions >= 0) & (positions <= self.filled.to(device))  # the step's own too
         if mask is None:
             return torch.where(visible, 0.0, ABSENT)[:, None, None]
         row = mask.to(device)[:, 0, -1]
@@ -149,11 +161,7 @@ class StaticState(GazeState):
 
 
 class StaticGazeLayer(GazeLayer):
-    """A `GazeLayer` that takes its memory once: for the visual entries of a prompt, and for all others to come.
-
-    Attributes:
-        filled: Slots filled, a number on the device.
-    """
+    """A `GazeLayer` that takes its memory once: for the visual entries of a prompt, and for all others to come."""
 
     state: StaticState
     _apart: int  # slots whose entries are not in the store of others
@@ -162,15 +170,12 @@ class StaticGazeLayer(GazeLayer):
 
     def __init__(self, state: StaticState, gazes: bool, leads: bool) -> None:
         super().__init__(state, gazes, leads)
-        self.filled = torch.zeros((), dtype=torch.long)
         self._memory: dict[str, Tensor] = {}
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Remember dtype and device; the stores are made by the first update."""
         super().lazy_initialization(key_states, value_states)
-        self.filled = _settled(self.filled.to(self.device))
-        if self.leads:
-            self.state.filled = self.filled
+        self.state.count_on(self.device)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append `[B, H_kv, S, D]` keys and values; returns what the attention of this forward reads.
@@ -179,17 +184,18 @@ class StaticGazeLayer(GazeLayer):
         that is the sequence in its own order.
         """
         if self.state.ready and self.state.running and self._other is not None:
-            slot = self.filled.view(1) - self._apart
-            for store, new in zip(self._other, (key_states, value_states), strict=True):
-                store.index_copy_(2, slot, new)
-            self.filled.add_(1)
+            assert self.state.filled is not None
+            late = Late(self._other, (key_states, value_states), self.state.filled.to(self.device), -self._apart)
+            if self.gazes and self.state.decoding:
+                self._late = late
+            else:
+                late.write()
             key, value = self._other
             return key, value
         self._slots = self.state.length
         self._used = self._slots - self._apart
         read = super().update(key_states, value_states)
         self._apart = self._slots - self._used
-        self.filled.fill_(self._slots)
         return read
 
     def _clear(self) -> None:
@@ -222,17 +228,17 @@ class StaticGazeLayer(GazeLayer):
 
     # ---- reading
 
-    def _others(self) -> Stores:
+    def _held(self) -> Stores:
         if self.state.ready and self._other is not None:
             return self._other
-        return super()._others()
+        return super()._held()
 
     # ---- what transformers asks of a layer
 
     def get_seq_length(self) -> int:
         """Tokens seen, a number on the device; inside the text decoder, context tokens count."""
         # A tensor under the type of an integer, as transformers' own static layers have it.
-        return self.state.seen(cast(int, self.filled)) if self.is_initialized else 0
+        return self.state.seen(cast(int, self.state.filled)) if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys that a mask covers: all there is room for."""
@@ -241,11 +247,6 @@ class StaticGazeLayer(GazeLayer):
     def get_max_length(self) -> int:
         """Tokens there is room for."""
         return self.state.capacity
-
-    def reset(self) -> None:
-        """Forget everything, keep the object and its memory."""
-        super().reset()
-        self.filled.zero_()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refuse: transformers' static caches cannot be cropped either."""
@@ -260,6 +261,7 @@ class StaticGazeLayer(GazeLayer):
                 f"a static cache keeps its {len(self._other[0])} rows, got {len(indices)}: "
                 "generate with cache_implementation='dynamic'"
             )
+        self._write_late()
         rows = indices.to(self.device)
         for store in (*self._other, *(self._visual or ()), *(self._means or ())):
             if store is not None:

@@ -18,7 +18,8 @@ from gazepatch.kernels.library import fake, operator
 @operator(
     "select(Tensor query, Tensor mean_keys, Tensor log_counts, Tensor start, Tensor length, Tensor budget, "
     "Tensor(a!) logits, Tensor(b!) region_logits, Tensor(c!) runs, Tensor(d!) taken, Tensor(e!)? total, "
-    "Tensor(f!) arrived, float scale, float? softcap, bool by_max, bool periphery, int splits) -> ()",
+    "Tensor(f!) arrived, Tensor(g!)? key, Tensor(h!)? value, Tensor? new_key, Tensor? new_value, Tensor? filled, "
+    "int offset, float scale, float? softcap, bool by_max, bool periphery, int splits) -> ()",
 )
 def select(
     query: Tensor,
@@ -33,13 +34,19 @@ def select(
     taken: Tensor,
     total: Tensor | None,
     arrived: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    new_key: Tensor | None,
+    new_value: Tensor | None,
+    filled: Tensor | None,
+    offset: int,
     scale: float,
     softcap: float | None,
     by_max: bool,
     periphery: bool,
     splits: int,
 ) -> None:
-    """Select regions, like `gazepatch.selection`. One launch.
+    """Select regions, like `gazepatch.selection`, and append an entry, like `gazepatch.ops.late`. One launch.
 
     Args:
         query: `[B, H, D]`.
@@ -54,6 +61,10 @@ def select(
         taken: Out, `[B, H_kv, g, R]` int8: which regions are selected; written with `periphery`.
         total: `[1]` int64, the tokens of the selected regions are added to it; None: they are not counted.
         arrived: `[B * H_kv]` int32 zeros, and zeros again afterwards.
+        key, value: Stores `[B, H_kv, T, D]` and `[B, H_kv, T, D_v]`, contiguous, to append to; the second or both may
+            be None.
+        new_key, new_value: `[B, H_kv, 1, D]` and `[B, H_kv, 1, D_v]`, for these.
+        filled, offset: An int64 number on the device, or None for 0, and one to be added: the slot to write to.
         scale, softcap: Of the attention scores, as in `gazepatch.scores`.
         by_max: Heads agree by the maximum of their shares, not their mean.
         periphery: Whether `logits` and `taken` are written.
@@ -63,6 +74,8 @@ def select(
     key_heads, regions = mean_keys.shape[1], length.shape[1]
     group, windows = heads // key_heads, log_counts.shape[1] // max(regions, 1)
     settings = select_settings(architecture(query.device), group, windows, regions, dim, query.element_size())
+    new_key, new_value = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (new_key, new_value))
+    value_dim = 0 if value is None else value.shape[3]
     with on(query.device):
         select_kernel[batch * key_heads, splits](
             query,
@@ -77,6 +90,12 @@ def select(
             taken,
             total,
             arrived,
+            key,
+            value,
+            new_key,
+            new_value,
+            filled,
+            offset,
             scale,
             1.0 if softcap is None else softcap,
             key_heads,
@@ -89,14 +108,20 @@ def select(
             row_stride(log_counts),
             row_stride(length),
             row_stride(budget),
+            0 if key is None else key.shape[2],
+            *((0, 0) if new_key is None else new_key.stride()[:2]),
+            *((0, 0) if new_value is None else new_value.stride()[:2]),
             GROUP=group,
             DIM=dim,
+            VALUE_DIM=value_dim,
             WINDOWS=windows,
             PER_HEAD=runs.shape[2] > 1,
             BY_MAX=by_max,
             PERIPHERY=periphery,
             COUNTS=total is not None,
             CAPPED=softcap is not None,
+            APPENDS=key is not None,
+            BLOCK_V=padded(value_dim),
             **settings,
         )
 

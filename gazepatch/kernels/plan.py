@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from gazepatch.kernels.launches import (
 )
 from gazepatch.kernels.ops import decode, select
 from gazepatch.ops.decode import Decoded, DecodePlan, Entries
+from gazepatch.ops.late import Late
 from gazepatch.regions import Regions
 from gazepatch.scores import Scores
 
@@ -85,19 +86,27 @@ class KernelPlan(DecodePlan):
         self._share(query, value_dim)
 
     def decode(
-        self, query: Tensor, entries: Entries, scores: Scores, bias: Tensor | None = None, total: Tensor | None = None
+        self,
+        query: Tensor,
+        entries: Entries,
+        scores: Scores,
+        bias: Tensor | None = None,
+        total: Tensor | None = None,
+        late: Late | None = None,
     ) -> Decoded:
-        """`gaze_decode` by the kernels."""
-        if reason := self.unfit(query, entries, scores):
+        """As of the base, by the kernels."""
+        if reason := self.unfit(query, entries, scores, late):
             if self.config.backend == "triton":
                 raise UnsupportedModelError(f"backend='triton' {reason}: take backend='auto'")
-            return super().decode(query, entries, scores, bias, total)
+            return super().decode(query, entries, scores, bias, total, late)
         batch, heads, _, _ = query.shape
         flat = query.view(batch, heads, -1) if query.stride(-1) == 1 else query.reshape(batch, heads, -1)
         read: int | Tensor = self.visual_entries
         far = self.config.periphery and entries.mean_values is not None and not self.whole
         if not self.whole:
-            read = self._select(flat, entries, scores, far, total)
+            read = self._select(flat, entries, scores, far, total, late)
+        elif late is not None:
+            late.write()
         output = self._attend(flat, entries, scores, bias, far)
         return Decoded(output[:, :, None], read, None if self.whole else self.runs)
 
@@ -113,7 +122,15 @@ class KernelPlan(DecodePlan):
         found = region_at[:, None, None].expand(*self.shape, -1).gather(-1, start.long())
         return found.masked_fill(length == 0, -1)
 
-    def _select(self, query: Tensor, entries: Entries, scores: Scores, far: bool, total: Tensor | None) -> int | Tensor:
+    def _select(
+        self,
+        query: Tensor,
+        entries: Entries,
+        scores: Scores,
+        far: bool,
+        total: Tensor | None,
+        late: Late | None = None,
+    ) -> int | Tensor:
         counter = None
         if not self.regions.even:
             counter = torch.zeros(1, dtype=torch.int64, device=query.device) if total is None else total
@@ -130,6 +147,7 @@ class KernelPlan(DecodePlan):
             self.taken,
             counter,
             self.arrived,
+            *appended(late),
             scores.scale,
             scores.softcap,
             self.config.head_reduce == "max",
@@ -187,9 +205,9 @@ class KernelPlan(DecodePlan):
         empty = self.log_counts.new_empty  # float32, on the device
         return Share(scoring, launch.block, tiles, most, empty(*shape, value_dim), empty(*shape, 2))
 
-    def unfit(self, query: Tensor, entries: Entries, scores: Scores) -> str | None:
+    def unfit(self, query: Tensor, entries: Entries, scores: Scores, late: Late | None = None) -> str | None:
         """Why the kernels cannot take this step, or None."""
-        tensors = [query, *(entry for entry in entries if entry is not None)]
+        tensors = [query, *(entry for entry in entries if entry is not None), *(() if late is None else late.entry)]
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*tensors, scores.sinks)):
             return "has no gradients of decode steps"
         if scores.bias is not None:
@@ -203,6 +221,14 @@ class KernelPlan(DecodePlan):
         if not self.whole and self.regions.windows > MOST_WINDOWS:
             return f"scores up to {MOST_WINDOWS} windows a region, got {self.regions.windows}"
         return None
+
+
+def appended(late: Late | None) -> tuple[Any, ...]:
+    """Arguments of `select`: stores of keys and values, the entry for both, and the slot. What is both is a key."""
+    if late is None:
+        return None, None, None, None, None, 0
+    stores, entry = ((*pair, None)[:2] for pair in (late.stores, late.entry))
+    return *stores, *entry, late.filled, late.offset
 
 
 def _names(dtypes: Iterable[torch.dtype]) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gazepatch.config import GazeConfig
+from gazepatch.ops.late import Late
 from gazepatch.ops.partial import Part, attend, combine, sink
 from gazepatch.regions import ABSENT, Regions
 from gazepatch.scores import Scores, added
@@ -96,9 +97,20 @@ class DecodePlan:
         self._scratch: dict[int, Tensor] = {}
 
     def decode(
-        self, query: Tensor, entries: Entries, scores: Scores, bias: Tensor | None = None, total: Tensor | None = None
+        self,
+        query: Tensor,
+        entries: Entries,
+        scores: Scores,
+        bias: Tensor | None = None,
+        total: Tensor | None = None,
+        late: Late | None = None,
     ) -> Decoded:
-        """`gaze_decode` by this plan. `total` is for plans with `counts_itself`: a `[1]` int64 tensor."""
+        """`gaze_decode` by this plan, after `late` has joined the other entries, which have room for it.
+
+        `total` is for plans with `counts_itself`: a `[1]` int64 tensor.
+        """
+        if late is not None:
+            late.write()
         return gaze_decode(query, entries, self, scores, bias)
 
     def prepare(self, query: Tensor, value_dim: int) -> None:

@@ -75,12 +75,13 @@ class GazeAttention:
     def decode(self, forward: Forward, layer: int, module: Any, query: Tensor, scores: Scores, mask: Any) -> Tensor:
         """One routed step of one layer: `query` `[B, H, 1, D]` gives `[B, 1, H, D_v]`."""
         store, state = forward.layer(self.runtime.store_of.get(layer, layer)), forward.state
+        late = store.take_late()
         expansion = store.expansion(module.expand_kv) if isinstance(store, LatentLayer) else None
         query = query if expansion is None else expansion.absorbed(query)
         entries = store.entries()
         plan, scores = state.plan(query, entries), state.laid(scores)
         total = state.counters.on_device(layer, query.device) if plan.counts_itself else None
-        decoded = plan.decode(query, entries, scores, forward.bias(as_4d(mask), query.device), total)
+        decoded = plan.decode(query, entries, scores, forward.bias(as_4d(mask), query.device), total, late)
         forward.count(layer, query.shape[1], entries.key.shape[1], plan.visual_entries, decoded.read)
         if forward.trace is not None:
             forward.reads[layer] = None if decoded.selected is None else plan.numbers(decoded.selected)

@@ -2,7 +2,7 @@
 
 Every program scores some regions of one (row, key head) pair. The last of a pair to finish, found by counting arrivals,
 has all scores and takes the best regions: no second launch, and no sorting. The count is set back, so that nothing has
-to be cleared between launches.
+to be cleared between launches. By the way, one program of a pair appends the step's own entry to the others.
 
 What the last program does is a chain of waits, not of work: it loads as many heads at a time as its registers hold, and
 looks for the threshold only until nothing is left to decide.
@@ -20,7 +20,7 @@ TOP = tl.constexpr(1 << 30)
 
 
 # What differs from prompt to prompt is not specialised: compiling again would take longer than an answer.
-@triton.jit(do_not_specialize=["regions", "places", "splits", "count_row", "table_row", "budget_row"])
+@triton.jit(do_not_specialize=["offset", "regions", "places", "splits", "count_row", "table_row", "budget_row", "room"])
 def select_kernel(
     query,  # [B, H, D], last axis dense
     mean_keys,  # [B, H_kv, R * C, D], any strides
@@ -34,6 +34,12 @@ def select_kernel(
     taken,  # out [B, H_kv, g, R] int8, with periphery
     total,  # [1] int64, the tokens selected are added to it
     arrived,  # [B * H_kv] int32, zeros before and after
+    key,  # [B, H_kv, T, D] contiguous, as is the next; with APPENDS
+    value,  # [B, H_kv, T, D_v], if there are values
+    new_key,  # [B, H_kv, 1, D], last axis dense, as that of the next
+    new_value,  # [B, H_kv, 1, D_v]
+    filled,  # int64 number, or None
+    offset,
     scale,
     softcap,
     key_heads,
@@ -49,20 +55,28 @@ def select_kernel(
     count_row,
     table_row,
     budget_row,
+    room,
+    new_key_row,
+    new_key_head,
+    new_value_row,
+    new_value_head,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
     WINDOWS: tl.constexpr,
     PER_HEAD: tl.constexpr,
     BY_MAX: tl.constexpr,
     PERIPHERY: tl.constexpr,
     COUNTS: tl.constexpr,
     CAPPED: tl.constexpr,
+    APPENDS: tl.constexpr,
     EARLY: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     BLOCK_ALL: tl.constexpr,
 ):
     if EARLY:
@@ -71,6 +85,16 @@ def select_kernel(
     if CAPPED:
         scale = scale / softcap
     batch, key_head = pair // key_heads, pair % key_heads
+    if APPENDS:
+        copies = (split == splits - 1).to(tl.int32)  # this program, which has no more to score than others
+        slot = pair.to(tl.int64) * room + offset
+        if filled is not None:
+            slot += tl.load(filled)
+        of_new = new_key + batch.to(tl.int64) * new_key_row + key_head * new_key_head
+        _copy(of_new, key + slot * DIM, copies * DIM, BLOCK_D)
+        if VALUE_DIM > 0:
+            of_new = new_value + batch.to(tl.int64) * new_value_row + key_head * new_value_head
+            _copy(of_new, value + slot * VALUE_DIM, copies * VALUE_DIM, BLOCK_V)
     first_head = pair * GROUP
     rows, dims, cells = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_R * BLOCK_C)
     of_query = query + batch.to(tl.int64) * query_row + (key_head * GROUP + rows)[:, None] * query_head + dims[None, :]
@@ -116,6 +140,13 @@ def select_kernel(
             if not BY_MAX:
                 score = score / GROUP
             _take(score, number, first, tokens, wanted, regions, places, pair, runs, taken, total, PERIPHERY, COUNTS)
+
+
+@triton.jit
+def _copy(source, target, dim, BLOCK: tl.constexpr):
+    dims = tl.arange(0, BLOCK)
+    x = tl.load(source + dims, mask=dims < dim)
+    tl.store(target + dims, x.to(target.dtype.element_ty), mask=dims < dim)
 
 
 @triton.jit

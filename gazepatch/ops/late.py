@@ -1,0 +1,34 @@
+"""The newest entry of a decode step, on its way into its layer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Late(NamedTuple):
+    """An entry that a routed step writes behind the others of its layer, before it reads them.
+
+    A kernel that runs anyway does so by the way: that spares two launches in every layer and step.
+
+    Attributes:
+        stores: `[B, H_kv, T, D]` keys and `[B, H_kv, T, D_v]` values with room for it, contiguous; or one that is both.
+        entry: `[B, H_kv, 1, D]`, for each of the stores.
+        filled: A number on the device, on which the slot depends in a static cache; or None.
+        offset: What is added to that number, or to 0, is the slot.
+    """
+
+    stores: tuple[Tensor, ...]
+    entry: tuple[Tensor, ...]
+    filled: Tensor | None
+    offset: int
+
+    def write(self) -> None:
+        """Write it, a store after the other."""
+        slot = None if self.filled is None else self.filled.view(1) + self.offset
+        for store, new in zip(self.stores, self.entry, strict=True):
+            if slot is None:
+                store.narrow(2, self.offset, 1).copy_(new)
+            else:
+                store.index_copy_(2, slot, new)

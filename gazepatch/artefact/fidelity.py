@@ -29,7 +29,8 @@ def measure_fidelity(model: nn.Module, inputs: Mapping[str, Any], *, steps: int 
     with dense(model):
         whole, tokens = generate_logits(model, inputs, steps - 1)
     gazed, _ = generate_logits(model, inputs, steps - 1, tokens)
-    log_p, log_q = whole.float().log_softmax(-1), gazed.float().log_softmax(-1)
+    # In float32 the rounding of distributions that are nearly the same makes it negative.
+    log_p, log_q = whole.double().log_softmax(-1), gazed.double().log_softmax(-1)
     return {
         "agreement": (gazed.argmax(-1) == tokens).float().mean().item(),
         "divergence": (log_p.exp() * (log_p - log_q)).sum(-1).mean().item(),

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from tiny import Case, batch, tiny
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Cache, DynamicCache, StaticCache
 
-from gazepatch.caches.hybrid import HybridLayer
-from gazepatch.caches.layer import LEAST_ROOM, GazeLayer
-from gazepatch.caches.state import GazeState
+from gazepatch.caches.layer import GazeLayer
 from gazepatch.config import GazeConfig
 from gazepatch.errors import CacheError
-from gazepatch.layout import Span
 from gazepatch.patch import apply, patched, restore, stats
 from gazepatch.running import attention, prompt
 from gazepatch.running.call import Call
@@ -271,57 +266,6 @@ def test_restore_then_apply_needs_a_new_cache_only(case: Case) -> None:
     assert torch.equal(generate(case), first)
 
 
-def filled_layer(tokens: int, span: Span) -> tuple[GazeState, GazeLayer, object]:
-    owner = type("Owner", (), {})()
-    state = GazeState(owner, QUARTER)
-    layer = GazeLayer(state, gazes=True, leads=True)
-    state.begin([span], 1, tokens)
-    layer.update(torch.randn(1, 2, tokens, 8), torch.randn(1, 2, tokens, 8))
-    state.finish(True)
-    return state, layer, owner
-
-
-def test_decode_steps_append_in_place_and_grow_rarely() -> None:
-    state, layer, _owner = filled_layer(50, Span(0, 4, 40, (1, 6, 6), 0))
-    stores = set()
-    for step in range(3 * LEAST_ROOM):
-        state.begin([], 1, 1)
-        new = torch.full((1, 2, 1, 8), float(step))
-        layer.update(new, -new)
-        key, value = layer.entries()[:2]
-        state.finish(True)
-        stores.add(key.untyped_storage().data_ptr())
-        assert key.shape[2] == 14 + step + 1
-        assert torch.equal(key[:, :, -1:], new) and torch.equal(value[:, :, -1:], -new)
-    assert len(stores) <= 4
-    assert torch.equal(layer.logical()[0][:, :, 50:, 0], torch.arange(3 * LEAST_ROOM).expand(1, 2, -1).float())
-
-
-def test_an_entry_that_nobody_attended_to_is_not_lost() -> None:
-    state, layer, _owner = filled_layer(50, Span(0, 4, 40, (1, 6, 6), 0))
-    for step in range(4):
-        state.begin([], 1, 1)
-        layer.update(torch.full((1, 2, 1, 8), float(step)), torch.full((1, 2, 1, 8), -float(step)))
-        if step == 1:
-            layer.batch_select_indices(torch.tensor([0]))
-        if step == 2:
-            assert torch.equal(layer.logical()[0][0, 0, 50:, 0], torch.arange(3.0))
-        state.finish(True)
-    late = layer.take_late()
-    assert late is not None and layer.take_late() is None
-    assert layer.keys[0, 0, 50:53, 0].tolist() == [0, 1, 2]
-    late.write()  # by whoever took it
-    assert layer.keys[0, 0, 50:, 0].tolist() == [0, 1, 2, 3] and layer.values[0, 1, -1, 7] == -3
-
-
-def test_memory_is_close_to_that_of_the_entries() -> None:
-    tokens = 64 * 64 + 100
-    state, layer, _owner = filled_layer(tokens, Span(0, 50, 50 + 64 * 64, (1, 64, 64), 0))
-    state.begin([], 1, 1)
-    layer.update(torch.randn(1, 2, 1, 8), torch.randn(1, 2, 1, 8))
-    assert layer.nbytes() <= 1.25 * 2 * (tokens + 1) * 2 * 8 * 4
-
-
 def test_an_image_behind_cropped_text_of_the_same_length(case: Case) -> None:
     """The sequence is as long as before, but in another order: nothing may be remembered from before the crop."""
     second = image_turn(case)
@@ -363,76 +307,3 @@ def test_a_mask_of_padding_only_is_causal_for_queries_that_gaze(case: Case, monk
         actual = pair.model(**pair.inputs, use_cache=False).logits
     kept = pair.inputs["attention_mask"].bool()
     assert calls and torch.allclose(actual[kept], expected[kept], atol=1e-5)
-
-
-class NothingSent(TorchDispatchMode):
-    """Fails where numbers of the host are sent to the device, which it waits for."""
-
-    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = operator(*args, **(kwargs or {}))
-        assert operator is not torch.ops.aten._to_copy.default or args[0].device == made.device
-        return made
-
-
-def test_padding_is_sent_to_the_device_once() -> None:
-    device, mask = torch.device("meta"), torch.ones(2, 1, 1, 100, dtype=torch.bool, device="meta")
-    state = GazeState(torch.nn.Module(), QUARTER)
-    state.begin([Span(0, 3, 43, (1, 5, 8), 0)], 2, 50)  # the second row has no image, so it has more other entries
-    state.finish(True)
-    for step, context in enumerate((nullcontext(), NothingSent(), NothingSent()), 1):
-        with context:
-            state.begin([], 2, 1)
-            bias, alone = (state.bias(given, device) for given in (mask, None))
-            assert bias is not None and alone is not None and bias.shape == alone.shape == (2, 1, 1, 50 + step)
-            state.finish(True)
-    state.crop(5)
-    state.begin([], 2, 1)
-    cropped = state.bias(mask, device)
-    assert cropped is not None and cropped.shape[3] == 53 - 5 + 1
-
-
-# ---- layers with short convolutions beside their keys
-
-
-@pytest.fixture(params=["inkling2", "inkling_mm_model"])
-def hybrid(request: pytest.FixtureRequest) -> Case:
-    return tiny(request.param)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"num_beams": 3},
-        {"num_beams": 2, "num_return_sequences": 2},
-        {"do_sample": True, "num_return_sequences": 3},
-        {"prompt_lookup_num_tokens": 3, "max_new_tokens": 12},
-    ],
-    ids=str,
-)
-@torch.no_grad()
-def test_convolutions_go_along_with_the_keys(hybrid: Case, settings: dict) -> None:
-    given = hybrid if "prompt_lookup_num_tokens" in settings else batch(hybrid)
-    settings = {"max_new_tokens": 8, **settings}
-    torch.manual_seed(0)
-    dense = given.model.generate(**given.inputs, **settings)
-    with patched(given.model, WHOLE):
-        torch.manual_seed(0)
-        assert torch.equal(given.model.generate(**given.inputs, **settings), dense)
-
-
-@torch.no_grad()
-def test_hybrid_layers_are_reset_and_not_offloaded(hybrid: Case) -> None:
-    cache = DynamicCache(config=hybrid.model.config)
-    with patched(hybrid.model, QUARTER):
-        first = hybrid.model(**hybrid.inputs, past_key_values=cache).logits
-        assert isinstance(cache.layers[1], HybridLayer) and cache.get_seq_length() == first.shape[1]
-        with pytest.raises(CacheError, match="cannot be offloaded"):
-            cache.layers[1].offload()
-        with pytest.raises(RuntimeError, match="does not track past states"):
-            cache.crop(-1)
-        cache.layers[1].batch_select_indices(torch.tensor([0, 0]))
-        assert {len(x) for x in cache.layers[1].conv_states.values()} == {2} == {len(cache.layers[1].keys)}
-        cache.layers[1].reset()
-        assert cache.layers[1].get_seq_length() == 0 and cache.gaze.length == 0
-        assert not any(cache.layers[1].has_previous_state.values())
-        assert not any(x.any() for x in cache.layers[1].conv_states.values())

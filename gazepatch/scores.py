@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gazepatch.regions import ABSENT
+
 
 class Scores(NamedTuple):
     """From dot products to the softmax.
@@ -58,6 +60,14 @@ class Scores(NamedTuple):
 
         sinks, bias, windows = (None if x is None else grouped(x) for x in (self.sinks, self.bias, self.window_bias))
         return self._replace(sinks=sinks, bias=bias, window_bias=windows)
+
+
+def as_bias(mask: Tensor) -> Tensor:
+    """A mask of any shape, boolean (True: visible) or to be added, as what is added to scores: float32."""
+    if mask.dtype == torch.bool:
+        return torch.where(mask, 0.0, ABSENT)
+    # The least number of its type hides, which in float16 is not that little.
+    return mask.float().masked_fill(mask <= torch.finfo(mask.dtype).min, ABSENT).clamp(min=ABSENT)
 
 
 def added(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:

@@ -17,7 +17,7 @@ from gazepatch.layout import Span
 from gazepatch.ops.decode import DecodePlan, Entries
 from gazepatch.ops.plan import plan_for
 from gazepatch.regions import ABSENT, Chunk, Regions, by_window, sort_chunk
-from gazepatch.scores import Scores
+from gazepatch.scores import Scores, as_bias
 from gazepatch.stats import Counters
 
 #: Tables that change with every token.
@@ -297,8 +297,7 @@ class GazeState:
 
 def bias_of(row: Tensor, hidden: Tensor) -> Tensor:
     """`[B, 1, 1, T]` float32 of the `row` `[B, T]` of a mask, boolean or to be added, with more that is `hidden`."""
-    row = torch.where(row, 0.0, ABSENT) if row.dtype == torch.bool else row.float().clamp(min=ABSENT)
-    return row.masked_fill(hidden, ABSENT)[:, None, None]
+    return as_bias(row).masked_fill(hidden, ABSENT)[:, None, None]
 
 
 def _on(table: Any, device: torch.device) -> Any:

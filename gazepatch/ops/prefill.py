@@ -16,7 +16,7 @@ from gazepatch.config import GazeConfig
 from gazepatch.ops.decode import periphery
 from gazepatch.ops.partial import Part, attend, combine, sink
 from gazepatch.regions import ABSENT, Regions
-from gazepatch.scores import Scores, added
+from gazepatch.scores import Scores, added, as_bias
 from gazepatch.selection import region_scores, select, window_logits
 
 #: Elements of the largest temporary, the mask of a block of queries.
@@ -76,7 +76,7 @@ def _block(queries: Queries, keys: Keys, config: GazeConfig) -> Tensor:
     # [B, H_kv, Q * G, D], queries first, so that the heads of a group are neighbours.
     grouped = queries.query.view(batch, key_heads, group, count, dim).transpose(2, 3)
     grouped = grouped.reshape(batch, key_heads, -1, dim)
-    bias = None if queries.mask is None else _as_bias(queries.mask)
+    bias = None if queries.mask is None else as_bias(queries.mask)
     scores = queries.scores.grouped(key_heads, count)
     seen = _seen(queries.positions, bias, regions)
     logits = window_logits(grouped, keys.mean_keys, regions.log_counts, scores).unflatten(2, (count, group))
@@ -130,7 +130,7 @@ def _attend_masked(
     batch, key_heads, rows, _ = query.shape
     queries, length, region_of = len(positions), keys.key.shape[2], keys.region_of
     if bias is None:
-        bias = _as_bias((torch.arange(length, device=query.device) <= positions[:, None])[None, None])
+        bias = as_bias((torch.arange(length, device=query.device) <= positions[:, None])[None, None])
     reads = taken.gather(-1, region_of.clamp(min=0)[:, None, None, None].expand(*taken.shape[:-1], -1))
     allowed = reads | (region_of < 0)[:, None, None, None]
     full = torch.where(allowed, 0.0, ABSENT) + bias[:, :, :, None]
@@ -156,10 +156,3 @@ def _budgets(seen: Tensor, regions: Regions, config: GazeConfig) -> Tensor:
         budget = torch.minimum((count.double() * config.budget - 1e-9).ceil().long().clamp(min=1), count)
     tokens = (seen * regions.length[:, None]).sum(-1)
     return torch.where(tokens < config.min_visual_tokens, count, budget)
-
-
-def _as_bias(mask: Tensor) -> Tensor:
-    if mask.dtype == torch.bool:
-        return torch.where(mask, 0.0, ABSENT)
-    # The least number of its type hides, which in float16 is not that little.
-    return mask.float().masked_fill(mask <= torch.finfo(mask.dtype).min, ABSENT).clamp(min=ABSENT)

@@ -20,7 +20,7 @@ from gazepatch.eager import nothing_compiled
 from gazepatch.errors import ConfigError, PatchError, UnsupportedModelError
 from gazepatch.layers import gaze_layers
 from gazepatch.registry import adapter_for
-from gazepatch.running.attention import GazeAttention
+from gazepatch.running.attention import PREFIX, GazeAttention
 from gazepatch.running.changes import Undo, add_parameter, put_hooks, set_attribute, take_back
 from gazepatch.running.decoder import CONTEXT_TOKENS
 from gazepatch.running.runtime import Runtime
@@ -67,7 +67,7 @@ def apply(
         The same model.
 
     Raises:
-        PatchError: The model is patched already.
+        PatchError: The model is patched already, or a part of it.
         UnsupportedModelError: The architecture has no adapter, or none of its layers can gaze, or it takes no context
             tokens.
         ConfigError: A setting is wrong, or does not fit the model or the context tokens.
@@ -84,6 +84,10 @@ def apply(
     decoder = adapter.decoder(root)
     layers = gaze_layers(adapter, root.config, config)
     original = decoder.config._attn_implementation
+    if original.startswith(PREFIX):
+        raise PatchError(
+            "a part of this model, or a model around it, is patched already: call gazepatch.restore on that one first"
+        )
     if original not in ORIGINALS:
         raise UnsupportedModelError(
             f"expected a text decoder with attn_implementation in {', '.join(ORIGINALS)}, got {original!r}: "

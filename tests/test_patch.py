@@ -212,6 +212,27 @@ def test_an_attention_chosen_while_patched_stays_chosen(case: Case) -> None:
     assert case.model.config.text_config._attn_implementation == "eager"
 
 
+def test_an_attention_changed_while_patched_is_refused(ran: Case) -> None:
+    dense = generate_logits(ran.model, ran.inputs, 2)[0]
+    with patched(ran.model, SMALL):
+        ran.model.set_attn_implementation({"vision_config": "eager"})  # which is nothing to us
+        gazed = generate_logits(ran.model, ran.inputs, 2)[0]
+        ran.model.set_attn_implementation("sdpa")
+        for _ in range(2):
+            with pytest.raises(PatchError, match=r"was changed to 'sdpa': call gazepatch\.restore\(model\), change it"):
+                generate_logits(ran.model, ran.inputs, 2)
+    assert torch.equal(generate_logits(ran.model, ran.inputs, 2)[0], dense) and not torch.equal(gazed, dense)
+
+
+def test_a_part_that_is_patched_is_named(case: Case) -> None:
+    apply(case.model.model, SMALL)
+    for whole in (apply, verify):
+        with pytest.raises(PatchError, match=r"a part of this model.* is patched already"):
+            whole(case.model, *([case.inputs] if whole is verify else []))
+    restore(case.model.model)
+    apply(case.model, SMALL)
+
+
 def test_a_features_function_that_was_set_on_the_instance_comes_back(ran: Case) -> None:
     own = ran.model.model.get_image_features
     ran.model.model.get_image_features = replaced = lambda *a, **k: own(*a, **k)

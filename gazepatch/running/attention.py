@@ -24,14 +24,16 @@ from gazepatch.running.prompt import gaze, see_own_image
 from gazepatch.running.runtime import Runtime
 from gazepatch.scores import Scores
 
+#: Of the names under which transformers knows patched attention: free of the words that it looks for in names.
+PREFIX = "gazepatch_"
+
 
 class GazeAttention:
     """Attention of one patched model. `original` is the name of the implementation that it had."""
 
     def __init__(self, runtime: Runtime, original: str) -> None:
         self.runtime, self.original = runtime, original
-        #: Unique among living models, and free of the words that transformers looks for in a name.
-        self.name = f"gazepatch_{id(self):x}"
+        self.name = f"{PREFIX}{id(self):x}"  # unique among living models
 
     def register(self) -> None:
         """Make the functions known to transformers."""

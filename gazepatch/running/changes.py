@@ -36,7 +36,7 @@ def put_hooks(root: PreTrainedModel, decoder: nn.Module, attention: GazeAttentio
     finalizer = weakref.finalize(root, unregister, attention.name)
     undo.append(lambda: finalizer() and None)
     set_attribute(decoder.config, "_attn_implementation_internal", attention.name, undo)
-    base, capture, hooks = root.base_model, Capture(runtime), DecoderHooks(runtime, decoder)
+    base, capture, hooks = root.base_model, Capture(runtime), DecoderHooks(runtime, decoder, attention.name)
     for modality in MODALITIES:
         if (function := getattr(base, name := f"get_{modality}_features", None)) is not None:
             set_attribute(base, name, capture.features(modality, function), undo)

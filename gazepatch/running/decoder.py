@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from gazepatch.caches.adoption import adopt, stepping
 from gazepatch.caches.state import GazeState
+from gazepatch.errors import PatchError
 from gazepatch.running.across import start_across
 from gazepatch.running.checkpointing import OF_FORWARD, checkpoints, runs_again
 from gazepatch.running.forward import Forward
@@ -23,10 +24,14 @@ CONTEXT_TOKENS = "gaze_context_tokens"
 
 
 class DecoderHooks:
-    """Hooks on the text decoder of one patched model, which is given to read its signature and not kept."""
+    """Hooks on the text decoder of one patched model, which is given to read its signature and not kept.
 
-    def __init__(self, runtime: Runtime, decoder: nn.Module) -> None:
-        self.runtime, self.signature = runtime, inspect.signature(decoder.forward)
+    `attention` is the name under which transformers knows the patch's.
+    """
+
+    def __init__(self, runtime: Runtime, decoder: nn.Module, attention: str) -> None:
+        self.runtime, self.attention = runtime, attention
+        self.signature = inspect.signature(decoder.forward)
         if runtime.adapter.across:
             # The numbers of a mask, which it may have to look at, are in no graph. Where torch.compile finds that out
             # half-way, it drops which forward is running (torch 2.13).
@@ -37,6 +42,11 @@ class DecoderHooks:
         runtime = self.runtime
         if runtime.running.dense:
             return None
+        if (found := module.config._attn_implementation) != self.attention:  # type: ignore[union-attr]
+            raise PatchError(
+                f"the attention of this patched model was changed to {found!r}: call gazepatch.restore(model), change "
+                "it, and apply again"
+            )
         call = {**kwargs, **self.signature.bind_partial(*args).arguments} if args else dict(kwargs)
         hidden = call.get("inputs_embeds")
         hidden = call.get("input_ids") if hidden is None else hidden

@@ -1,0 +1,27 @@
+"""How closely gaze follows dense, as a card says it."""
+
+from __future__ import annotations
+
+import pytest
+from tiny import tiny
+
+from gazepatch.artefact.fidelity import measure_fidelity
+from gazepatch.config import GazeConfig
+from gazepatch.patch import patched
+from gazepatch.verification import generate_logits
+
+CONFIG = GazeConfig(region=(3, 3, 1), window=None, budget=1.0, periphery=False, min_visual_tokens=0)
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.1])
+def test_an_answer_that_would_have_ended(budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = tiny("llava")
+    likely = generate_logits(case.model, case.inputs, 3)[0].argmax(-1)[0].tolist()
+    monkeypatch.setattr(case.model.generation_config, "eos_token_id", likely[1])
+    with patched(case.model, CONFIG, budget=budget):
+        found = measure_fidelity(case.model, case.inputs, steps=4)
+    assert found["steps"] == 4 and found["divergence"] >= 0
+    if budget == 1.0:
+        assert found["agreement"] == found["read_share"] == 1.0 and found["divergence"] < 1e-9
+    else:
+        assert found["read_share"] < 0.5 and found["divergence"] > 1e-9

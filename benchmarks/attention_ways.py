@@ -26,13 +26,15 @@ TRANSFORMERS = "transformers"
 Calls = list[Callable[[], object]]
 
 
-def case(setup: Setup, grid: Grid, batch: int, config: GazeConfig) -> tuple[Layers, DecodePlan]:
-    """As many layers as a cold cache needs, and the kernels' plan."""
+def case(
+    setup: Setup, grid: Grid, batch: int, config: GazeConfig, alone: str | None = None
+) -> tuple[Layers, DecodePlan]:
+    """As many layers as a cold cache needs, and the kernels' plan; `alone`: if nothing but these bytes are read."""
     like = torch.empty(0, dtype=setup.dtype, device=setup.device)
     heads = setup.heads, setup.key_heads, setup.dim
     one = Layers(grid, config, (1, *heads), 1, like)
     read = one.bytes_read(one.plan(DecodePlan))
-    touched = batch * (sum(read.values()) - read["dense"])
+    touched = batch * (read[alone] if alone else sum(read.values()) - read["dense"])
     layers = Layers(
         grid, config, (batch, *heads), layers_needed(touched, 2 * batch * read["dense"], setup.device), like
     )

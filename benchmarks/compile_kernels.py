@@ -46,13 +46,32 @@ DIMS = (64, 80, 96, 128, 256)
 KERNELS = ("decode", "select", "means", "prefill", "query_gradient", "key_gradient")
 GROUP, WINDOWS, REGIONS, TOKENS = 7, 4, 4096, 64
 
+#: What models and settings may leave out: pointers, and the constants that say so.
+OF_PROMPT = ("bias",), ("HAS_BIAS", "CAPPED")
+OPTIONAL: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "decode": (
+        ("bias", "logits", "taken", "mean_values", "sinks"),
+        ("HAS_BIAS", "PERIPHERY", "HAS_SINKS", "CAPPED", "EARLY"),
+    ),
+    "select": (
+        ("total", "key", "value", "new_key", "new_value", "filled"),
+        ("COUNTS", "APPENDS", "PERIPHERY", "CAPPED", "EARLY"),
+    ),
+    "means": ((), ()),
+    **dict.fromkeys(("prefill", "query_gradient", "key_gradient"), OF_PROMPT),
+}
+
 #: Arguments whose values are multiples of 16 wherever a head dim is: pointers, and strides but for those of tables.
 ALIGNED = re.compile(r"(query|(new_)?key|(new_)?value|entry|visual_key|visual_value|mean)_(row|head|token|window)")
 
 
-def build(kernel: str, target: str, dtype: str, dim: int) -> dict[str, Any]:
-    """Compile one kernel with everything in it, and say what it takes."""
+def build(kernel: str, target: str, dtype: str, dim: int, bare: bool = False) -> dict[str, Any]:
+    """Compile one kernel with everything in it, or `bare` with nothing that may be left out; say what it takes."""
     function, pointers, constants = globals()[f"_{kernel}"](target, dtype, dim)
+    if bare:
+        absent, off = OPTIONAL[kernel]
+        pointers = {name: kind for name, kind in pointers.items() if name not in absent}
+        constants |= dict.fromkeys(absent) | dict.fromkeys(off, False)
     warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
     signature, attributes = {}, {}
     for i, name in enumerate(function.arg_names):
@@ -184,11 +203,16 @@ def main() -> int:
     parser.add_argument("--target", choices=TARGETS, action="append", help="this one alone; may be repeated")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="this one alone; may be repeated")
     parser.add_argument("--dim", type=int, action="append", help="this head dim alone; may be repeated")
+    parser.add_argument("--bare", action="store_true", help="without what models and settings may leave out")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
     parser.add_argument("-o", "--out", type=Path, help="write the table to FILE")
     options = parser.parse_args()
     wanted = itertools.product(
-        options.kernel or KERNELS, options.target or TARGETS, options.dtype or DTYPES, options.dim or DIMS
+        options.kernel or KERNELS,
+        options.target or TARGETS,
+        options.dtype or DTYPES,
+        options.dim or DIMS,
+        [options.bare],
     )
     with ProcessPoolExecutor(options.jobs) as pool:
         rows = list(pool.map(build, *zip(*wanted, strict=True)))

@@ -96,6 +96,7 @@ def filled(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> tuple[Stati
         cache.update(*entries, i)
         if state is not None and i in runtime.gaze_layers:
             state.expect(i, entries.new_empty(batch, text.num_attention_heads, 0, dim), *entries)
+        del entries  # before those of the next layer are made
     if state is not None:
         state.finish(True)
     return cache, tokens
@@ -214,7 +215,7 @@ def model_case(setup: Setup, models: Models, side: str, size: str, batch: int, m
         model = models.model
         wanted = cache_bytes(setup, setup.sizes[size], batch)
         # Entries of a layer are made before they are stored, and sorted; means are an eighth with windows of 3 x 3.
-        wanted += 3 * wanted // setup.shape.layers + (wanted // 8 if side == DEFAULTS else 0)
+        wanted += 2 * wanted // setup.shape.layers + (wanted // 8 if side == DEFAULTS else 0)
         reason = lacking(wanted + SPARE, setup.device, f"the cache of {batch} rows and its scratch memory")
         if reason is not None:
             return {"skipped": reason}

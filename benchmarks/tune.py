@@ -93,7 +93,6 @@ def tune(dim: int, size: int, device: torch.device, seconds: float) -> Ran:
             times = [_ms(layers) for layers in cases]
         except Exception as error:  # too much shared memory, say
             print(f"  {key} {settings}: {first_line(error)}", file=sys.stderr, flush=True)
-            torch.cuda.synchronize()  # fails if nothing else can run either
             return None
         us = 1e3 * math.prod(times) ** (1 / len(times))
         print(f"  {key} {settings}: {us:.1f} us", file=sys.stderr, flush=True)
@@ -102,7 +101,6 @@ def tune(dim: int, size: int, device: torch.device, seconds: float) -> Ran:
     present: Settings = tuple(decode_launch(*key))  # type: ignore[assignment]
     ran = search(present, dim, size, measure, seconds)
     cases.clear()  # `measure` holds it
-    free()
     if not ran:
         raise SystemExit(f"no settings ran for {key}: see the errors above")
     return ran
@@ -154,6 +152,7 @@ def main() -> None:
         print(f"head dim {dim}, {size} bytes", *(f"    {us:.1f} us {s}" for us, s in ran[:8]), sep="\n", flush=True)
         if options.write:  # at once: the next one may be cut short
             write(Path(tuned.__file__), best, f"measured on {where['gpu']}, triton {where['triton']}")
+        free()  # which fails where a candidate broke the GPU's state, so not before
         tuned.DECODE.update(best)
         forget()
 

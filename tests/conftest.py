@@ -21,6 +21,9 @@ from gazepatch.scores import Scores
 # The tests are many small operations, which further threads only slow down.
 torch.set_num_threads(1)
 
+# On a GPU, convolutions in float32 are rounded to ten bits otherwise, and vision towers begin with them.
+torch.backends.cudnn.allow_tf32 = False
+
 # Where there is no GPU, the tests of the kernels run them in Triton's interpreter. Triton asks when it is imported, and
 # more modules import it than one would think, so this comes before all of them. Other tests do not notice: on CPU,
 # backend="auto" is plain PyTorch all the same.

@@ -153,5 +153,5 @@ def test_a_patched_model(family: str) -> None:
             found[backend] = ran.sequences.cpu(), torch.stack(ran.logits).cpu(), stats(model)
         model.cpu()
     assert torch.equal(found["torch"][0], found["triton"][0])
-    torch.testing.assert_close(found["triton"][1], found["torch"][1], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(found["triton"][1], found["torch"][1], atol=1e-4, rtol=1e-4)
     assert found["torch"][2] == found["triton"][2] and found["torch"][2].read_share < 1

@@ -83,9 +83,11 @@ def test_operators_are_traced() -> None:
     torch.testing.assert_close(compiled(*arguments), decode(*arguments) + 1)
 
 
-def test_a_kernel_compiles_without_a_gpu() -> None:
+@pytest.mark.parametrize(("kernel", "bare"), [("decode", False), ("select", True), ("prefill", True)])
+def test_a_kernel_compiles_without_a_gpu(kernel: str, bare: bool) -> None:
     script = Path(__file__).parents[1] / "benchmarks" / "compile_kernels.py"
-    arguments = ["--kernel", "decode", "--target", "cuda90", "--dtype", "bf16", "--dim", "128", "--json", "--jobs", "1"]
+    arguments = ["--kernel", kernel, "--target", "cuda90", "--dtype", "bf16", "--dim", "128", "--json", "--jobs", "1"]
+    arguments += ["--bare"] if bare else []
     run = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     (row,) = json.loads(run.stdout)["kernels"]

@@ -260,8 +260,8 @@ def _of_taken(taken, pair, row, queries, regions, GROUP: tl.constexpr, SELECTION
 
 @triton.jit
 def _of_bias(bias, batch, query, bias_row, length, HAS_BIAS: tl.constexpr):
-    """Where the biases of each query begin."""
-    return bias + batch * bias_row + query.to(tl.int64) * length if HAS_BIAS else bias
+    """Where the biases of each query begin; a number that nobody uses without them, as Triton 3.6 returns no None."""
+    return bias + batch * bias_row + query.to(tl.int64) * length if HAS_BIAS else 0
 
 
 @triton.jit

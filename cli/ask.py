@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gazepatch.cli.asked import check_prompt, say_notes
 from gazepatch.cli.output import json_option, print_json
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def command(
     """
     if dense and compare:
         raise click.UsageError("--dense and --compare exclude each other", click.get_current_context())
+    check_prompt(images, prompt)
 
     from gazepatch.answering import answer
     from gazepatch.cli.opening import open_model, prompt_inputs
@@ -45,6 +47,8 @@ def command(
             answers[name] = answer(patched, processor.tokenizer, inputs, max_new_tokens=max_new_tokens, show=show)
         if not as_json:
             click.echo(f"\n[{name}: {_cost(answers[name], name)}]")
+    if not as_json and images and "gaze" in answers:
+        say_notes(patched, inputs)
     if as_json:
         print_json({name: dataclasses.asdict(given) for name, given in answers.items()})
 

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import click
 
+from gazepatch.cli.asked import images_and_prompt, say_notes
 from gazepatch.cli.output import bar_of, json_option, print_json
 from gazepatch.cli.sample import PROMPT, sample_image
 
 
 @click.command("bench")
 @click.argument("model")
-@click.argument("images_and_prompt", metavar="[IMAGE... PROMPT]", nargs=-1)
+@click.argument("asked", metavar="[IMAGE... PROMPT]", nargs=-1)
 @click.option("--new-tokens", default=32, show_default=True, type=click.IntRange(min=2), metavar="N")
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(min=1), metavar="N")
 @json_option
-def command(model: str, images_and_prompt: tuple[str, ...], new_tokens: int, rounds: int, as_json: bool) -> None:
+def command(model: str, asked: tuple[str, ...], new_tokens: int, rounds: int, as_json: bool) -> None:
     """Time a token of MODEL on this machine, unpatched and with gaze, in turn.
 
     MODEL is an artefact, or any supported model, which then gazes with the default settings. Asks about a test image
     where no IMAGE is given.
     """
-    *images, prompt = images_and_prompt or (PROMPT,)
-    for image in images:
-        click.Path(exists=True, dir_okay=False).convert(image, None, click.get_current_context())
+    images, prompt = images_and_prompt(asked, PROMPT)
 
     import gazepatch
     from gazepatch.cli.opening import open_model, prompt_inputs
@@ -40,3 +39,4 @@ def command(model: str, images_and_prompt: tuple[str, ...], new_tokens: int, rou
         f"{timing.speedup:.2f} times as fast ({timing.slowest:.2f} to {timing.fastest:.2f} in {rounds} rounds) with "
         f"{timing.read_share:.1%} of the visual entries read, behind a prompt of {timing.prompt_tokens} tokens"
     )
+    say_notes(patched, inputs)

@@ -42,3 +42,8 @@ def command(model: str, data: str, budgets: list[float | int], limit: int | None
         for s in scores
     ]
     print_table(head, rows)
+    if whole := scores[0].whole:
+        least = gazepatch.inspect(patched).settings.min_visual_tokens
+        click.echo(
+            f"{whole} of these conversations were read whole: fewer than min_visual_tokens={least} visual tokens"
+        )

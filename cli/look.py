@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from gazepatch.cli.asked import check_prompt, say_notes
 from gazepatch.cli.output import json_option
 
 PAGE = Path("gaze.html")
@@ -41,6 +42,7 @@ def command(
     from gazepatch.files import replace_file
     from gazepatch.viewer import answer_trace, render
 
+    check_prompt(images, prompt)
     out = PAGE if out is None and not as_json else out
     if out is not None and not out.parent.is_dir():
         raise click.UsageError(f"no folder {out.parent} to write {out.name} to", click.get_current_context())
@@ -58,3 +60,5 @@ def command(
     else:
         share = "no" if given.read_share is None else f"{given.read_share:.1%} of the"
         click.echo(f"\n[{share} visual entries read: {out}]")
+        if images:
+            say_notes(patched, inputs)

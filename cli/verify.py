@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import click
 
+from gazepatch.cli.asked import images_and_prompt
 from gazepatch.cli.output import json_option, plain, print_json, print_table
 from gazepatch.cli.sample import PROMPT, sample_image
 
 
 @click.command("verify")
 @click.argument("model")
-@click.argument("images_and_prompt", metavar="[IMAGE... PROMPT]", nargs=-1)
+@click.argument("asked", metavar="[IMAGE... PROMPT]", nargs=-1)
 @json_option
-def command(model: str, images_and_prompt: tuple[str, ...], as_json: bool) -> None:
+def command(model: str, asked: tuple[str, ...], as_json: bool) -> None:
     """Prove on MODEL that patching does no harm and can be undone.
 
     Asks about a test image where no IMAGE is given. Exit status 1 when a promise is not kept.
     """
-    *images, prompt = images_and_prompt or (PROMPT,)
-    for image in images:
-        click.Path(exists=True, dir_okay=False).convert(image, None, click.get_current_context())
+    images, prompt = images_and_prompt(asked, PROMPT)
 
     import gazepatch
     from gazepatch.cli.opening import open_model, prompt_inputs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from gazepatch.errors import ConfigError
+from gazepatch.inspection import locate
 from gazepatch.lora import has_lora, without_lora
 from gazepatch.patch import context_tokens_of, dense, patch_of, patched, restored, root_model, set_budget
+from gazepatch.registry import adapter_for
 from gazepatch.training.chat import Collator, supervised
 from gazepatch.training.objectives import agreed, distill
-from gazepatch.training.records import Record, read_records
+from gazepatch.training.records import read_records
 from gazepatch.training.trainer import logits_at
 
 
@@ -31,6 +33,7 @@ class Score:
         right: Share of tokens that gaze holds most likely and that stand in the data.
         dense_right: The same of dense.
         tokens: How many there were.
+        whole: Conversations in which nothing gazed, because they have fewer visual tokens than `min_visual_tokens`.
     """
 
     budget: float | int
@@ -39,6 +42,7 @@ class Score:
     right: float
     dense_right: float
     tokens: int
+    whole: int
 
 
 def evaluate(
@@ -78,30 +82,31 @@ def evaluate(
     collator, records = Collator(processor), read_records(data)
     count = min(len(records), limit or len(records))
     sums = torch.zeros(len(gazes), 4, dtype=torch.float64)
-    total = 0
+    total = whole = 0
     training = model.training
     model.eval()
     try:
         with restored(model), patched(model, gazes[0], context_tokens=tokens):
             for number in range(count):
-                found, seen = _follow(model, collator, records[number], [gaze.budget for gaze in gazes])
-                sums, total = sums + found, total + seen
+                inputs = collator([records[number]])
+                found, seen = _follow(model, inputs, [gaze.budget for gaze in gazes])
+                sums, total, whole = sums + found, total + seen, whole + _few(model, inputs, config.min_visual_tokens)
                 if progress is not None:
                     progress(number + 1, count)
     finally:
         model.train(training)
     shares = (sums / max(1, total)).tolist()
     return [
-        Score(gaze.budget, agreement, divergence, right, dense_right, total)
+        Score(gaze.budget, agreement, divergence, right, dense_right, total, whole)
         for gaze, (agreement, divergence, right, dense_right) in zip(gazes, shares, strict=True)
     ]
 
 
 @torch.no_grad()
-def _follow(model: Any, collator: Collator, record: Record, budgets: Sequence[float | int]) -> tuple[torch.Tensor, int]:
+def _follow(model: Any, batch: Mapping[str, Any], budgets: Sequence[float | int]) -> tuple[torch.Tensor, int]:
     """Sums `[budgets, 4]` over the assistant's tokens of one conversation, and how many those are."""
     root = root_model(model)
-    inputs = {name: value.to(root.device) for name, value in collator([record]).items()}
+    inputs = {name: value.to(root.device) for name, value in batch.items()}
     columns, kept, answer = supervised(inputs.pop("labels"))
     with dense(model), without_lora(root) if has_lora(root) else nullcontext():
         whole = logits_at(model, inputs, columns, kept)
@@ -112,3 +117,10 @@ def _follow(model: Any, collator: Collator, record: Record, budgets: Sequence[fl
         right, dense_right = ((logits.argmax(-1) == answer).sum() for logits in (gazed, whole))
         rows.append(torch.stack([agreed(gazed, whole), distill(gazed, whole), right, dense_right]))
     return torch.stack(rows).double().cpu(), len(answer)
+
+
+def _few(model: Any, batch: Mapping[str, Any], least: int) -> bool:
+    """Whether a conversation has images, and fewer visual tokens than gaze starts with."""
+    root = root_model(model)
+    tokens = sum(span.tokens for span in locate(adapter_for(root.config.model_type), root, batch))
+    return 0 < tokens < least

@@ -324,6 +324,20 @@ def test_verify_brings_its_own_image(artefact: Path, monkeypatch: pytest.MonkeyP
     assert "pixel_values" in seen[0]  # type: ignore[operator]
 
 
+def test_a_forgotten_prompt(artefact: Path, page: Path) -> None:
+    for command in ("ask", "look", "verify", "bench"):
+        fails(2, f"PROMPT is missing: {page} is a file", command, artefact, page)
+
+
+def test_what_is_read_whole_is_said(base: Path, page: Path, tmp_path: Path) -> None:
+    said = "visual tokens, fewer than min_visual_tokens=2048: it is read whole]"
+    short = ("--max-new-tokens", "2")
+    assert said in gaze("ask", base, page, "this ?", *short).stdout
+    assert said not in gaze("ask", base, page, "this ?", "--dense", *short).stdout
+    assert said in gaze("look", base, page, "this ?", *short, "-o", tmp_path / "page.html").stdout
+    assert said in gaze("bench", base, page, "this ?", "--new-tokens", "2", "--rounds", "1").stdout
+
+
 def test_eval(base: Path, tmp_path: Path, page: Path) -> None:
     said = {"role": "assistant", "content": "harbour"}
     lines = [json.dumps({"messages": [{"role": "user", "content": "<image> this ?"}, said], "images": [str(page)]})] * 3
@@ -338,7 +352,9 @@ def test_eval(base: Path, tmp_path: Path, page: Path) -> None:
     every, two = json.loads(result.stdout)
     assert (every["budget"], two["budget"]) == (1.0, 2) and every["tokens"] * 3 == own["tokens"] * 2
     assert every["dense_right"] == two["dense_right"] == own["dense_right"]
-    assert "agrees with dense" in gaze(*data).stdout
+    assert "agrees with dense" in gaze(*data).stdout and own["whole"] == 0 and "read whole" not in gaze(*data).stdout
+    few = gaze("eval", base, tmp_path / "data.jsonl", "--limit", "2")
+    assert "2 of these conversations were read whole: fewer than min_visual_tokens=2048" in few.stdout
     fails(2, "expected shares or numbers", *data, "--budgets", "half")
 
 

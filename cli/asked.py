@@ -1,0 +1,32 @@
+"""What a command is asked: images and a prompt, and what there is to say when not all of it gazes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import click
+
+
+def check_prompt(images: Sequence[str], prompt: str) -> None:
+    """Refuse an image in the prompt's place: a usage error."""
+    if not images and os.path.isfile(prompt):
+        raise click.UsageError(f"PROMPT is missing: {prompt} is a file", click.get_current_context())
+
+
+def images_and_prompt(given: Sequence[str], default: str) -> tuple[list[str], str]:
+    """`[IMAGE... PROMPT]` apart; every image is a file."""
+    *images, prompt = given or (default,)
+    check_prompt(images, prompt)
+    for image in images:
+        click.Path(exists=True, dir_okay=False).convert(image, None, click.get_current_context())
+    return images, prompt
+
+
+def say_notes(patched: Any, inputs: Mapping[str, Any]) -> None:
+    """Say what of these inputs is not as one might expect: images that are read whole, say."""
+    from gazepatch.inspection import inspect
+
+    for note in inspect(patched, inputs).notes:
+        click.echo(f"[{note}]")

@@ -94,7 +94,8 @@ def read_context_tokens(path: str | Path, model_type: str, hidden_size: int) -> 
     except (SafetensorError, OSError, ValueError) as error:
         raise ArtefactError(f"{path} is no intact safetensors file: {error}; get it again") from None
     if tokens is None:
-        raise ArtefactError(f"{path} must hold one tensor, {TENSOR}, got {', '.join(names) or 'none'}")
+        listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        raise ArtefactError(f"{path} must hold one tensor, {TENSOR}, got {listed or 'none'}")
     for key, expected in _metadata(model_type, hidden_size).items():
         if (found := metadata.get(key)) != expected:
             raise ArtefactError(f"{path} must have {key} {expected} in its metadata, as the model has, got {found}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,8 @@ from gazepatch.artefact.checkpoint import CONFIG_NAME, known_layout
 from gazepatch.artefact.contents import read_artefact
 from gazepatch.artefact.finding import artefact_folder, base_config, base_of
 from gazepatch.artefact.manifest import FILE_NAME, LORA_NAME, processor_geometry
-from gazepatch.errors import ArtefactError
+from gazepatch.config import GazeConfig
+from gazepatch.errors import ArtefactError, ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,6 +37,7 @@ def load(
         **from_pretrained_kwargs: Passed on to `AutoModelForImageTextToText.from_pretrained`.
 
     Raises:
+        ConfigError: Settings of gaze were given: an artefact has its own.
         ArtefactError: The artefact is damaged, or does not fit the base model.
         HubError: There is no such folder, and the Hub does not give it.
     """
@@ -43,6 +46,7 @@ def load(
     from gazepatch.lora import load_lora
     from gazepatch.patch import apply
 
+    _refuse_settings(from_pretrained_kwargs)
     hub = {name: from_pretrained_kwargs[name] for name in HUB_ARGUMENTS if name in from_pretrained_kwargs}
     folder = artefact_folder(path_or_repo, revision, **hub)
     manifest, tokens = read_artefact(folder)
@@ -64,3 +68,13 @@ def load(
     if lora.exists():
         load_lora(model, lora)
     return apply(model, manifest.gaze, context_tokens=tokens)
+
+
+def _refuse_settings(given: dict[str, Any]) -> None:
+    """What a GazeConfig holds would end up at the model's class, or nowhere."""
+    names = {field.name for field in dataclasses.fields(GazeConfig)}
+    if wrong := [name for name, value in given.items() if name in names or isinstance(value, GazeConfig)]:
+        raise ConfigError(
+            f"an artefact has settings of its own, got {', '.join(wrong)}: load it, then call gazepatch.set_budget; or "
+            "load the base model with transformers and call gazepatch.apply"
+        )

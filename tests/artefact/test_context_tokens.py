@@ -153,6 +153,10 @@ DAMAGE: dict[str, tuple[Damage, str]] = {
         lambda path: save_file({"context_tokens": tokens(), "extra": tokens(1)}, path, **good_file()),
         "must hold one tensor, context_tokens, got context_tokens, extra",
     ),
+    "a model": (
+        lambda path: save_file({f"weight{i}": tokens(1) for i in range(6)}, path, **good_file()),
+        "got weight0, weight1, weight2 and 3 more$",
+    ),
     "another name": (lambda path: save_file({"tokens": tokens()}, path, **good_file()), "got tokens"),
     "no tensor": (lambda path: save_file({}, path, **good_file()), "got none"),
 }

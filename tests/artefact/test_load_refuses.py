@@ -13,7 +13,7 @@ import pytest
 import transformers
 
 import gazepatch
-from gazepatch import ArtefactError, GazeError, HubError
+from gazepatch import ArtefactError, ConfigError, GazeError, HubError
 
 Change = Callable[[dict[str, Any]], object]
 BAD: dict[str, tuple[Change, str]] = {
@@ -107,3 +107,9 @@ def test_hub_errors_become_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(HubError, match=r"fetching somebody/gaze failed: .*: no network at all; then try again"):
         gazepatch.load("somebody/gaze")
+
+
+@pytest.mark.parametrize("given", [{"budget": 0.1}, {"config": gazepatch.GazeConfig()}], ids=str)
+def test_settings_are_the_artefacts(artefact: Path, given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=rf"settings of its own, got {next(iter(given))}: .*gazepatch\.set_budget"):
+        gazepatch.load(artefact, **given)

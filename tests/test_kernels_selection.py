@@ -84,3 +84,13 @@ def test_an_entry_is_appended_by_the_way(dims: tuple[int, ...], filled: int | No
     for store, written in zip(stores, expected, strict=True):
         assert torch.equal(store, written)
     assert all(torch.equal(store[:, :, 7:8], new) for store, new in zip(stores, entry, strict=True))
+
+
+def test_nothing_is_written_behind_a_full_store() -> None:
+    case = Selection(36, windows=1, group=4, distinct=3)
+    store, entry = (torch.randn(2, 2, tokens, 16, device=DEVICE) for tokens in (8, 1))
+    before = store.clone()
+    for filled in (None, torch.tensor(5, device=DEVICE)):
+        late = Late((store,), (entry,), filled, 8 if filled is None else 3)
+        select(*case.arguments([9, 4], "mean", 3, appended(late)))
+    assert torch.equal(store, before)

@@ -402,6 +402,32 @@ def test_what_a_static_cache_refuses(case: Case) -> None:
             case.model(input_ids=torch.tensor([[5]]), past_key_values=filled)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_step_of_other_rows_is_refused(case: Case, kind: str, backend: str) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
+    with torch.no_grad(), patched(case.model, QUARTER, backend=backend):
+        cache = static(case) if kind == "static" else DynamicCache()
+        case.model(**case.inputs, past_key_values=cache)
+        with pytest.raises(CacheError, match=r"holds keys \(1, .*a step brought \(2, .*: keep its rows"):
+            case.model(input_ids=torch.tensor([[5], [5]]), past_key_values=cache)
+
+
+def test_steps_behind_the_end_of_the_room(case: Case) -> None:
+    pytest.importorskip("triton")
+    with torch.no_grad(), patched(case.model, QUARTER, backend="triton"):
+        cache = static(case, case.inputs["input_ids"].shape[1] + 1)
+        case.model(**case.inputs, past_key_values=cache)
+        one = {"input_ids": torch.tensor([[5]]), "past_key_values": cache}
+        case.model(**one)
+        held = [store.clone() for store in cache.layers[1]._other]
+        case.model(**one)  # the device alone knows how many there are
+        assert all(torch.equal(*pair) for pair in zip(cache.layers[1]._other, held, strict=True))
+        with pytest.raises(CacheError, match=r"steps brought it to .*larger max_cache_len"):
+            case.model(input_ids=torch.tensor([[5, 6]]), past_key_values=cache)
+
+
 def test_sliding_windows_have_no_room_for_context_tokens() -> None:
     case = supported("gemma3")
     tokens = torch.randn(3, case.model.config.get_text_config().hidden_size)

@@ -72,7 +72,7 @@ class GazeLayer(DynamicLayer):
         self._slots += key_states.shape[-2]
         new = self._stored(key_states, value_states)
         if self.gazes and self.state.decoding and self.state.chunk is None:
-            self._late = self._behind_others(new)
+            self._defer(self._behind_others(new))
             return self._of_step(key_states, value_states)
         self._keep(new)
         return (key_states, value_states) if first else self.logical()
@@ -109,6 +109,14 @@ class GazeLayer(DynamicLayer):
         self._make_room(start, new)
         assert self._other is not None
         return Late(self._other, new, None, start)
+
+    def _defer(self, late: Late) -> None:
+        if not late.fits:
+            held, new = (tuple(x.shape) for x in (late.stores[0], late.entry[0]))
+            raise CacheError(
+                f"this cache holds keys {held}, and a step brought {new}: keep its rows, or start a new one"
+            )
+        self._late = late
 
     def take_late(self) -> Late | None:
         """The newest entry, if it is not written yet: whoever takes it has to."""

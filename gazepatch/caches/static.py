@@ -66,6 +66,11 @@ class StaticState(GazeState):
         """Ask the device how long the sequence is, which waits for it: a prompt starts."""
         if self.ready and self.filled is not None:
             self.length = int(self.filled)
+            if self.length > self.room:
+                raise CacheError(
+                    f"this static cache has room for {self.capacity} tokens, and steps brought it to {self.tokens}: "
+                    "make one with a larger max_cache_len"
+                )
 
     def begin(self, spans: Sequence[Span], rows: int, new_tokens: int, insertion: Insertion | None = None) -> None:
         """A prompt starts."""
@@ -187,7 +192,7 @@ class StaticGazeLayer(GazeLayer):
             assert self.state.filled is not None
             late = Late(self._other, (key_states, value_states), self.state.filled.to(self.device), -self._apart)
             if self.gazes and self.state.decoding:
-                self._late = late
+                self._defer(late)
             else:
                 late.write()
             key, value = self._other

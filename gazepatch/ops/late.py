@@ -24,6 +24,12 @@ class Late(NamedTuple):
     filled: Tensor | None
     offset: int
 
+    @property
+    def fits(self) -> bool:
+        """Whether it has the shape that the stores want: a kernel writes without looking."""
+        pairs = zip(self.stores, self.entry, strict=True)
+        return all(new.shape == (*store.shape[:2], 1, store.shape[3]) for store, new in pairs)
+
     def write(self) -> None:
         """Write it, a store after the other."""
         slot = None if self.filled is None else self.filled.view(1) + self.offset

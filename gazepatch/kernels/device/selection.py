@@ -86,10 +86,12 @@ def select_kernel(
         scale = scale / softcap
     batch, key_head = pair // key_heads, pair % key_heads
     if APPENDS:
-        copies = (split == splits - 1).to(tl.int32)  # this program, which has no more to score than others
-        slot = pair.to(tl.int64) * room + offset
+        slot = offset.to(tl.int64)
         if filled is not None:
             slot += tl.load(filled)
+        # This program, which has no more to score than others; a store that is full must not be written behind.
+        copies = ((split == splits - 1) & (slot < room)).to(tl.int32)
+        slot += pair.to(tl.int64) * room
         of_new = new_key + batch.to(tl.int64) * new_key_row + key_head * new_key_head
         _copy(of_new, key + slot * DIM, copies * DIM, BLOCK_D)
         if VALUE_DIM > 0:

@@ -8,7 +8,7 @@ them transformers lifts its mask, so that it sees all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -141,7 +141,7 @@ class CrossLayer(GazeLayer):
 
 
 def state_of_images(
-    cache: Cache | None, owner: object, config: GazeConfig, layers: Sequence[int], gaze_layers: Sequence[int]
+    cache: Cache | None, owner: object, config: GazeConfig, layers: Sequence[int], gaze_layers: Collection[int]
 ) -> CrossState:
     """What the cross-attention `layers` of a cache share; they are made ready in place when the cache is new.
 

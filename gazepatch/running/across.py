@@ -22,7 +22,7 @@ def start_across(runtime: Runtime, text: Forward, call: Mapping[str, Any], rows:
         rows: Rows of the batch.
     """
     prompt, adapter = text.tokens > 1 or text.past == 0, runtime.adapter
-    state = state_of_images(text.cache, runtime, runtime.config, runtime.cross_layers, runtime.gaze_layers)
+    state = state_of_images(text.cache, runtime, runtime.config, runtime.layers.left, runtime.gaze_layers)
     keys, spans = new_keys(adapter, runtime.model_config, call, rows)
     last_row, runtime.running.last_row = runtime.running.last_row, None  # of this forward alone
     others = state.look(spans, rows, keys, call.get(adapter.cross_mask), not prompt, None if prompt else last_row)

@@ -32,10 +32,9 @@ class DecoderHooks:
     def __init__(self, runtime: Runtime, decoder: nn.Module, attention: str) -> None:
         self.runtime, self.attention = runtime, attention
         self.signature = inspect.signature(decoder.forward)
-        if runtime.adapter.across:
-            # The numbers of a mask, which it may have to look at, are in no graph. Where torch.compile finds that out
-            # half-way, it drops which forward is running (torch 2.13).
-            self._started = torch.compiler.disable(self._started)  # type: ignore[method-assign]
+        # Looking for visual tokens is work of the host. Where torch.compile finds that out half-way, it drops which
+        # forward is running (torch 2.13).
+        self._started = torch.compiler.disable(self._started)  # type: ignore[method-assign]
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward starts; returns the arguments to call the decoder with, or None to leave them."""

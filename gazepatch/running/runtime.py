@@ -56,6 +56,9 @@ class Runtime:
         config: Settings.
         gaze_layers: Indices of the layers that gaze.
 
+    Attributes are sets wherever layers are looked up: of a tuple torch.compile, whose index of a layer may be a symbol,
+    finds that nothing is in it (torch 2.13).
+
     Attributes:
         store_of: For every layer that reads the keys of another one: that layer.
         latent: Whether caches hold latents, a single key head for all query heads.
@@ -69,16 +72,16 @@ class Runtime:
     ) -> None:
         self.adapter, self.model_config, self.config = adapter, model_config, config
         self.text_config = adapter.text_config(model_config)
-        self.gaze_layers = tuple(gaze_layers)
+        self.gaze_layers = frozenset(gaze_layers)
         self.flash = str(decoder.config._attn_implementation).startswith("flash")  # type: ignore[union-attr]
         self.store_of = adapter.store_layers(model_config)
         self.latent = adapter.latent(model_config)
-        self.cross_layers = adapter.cross_layers(model_config)
-        self.stores = tuple(sorted({self.store_of.get(layer, layer) for layer in gaze_layers} - {*self.cross_layers}))
+        self.cross_layers = frozenset(adapter.cross_layers(model_config))
+        self.stores = frozenset(self.store_of.get(layer, layer) for layer in gaze_layers) - self.cross_layers
         self.layers = Layers(
             self.text_config.num_hidden_layers,
-            self.stores,
-            self.cross_layers,
+            tuple(sorted(self.stores)),
+            tuple(sorted(self.cross_layers)),
             LatentLayer if self.latent else GazeLayer,
         )
         self.counters = Counters()

@@ -9,7 +9,6 @@ from typing import Any
 
 def open_model(source: str) -> tuple[Any, Any]:
     """A patched model with its processor: an artefact with its own settings, any other model with the defaults."""
-    import torch
     import transformers
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -27,7 +26,14 @@ def open_model(source: str) -> tuple[Any, Any]:
         model = gazepatch.apply(AutoModelForImageTextToText.from_pretrained(source))
         base, revision = source, None
     processor = AutoProcessor.from_pretrained(base, revision=revision)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
+    return model.to(device()), processor
+
+
+def device() -> str:
+    """Where the commands put a model."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def prompt_inputs(model: Any, processor: Any, images: Sequence[Any], prompt: str) -> Any:

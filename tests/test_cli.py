@@ -14,11 +14,12 @@ from PIL import Image
 from tiny_reader import write_reader
 
 import gazepatch
-from gazepatch.artefact.manifest import read
+from gazepatch.artefact.manifest import FILE_NAME, read
 from gazepatch.cli import main
 from gazepatch.cli.group import COMMANDS
 from gazepatch.config import GazeConfig
 from gazepatch.context import write_context_tokens
+from gazepatch.files import replace_file
 from gazepatch.registry import MODULES
 
 
@@ -84,7 +85,7 @@ def test_a_failed_run_is_status_1() -> None:
 
 
 def test_errors_of_others_tell_their_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise KeyError("first line\nsecond line")
 
     monkeypatch.setattr(gazepatch, "inspect", broken)
@@ -212,6 +213,7 @@ def test_inspect(base: Path) -> None:
     assert "family   llava" in result.stdout and "gaze     2 of 2 layers: 0-1" in result.stdout
     report = json.loads(gaze("inspect", base, "--json").stdout)
     assert report["family"] == "llava" and report["gaze_layers"] == [0, 1] and report["reasons"] == {}
+    assert "\nbase " not in result.stdout and report["base_model"] is None
     fails(1, "expected a folder or a Hub id", "inspect", "/no/such/model")
 
 
@@ -221,6 +223,32 @@ def test_inspect_an_artefact(base: Path, artefact: Path, tmp_path: Path) -> None
         report = json.loads(gaze("inspect", path, "--json").stdout)
         assert report["settings"]["budget"] == 0.5 and not report["patched"] and report["gaze_layers"] == [0, 1]
         assert "budget=0.5" in gaze("inspect", path).stdout
+
+
+def test_inspect_names_the_base_model(base: Path, artefact: Path, tmp_path: Path) -> None:
+    assert f"\nbase     {base}\n" in gaze("inspect", artefact).stdout
+    assert json.loads(gaze("inspect", artefact, "--json").stdout)["base_model"] == str(base)
+    # One that was converted on the Hub knows the commit too.
+    full = gazepatch.convert(base, tmp_path / "full", full=True)
+    replace_file(
+        full / FILE_NAME, dataclasses.replace(read(full), base_model="lab/tiny", base_revision="abc").to_json()
+    )
+    assert "\nbase     lab/tiny at abc\n" in gaze("inspect", full).stdout
+
+
+def test_inspect_chooses_for_the_device_of_the_other_commands(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    forced = gazepatch.convert(base, tmp_path / "forced", config=GazeConfig(backend="triton"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "backend  torch: plain PyTorch, as the model is on cpu\n" in gaze("inspect", base).stdout
+    result = gaze("inspect", forced)
+    assert result.exit_code == 0, result.output
+    assert "backend  triton: cannot run here: backend='triton' needs a model on a GPU, got one on cpu" in result.stdout
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "backend  triton: kernels, as the model is on " in gaze("inspect", base).stdout
+    assert "backend  triton: kernels, as set\n" in gaze("inspect", forced).stdout
 
 
 def test_families() -> None:

@@ -83,30 +83,28 @@ def inspect(
         raise GazeError("inputs can be inspected with a model, got a path: load the model first")
     where = None if device is None else torch.device(device)
     if not is_artefact(model):
-        config = base_config(model)
-        return _report(adapter_for(config.model_type), config, None, None, inputs, where)
+        return _report(base_config(model), None, where)
     folder = artefact_folder(model)
     manifest = read(folder)
     source, revision = base_of(manifest, folder)
-    config = base_config(source, revision=revision)
-    report = _report(adapter_for(config.model_type), config, None, manifest.gaze, inputs, where)
+    report = _report(base_config(source, revision=revision), manifest.gaze, where)
     return replace(report, base_model=manifest.base_model, base_revision=manifest.base_revision)
 
 
 def _inspect_model(model: nn.Module, inputs: Mapping[str, Any] | None) -> Inspection:
     root = root_model(model)
     settings = patch_of(model).config if is_patched(model) else None
-    return _report(adapter_for(root.config.model_type), root.config, root, settings, inputs, root.device)
+    return _report(root.config, settings, root.device, root, inputs)
 
 
 def _report(
-    adapter: Adapter,
     config: Any,
-    root: Any,
     settings: GazeConfig | None,
-    inputs: Mapping[str, Any] | None,
     device: torch.device | None,
+    root: Any = None,
+    inputs: Mapping[str, Any] | None = None,
 ) -> Inspection:
+    adapter = adapter_for(config.model_type)
     text, reasons = adapter.text_config(config), dict(adapter.dense_reasons(config))
     in_force = settings or GazeConfig()
     for layer in in_force.dense_layers:

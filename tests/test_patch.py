@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import threading
 
 import pytest
@@ -374,4 +375,6 @@ def test_a_compiled_model_is_the_model(ran: Case) -> None:
 def test_a_patched_model_is_not_copied(ran: Case) -> None:
     with patched(ran.model, SMALL), pytest.raises(PatchError, match="cannot be copied"):
         copy.deepcopy(ran.model)
+    with patched(ran.model, SMALL), pytest.raises(PatchError, match="or pickled"):
+        pickle.dumps(ran.model)
     assert not is_patched(copy.deepcopy(ran.model))

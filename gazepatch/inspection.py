@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect as signatures
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -173,11 +174,15 @@ def _notes(spans: list[Span], settings: GazeConfig, inputs: Mapping[str, Any] | 
     if without := [span for span in spans if span.grid is None]:
         where = ", ".join(f"row {span.row} [{span.start}, {span.stop})" for span in without)
         notes.append(f"the grid is not known at {where}: regions are one-dimensional runs there")
-    for row in sorted({span.row for span in spans}):
-        tokens = sum(span.tokens for span in spans if span.row == row)
-        if tokens < settings.min_visual_tokens:
-            least = settings.min_visual_tokens
-            notes.append(
-                f"row {row} has {tokens} visual tokens, fewer than min_visual_tokens={least}: it is read whole"
-            )
+    least = settings.min_visual_tokens
+    for row, tokens in read_whole(spans, least).items():
+        notes.append(f"row {row} has {tokens} visual tokens, fewer than min_visual_tokens={least}: it is read whole")
     return notes
+
+
+def read_whole(spans: Iterable[Span], least: int) -> dict[int, int]:
+    """Rows with images that have too few visual tokens to gaze, fewer than `least`, and how many they have."""
+    tokens: Counter[int] = Counter()
+    for span in spans:
+        tokens[span.row] += span.tokens
+    return {row: tokens[row] for row in sorted(tokens) if tokens[row] < least}

@@ -16,6 +16,8 @@ from tiny_reader import write_reader
 import gazepatch
 from gazepatch import ConfigError, GazeConfig, PatchError
 from gazepatch.cli.opening import prompt_inputs
+from gazepatch.inspection import read_whole
+from gazepatch.layout import Span
 from gazepatch.training.chat import Collator
 from gazepatch.training.records import read_records
 
@@ -98,3 +100,10 @@ def test_refusals(model: Any, base: Path, data: Path) -> None:
     with pytest.raises(ConfigError, match="expected new_tokens >= 2"):
         gazepatch.bench(model, {}, new_tokens=1)
     assert gazepatch.is_patched(model)
+
+
+def test_rows_with_few_visual_tokens_are_found_by_their_sum() -> None:
+    rows = ((0, 0, 5), (2, 1, 4), (0, 7, 12), (1, 0, 9))
+    spans = [Span(row, start, stop, None, media=0) for row, start, stop in rows]
+    assert read_whole(spans, 10) == {1: 9, 2: 3}
+    assert read_whole(spans, 3) == read_whole([], 10) == {}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from gazepatch.config import GazeConfig
+from gazepatch.config import GazeConfig, budget_text
 from gazepatch.patch import context_tokens_of, is_patched, patch_of, patched, restored, root_model
 from gazepatch.registry import adapter_for
 from gazepatch.running.attention import GazeAttention
@@ -80,7 +80,8 @@ def _verify(
     dense, tokens = generate_logits(model, inputs, steps)
     own = _gap(dense, _uncached(model, inputs, tokens))
     before = fingerprint(model)  # behind the first run, at which transformers sets up hooks of its own
-    with patched(model, dataclasses.replace(always, budget=1.0, context_tokens=0)):
+    every = dataclasses.replace(always, budget=1.0, context_tokens=0)
+    with patched(model, every):
         whole, _ = generate_logits(model, inputs, steps, tokens)
     with patched(model, dataclasses.replace(always, prefill="gaze"), context_tokens=context_tokens):
         cached, _ = generate_logits(model, inputs, steps, tokens)
@@ -91,7 +92,10 @@ def _verify(
     return Verification(
         [
             Check(
-                "dense equivalence", _gap(dense, whole), limit, f"largest logit difference at budget 1, {steps} steps"
+                "dense equivalence",
+                _gap(dense, whole),
+                limit,
+                f"largest logit difference at budget {budget_text(every.budget)}, {steps} steps",
             ),
             Check(
                 "cached equals uncached",

@@ -314,6 +314,7 @@ def test_verify(artefact: Path, page: Path) -> None:
     result = gaze("verify", artefact, page, "what is this ?")
     assert result.exit_code == 0, result.output
     assert "dense equivalence" in result.stdout and "FAILED" not in result.stdout
+    assert "at budget 1.0, 4 steps" in result.stdout
     report = json.loads(gaze("verify", artefact, page, "what is this ?", "--json").stdout)
     assert report["passed"] and all(check["passed"] for check in report["checks"])
     fails(2, "does not exist", "verify", artefact, "no.png", "this")
@@ -381,6 +382,7 @@ def test_eval(base: Path, tmp_path: Path, page: Path) -> None:
     assert (every["budget"], two["budget"]) == (1.0, 2) and every["tokens"] * 3 == own["tokens"] * 2
     assert every["dense_right"] == two["dense_right"] == own["dense_right"]
     assert "agrees with dense" in gaze(*data).stdout and own["whole"] == 0 and "read whole" not in gaze(*data).stdout
+    assert "\n1.0  " in (table := gaze(*data, "--budgets", "1.0,2", "--limit", "1").stdout) and "\n2 regions  " in table
     few = gaze("eval", base, tmp_path / "data.jsonl", "--limit", "2")
     assert "2 of these conversations were read whole: fewer than min_visual_tokens=2048" in few.stdout
     fails(2, "expected shares or numbers", *data, "--budgets", "half")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gazepatch.cli.asked import check_prompt, say_notes
+from gazepatch.cli.asked import check_prompt, entries_read, say_notes
 from gazepatch.cli.output import json_option, print_json
 
 if TYPE_CHECKING:
@@ -46,19 +46,14 @@ def command(
         with restored(patched) if name == "dense" else nullcontext():
             answers[name] = answer(patched, processor.tokenizer, inputs, max_new_tokens=max_new_tokens, show=show)
         if not as_json:
-            click.echo(f"\n[{name}: {_cost(answers[name], name)}]")
+            read = entries_read(answers[name], images, dense=name == "dense")
+            click.echo(f"\n[{name}: {read}, {_times(answers[name])}]")
     if not as_json and images and "gaze" in answers:
         say_notes(patched, inputs)
     if as_json:
         print_json({name: dataclasses.asdict(given) for name, given in answers.items()})
 
 
-def _cost(given: Answer, name: str) -> str:
+def _times(given: Answer) -> str:
     rate = f", {given.per_token_s * 1000:.1f} ms a token" if given.per_token_s is not None else ""
-    return f"{_entries(given, name)}, {given.first_token_s:.2f} s to the first token{rate}"
-
-
-def _entries(given: Answer, name: str) -> str:
-    if given.read_share is not None:
-        return f"{given.read_share:.1%} of the visual entries read"
-    return "all visual entries read" if name == "dense" else "no visual entries, or too few, to choose from"
+    return f"{given.first_token_s:.2f} s to the first token{rate}"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from gazepatch.cli.asked import check_prompt, say_notes
+from gazepatch.cli.asked import check_prompt, entries_read, say_notes
 from gazepatch.cli.output import json_option
 
 PAGE = Path("gaze.html")
@@ -58,7 +58,6 @@ def command(
     if as_json:
         click.echo(json.dumps(traced))  # a line for each of so many numbers would be long to read
     else:
-        share = "no" if given.read_share is None else f"{given.read_share:.1%} of the"
-        click.echo(f"\n[{share} visual entries read: {out}]")
+        click.echo(f"\n[{entries_read(given, images)}: {out}]")
         if images:
             say_notes(patched, inputs)

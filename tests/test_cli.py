@@ -301,7 +301,19 @@ def test_ask_compares_with_context_tokens(base: Path, tmp_path: Path, page: Path
 def test_ask_without_images_reads_everything(artefact: Path) -> None:
     result = gaze("ask", artefact, "what is this ?", "--max-new-tokens", "3")
     assert result.exit_code == 0, result.output
-    assert "[gaze: no visual entries, or too few" in result.stdout
+    assert "[gaze: no images to read, " in result.stdout
+    assert "[dense: no images to read, " in gaze("ask", artefact, "this", "--max-new-tokens", "3", "--dense").stdout
+
+
+def test_ask_says_what_was_read(base: Path, artefact: Path, page: Path, tmp_path: Path) -> None:
+    for said, model, *options in (
+        ("[dense: all visual entries read, ", artefact, "3", "--dense"),
+        ("[gaze: 100.0% of the visual entries read, ", base, "3"),
+        ("[gaze: nothing read behind the prompt, ", artefact, "1"),
+    ):
+        assert said in gaze("ask", model, page, "this ?", "--max-new-tokens", *options).stdout
+    result = gaze("look", artefact, page, "this ?", "--max-new-tokens", 1, "-o", tmp_path / "page.html")
+    assert f"[nothing read behind the prompt: {tmp_path / 'page.html'}]" in result.stdout
 
 
 def test_ask_refuses(artefact: Path, page: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gazepatch.cli.asked import check_prompt, entries_read, say_notes
+from gazepatch.cli.asked import check_prompt, entries_read, open_images, say_notes
 from gazepatch.cli.output import json_option, print_json
 
 if TYPE_CHECKING:
@@ -38,8 +38,9 @@ def command(
     from gazepatch.cli.opening import open_model, prompt_inputs
     from gazepatch.patch import restored
 
+    pictures = open_images(images)
     patched, processor = open_model(model)
-    inputs = prompt_inputs(patched, processor, images, prompt)
+    inputs = prompt_inputs(patched, processor, pictures, prompt)
     answers: dict[str, Any] = {}
     for name in ("dense", "gaze") if compare else ("dense",) if dense else ("gaze",):
         show = None if as_json else lambda text: click.echo(text, nl=False)

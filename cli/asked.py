@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from gazepatch.answering import Answer
 
 
@@ -25,6 +27,19 @@ def images_and_prompt(given: Sequence[str], default: str) -> tuple[list[str], st
     for image in images:
         click.Path(exists=True, dir_okay=False).convert(image, None, click.get_current_context())
     return images, prompt
+
+
+def open_images(paths: Sequence[str]) -> list[Image]:
+    """The images in some files, to be opened before any weights are read. A file that holds none is a usage error."""
+    from gazepatch.pictures import read_picture
+
+    opened = []
+    for path in paths:
+        try:
+            opened.append(read_picture(path))
+        except ValueError as error:
+            raise click.UsageError(f"{path} cannot be read as an image: {error}", click.get_current_context()) from None
+    return opened
 
 
 def entries_read(given: Answer, images: Sequence[Any], dense: bool = False) -> str:

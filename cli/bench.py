@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from gazepatch.cli.asked import images_and_prompt, say_notes
+from gazepatch.cli.asked import images_and_prompt, open_images, say_notes
 from gazepatch.cli.output import bar_of, json_option, print_json
 from gazepatch.cli.sample import PROMPT, sample_image
 
@@ -26,8 +26,9 @@ def command(model: str, asked: tuple[str, ...], new_tokens: int, rounds: int, as
     import gazepatch
     from gazepatch.cli.opening import open_model, prompt_inputs
 
+    pictures = open_images(images) or [sample_image()]
     patched, processor = open_model(model)
-    inputs = prompt_inputs(patched, processor, images or [sample_image()], prompt)
+    inputs = prompt_inputs(patched, processor, pictures, prompt)
     with bar_of("bench", " rounds") as progress:
         timing = gazepatch.bench(patched, inputs, new_tokens=new_tokens, rounds=rounds, progress=progress)
     if as_json:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from gazepatch.cli.asked import check_prompt, entries_read, say_notes
+from gazepatch.cli.asked import check_prompt, entries_read, open_images, say_notes
 from gazepatch.cli.output import json_option
 
 PAGE = Path("gaze.html")
@@ -34,8 +34,6 @@ def command(
     For every token of the answer, the page shows which regions of the images were read, in all layers or in one. It
     holds all it needs, the images too. With --json the same is printed; a page is then written only with --out.
     """
-    from PIL import Image
-
     import gazepatch
     from gazepatch.answering import answer
     from gazepatch.cli.opening import open_model, prompt_inputs
@@ -46,8 +44,8 @@ def command(
     out = PAGE if out is None and not as_json else out
     if out is not None and not out.parent.is_dir():
         raise click.UsageError(f"no folder {out.parent} to write {out.name} to", click.get_current_context())
+    pictures = open_images(images)
     patched, processor = open_model(model)
-    pictures = [Image.open(image).convert("RGB") for image in images]
     inputs = prompt_inputs(patched, processor, pictures, prompt)
     show = None if as_json else lambda text: click.echo(text, nl=False)
     with gazepatch.trace(patched) as trace:

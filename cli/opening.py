@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 def open_model(source: str) -> tuple[Any, Any]:
@@ -36,12 +38,9 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def prompt_inputs(model: Any, processor: Any, images: Sequence[Any], prompt: str) -> Any:
-    """The model's inputs for one question about images (file names or PIL images), by its own chat template."""
-    from PIL import Image
-
-    opened = [Image.open(image).convert("RGB") if isinstance(image, (str, Path)) else image for image in images]
-    content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in opened]
+def prompt_inputs(model: Any, processor: Any, images: Sequence[Image], prompt: str) -> Any:
+    """The model's inputs for one question about images, by its own chat template."""
+    content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
     messages = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"

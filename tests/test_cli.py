@@ -370,6 +370,17 @@ def test_a_forgotten_prompt(artefact: Path, page: Path) -> None:
         fails(2, f"PROMPT is missing: {page} is a file", command, artefact, page)
 
 
+def test_a_file_that_is_no_image_is_found_before_the_weights_are_read(
+    artefact: Path, page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gazepatch, "load", lambda *_: pytest.fail("the weights were read"))
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "half.png").write_bytes(page.read_bytes()[:-30])
+    for command in ("ask", "look", "verify", "bench"):
+        fails(2, "notes.txt cannot be read as an image: ", command, artefact, tmp_path / "notes.txt", "this")
+        fails(2, "half.png cannot be read as an image: ", command, artefact, page, tmp_path / "half.png", "this")
+
+
 def test_what_is_read_whole_is_said(base: Path, page: Path, tmp_path: Path) -> None:
     said = "visual tokens, fewer than min_visual_tokens=2048: it is read whole]"
     short = ("--max-new-tokens", "2")

@@ -80,7 +80,7 @@ def test_scores_are_those_of_forwards_by_hand(model: Any, base: Path, data: Path
 
 def test_bench_leaves_the_model_as_it_was(model: Any, base: Path, data: Path) -> None:
     processor = transformers.AutoProcessor.from_pretrained(base)
-    inputs = prompt_inputs(model, processor, [data.parent / "page.png"], "what ?")
+    inputs = prompt_inputs(model, processor, [Image.open(data.parent / "page.png")], "what ?")
     settings, tokens = gazepatch.inspect(model).settings, gazepatch.context_tokens_of(model)
     done: list[tuple[int, int]] = []
     timing = gazepatch.bench(model, inputs, new_tokens=3, rounds=2, progress=lambda *at: done.append(at))

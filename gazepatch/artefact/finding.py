@@ -12,7 +12,7 @@ from gazepatch.artefact.manifest import CARD_NAME, FILE_NAME, LORA_NAME, Manifes
 from gazepatch.context import TOKENS_NAME
 from gazepatch.errors import ArtefactError, HubError
 from gazepatch.hub.failures import hub_failures
-from gazepatch.hub.fetching import fetch, is_repo_id
+from gazepatch.hub.fetching import fetch, is_repo_id, try_again
 
 
 def is_artefact(path_or_repo: str | Path) -> bool:
@@ -31,7 +31,7 @@ def is_artefact(path_or_repo: str | Path) -> bool:
     if not is_repo_id(repo):
         return False
     try:
-        with hub_failures(f"looking for {FILE_NAME} in {repo}", repo, "then try again"):
+        with hub_failures(f"looking for {FILE_NAME} in {repo}", repo, try_again(repo)):
             return HfApi(library_name="gazepatch").file_exists(repo, FILE_NAME)
     except HubError:
         if (known := _is_artefact_in_cache(repo)) is None:

@@ -35,6 +35,13 @@ def test_an_artefact_a_model_and_nothing(hub: Hub, artefact: Path, monkeypatch: 
         gazepatch.inspect(REPO)
 
 
+def test_a_mistyped_folder(hub: Hub) -> None:
+    for command in ("inspect", "ask"):
+        result = CliRunner().invoke(main, [command, "tiny-gaez", *(("what ?",) if command == "ask" else ())])
+        assert result.exit_code == 1 and "tiny-gaez does not exist, or the token" in result.stderr
+        assert "there is no folder tiny-gaez here either" in result.stderr
+
+
 def gated(hub: Hub, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     hub.repos[BASE].gated = True
 
@@ -79,7 +86,7 @@ def test_failures_are_no_answers(
         with pytest.raises(HubError) as caught:
             asking(BASE)
         assert str(caught.value).startswith(f"looking for gaze_config.json in lab/tiny failed: {message}")
-        assert str(caught.value).endswith("; then try again")
+        assert str(caught.value).endswith("; then try again; there is no folder lab/tiny here either")
     result = CliRunner().invoke(main, ["inspect", BASE])
     assert result.exit_code == 1 and message in result.stderr and result.stderr.count("\n") == 1
 

@@ -147,8 +147,11 @@ def test_one_file_of_weights(tmp_path: Path) -> None:
 
 
 def test_an_artefact_is_not_converted_again(full: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArtefactError, match="is an artefact already: convert its base model"):
+    with pytest.raises(ArtefactError, match="artefact of gazepatch already: take a copy of its folder without gaze_co"):
         gazepatch.convert(full, tmp_path / "again", full=True)
+    plain = shutil.copytree(full, tmp_path / "plain", ignore=shutil.ignore_patterns("gaze_config.json"))
+    again = gazepatch.convert(plain, tmp_path / "again", full=True, config=GazeConfig(budget=3))
+    assert read(again).gaze.budget == 3 and gazepatch.is_patched(gazepatch.load(again))
 
 
 def test_a_trained_model_is_saved_whole(base: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from gazepatch.artefact.checkpoint import (
     known_layout,
 )
 from gazepatch.artefact.contents import read_artefact
-from gazepatch.artefact.finding import base_config, local_checkpoint
+from gazepatch.artefact.finding import base_config, local_checkpoint, refuse_artefact
 from gazepatch.artefact.folders import check_output, complete_folder
 from gazepatch.artefact.manifest import CARD_NAME, FILE_NAME, LORA_NAME, Manifest, processor_geometry
 from gazepatch.config import GazeConfig
@@ -72,9 +72,11 @@ def convert(
 
     Raises:
         UnsupportedModelError: The architecture has no adapter, or no layer of it can gaze.
-        ArtefactError: `source` is not a model, the context tokens are not for it, or `out` cannot be written.
+        ArtefactError: `source` is not a model, or an artefact already; the context tokens are not for it; `out` cannot
+            be written.
         ConfigError: Arguments that do not go together.
     """
+    refuse_artefact(source, revision)
     model_config = base_config(source, revision=revision)
     adapter = adapter_for(model_config.model_type)
     hidden_size = adapter.text_config(model_config).hidden_size
@@ -82,8 +84,6 @@ def convert(
     gaze_layers(adapter, model_config, gaze)  # refuses settings under which none would gaze
     out, local = Path(out).absolute(), _local(source)
     check_output(out, local, force)
-    if local is not None and (local / FILE_NAME).is_file():
-        raise ArtefactError(f"{local} is an artefact already: convert its base model, or load it and save it anew")
     geometry = processor_geometry(str(source), revision=revision)
     manifest = replace(Manifest.of(model_config, gaze, str(local or source)), processor_geometry=geometry)
     if not full:

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from transformers import AutoConfig
 
 import gazepatch
-from gazepatch import HubError
+from gazepatch import ArtefactError, HubError
 from gazepatch.artefact.finding import is_artefact
 from gazepatch.cli import main
 from hub.conftest import BASE, REPO, SETTINGS
@@ -109,3 +109,10 @@ def test_the_cache_knows_too_little(hub: Hub, full: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(HubError, match=r"looking for gaze_config\.json in me/tiny-gaze failed"):
         is_artefact(REPO)
+
+
+def test_an_artefact_on_the_hub_is_not_converted_again(hub: Hub, artefact: Path, tmp_path: Path) -> None:
+    gazepatch.push(artefact, REPO, revision="v2")
+    assert is_artefact(REPO, "v2") and not is_artefact(REPO)
+    with pytest.raises(ArtefactError, match=f"got {REPO}, which is an artefact .* take its base model, {BASE}$"):
+        gazepatch.convert(REPO, tmp_path / "again", revision="v2")

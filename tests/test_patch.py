@@ -13,6 +13,7 @@ import transformers
 from tiny import Case, tiny
 from torch import nn
 
+from gazepatch.bench import bench
 from gazepatch.config import GazeConfig
 from gazepatch.errors import ConfigError, GazeError, PatchError, UnsupportedModelError
 from gazepatch.patch import apply, is_patched, patched, restore, stats
@@ -362,6 +363,20 @@ def test_verify_notices_harm(case: Case, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(GazeAttention, "decode", lambda *arguments: decode(*arguments) * 1.01)
     failed = {check.name for check in verify(case.model, case.inputs).checks if not check.passed}
     assert failed == {"dense equivalence", "cached equals uncached"}
+
+
+def test_verify_refuses_what_it_cannot_check(case: Case) -> None:
+    text = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    with pytest.raises(ConfigError, match="expected inputs with at least one image, got none"):
+        verify(case.model, text)
+    assert not is_patched(case.model)
+    with pytest.raises(ConfigError, match="steps must be at least 1, got 0"):
+        verify(case.model, case.inputs, steps=0)
+    with patched(inner := case.model.model, SMALL):
+        for checking in (verify, bench):
+            with pytest.raises(UnsupportedModelError, match="expected a model that generates tokens, got a LlavaModel"):
+                checking(inner, case.inputs)
+        assert is_patched(inner)
 
 
 def test_a_compiled_model_is_the_model(ran: Case) -> None:

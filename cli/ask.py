@@ -10,6 +10,7 @@ import click
 
 from gazepatch.cli.asked import check_prompt, entries_read, open_images, say_notes
 from gazepatch.cli.output import json_option, print_json
+from gazepatch.cli.settings import reading_options
 
 if TYPE_CHECKING:
     from gazepatch.answering import Answer
@@ -22,9 +23,17 @@ if TYPE_CHECKING:
 @click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(min=1), metavar="N")
 @click.option("--dense", is_flag=True, help="Let the model's own attention answer.")
 @click.option("--compare", is_flag=True, help="Let both answer, one after the other.")
+@reading_options
 @json_option
 def command(
-    model: str, images: tuple[str, ...], prompt: str, max_new_tokens: int, dense: bool, compare: bool, as_json: bool
+    model: str,
+    images: tuple[str, ...],
+    prompt: str,
+    max_new_tokens: int,
+    dense: bool,
+    compare: bool,
+    as_json: bool,
+    **reading: Any,
 ) -> None:
     """Ask MODEL about images.
 
@@ -39,7 +48,7 @@ def command(
     from gazepatch.patch import restored
 
     pictures = open_images(images)
-    patched, processor = open_model(model)
+    patched, processor = open_model(model, reading)
     inputs = prompt_inputs(patched, processor, pictures, prompt)
     answers: dict[str, Any] = {}
     for name in ("dense", "gaze") if compare else ("dense",) if dense else ("gaze",):

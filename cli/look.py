@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
 from gazepatch.cli.asked import check_prompt, entries_read, open_images, say_notes
 from gazepatch.cli.output import json_option
+from gazepatch.cli.settings import reading_options
 
 PAGE = Path("gaze.html")
 
@@ -25,9 +27,16 @@ PAGE = Path("gaze.html")
     type=click.Path(dir_okay=False, path_type=Path),
     help=f"Page to write, in the place of the one that is there.  [default: {PAGE}]",
 )
+@reading_options
 @json_option
 def command(
-    model: str, images: tuple[str, ...], prompt: str, max_new_tokens: int, out: Path | None, as_json: bool
+    model: str,
+    images: tuple[str, ...],
+    prompt: str,
+    max_new_tokens: int,
+    out: Path | None,
+    as_json: bool,
+    **reading: Any,
 ) -> None:
     """Show where MODEL looks while it answers, as a page for a browser.
 
@@ -45,7 +54,7 @@ def command(
     if out is not None and not out.parent.is_dir():
         raise click.UsageError(f"no folder {out.parent} to write {out.name} to", click.get_current_context())
     pictures = open_images(images)
-    patched, processor = open_model(model)
+    patched, processor = open_model(model, reading)
     inputs = prompt_inputs(patched, processor, pictures, prompt)
     show = None if as_json else lambda text: click.echo(text, nl=False)
     with gazepatch.trace(patched) as trace:

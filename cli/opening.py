@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from gazepatch.cli.settings import config_from
+from gazepatch.config import GazeConfig
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def open_model(source: str) -> tuple[Any, Any]:
-    """A patched model with its processor: an artefact with its own settings, any other model with the defaults."""
+def open_model(source: str, reading: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
+    """A patched model with its processor: an artefact with its own settings, any other model with the defaults.
+
+    Args:
+        source: Local folder or Hub id.
+        reading: Settings that were given in the place of these, by `reading_options`.
+    """
     import transformers
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     import gazepatch
     from gazepatch.artefact.finding import artefact_folder, base_config, base_of, is_artefact
     from gazepatch.artefact.manifest import read
+    from gazepatch.patch import context_tokens_of, patch_of
 
+    given = {name: value for name, value in (reading or {}).items() if value is not None}
+    settings = config_from(given, GazeConfig())  # bad ones are refused before any weights are read
     transformers.utils.logging.set_verbosity_error()  # hints about settings that nobody here has chosen
     if is_artefact(source):
         model: Any = gazepatch.load(source)
+        if given:
+            settings, tokens = config_from(given, patch_of(model).config), context_tokens_of(model)
+            gazepatch.apply(gazepatch.restore(model), settings, context_tokens=tokens)
         folder = artefact_folder(source)
         base, revision = base_of(read(folder), folder)
     else:
         base_config(source)  # an unknown architecture is refused before its weights are read
-        model = gazepatch.apply(AutoModelForImageTextToText.from_pretrained(source))
+        model = gazepatch.apply(AutoModelForImageTextToText.from_pretrained(source), settings)
         base, revision = source, None
     processor = AutoProcessor.from_pretrained(base, revision=revision)
     return model.to(device()), processor

@@ -390,6 +390,35 @@ def test_what_is_read_whole_is_said(base: Path, page: Path, tmp_path: Path) -> N
     assert said in gaze("bench", base, page, "this ?", "--new-tokens", "2", "--rounds", "1").stdout
 
 
+def test_how_much_is_read_can_be_said(base: Path, page: Path, tmp_path: Path) -> None:
+    settings = GazeConfig(region=(7, 7, 1), window=None, budget=0.5)
+    artefact = gazepatch.convert(base, tmp_path / "gaze", config=settings, context_tokens=torch.ones(2, 32))
+
+    def share(model: Path, *options: str) -> float:
+        result = gaze("ask", model, page, "this ?", "--max-new-tokens", "3", "--json", *options)
+        assert result.exit_code == 0, result.output
+        return float(json.loads(result.stdout)["gaze"]["read_share"])
+
+    assert share(base) == share(artefact) == share(artefact, "--min-visual-tokens", "0", "--budget", "1.0") == 1
+    assert share(artefact, "--min-visual-tokens", "0") == 0.5
+    assert share(artefact, "--min-visual-tokens", "0", "--budget", "1") == 1 / 16
+    assert 0.1 < share(base, "--min-visual-tokens", "0", "--budget", "0.2") < 0.3
+    two = ("--min-visual-tokens", "0", "--budget", "2")
+    looked = gaze("look", artefact, page, "this ?", "--max-new-tokens", "3", *two, "--json")
+    assert json.loads(looked.stdout)["read_share"] == 1 / 8
+    timed = gaze("bench", artefact, page, "this ?", "--new-tokens", "3", "--rounds", "1", *two, "--json")
+    assert json.loads(timed.stdout)["read_share"] == 1 / 8
+
+
+def test_a_budget_that_is_none_is_found_before_the_weights_are_read(
+    artefact: Path, page: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gazepatch, "load", lambda *_: pytest.fail("the weights were read"))
+    for command in ("ask", "look", "bench"):
+        fails(2, "budget must be a share", command, artefact, page, "this", "--budget", "1.5")
+        fails(2, "min_visual_tokens must be an integer", command, artefact, page, "this", "--min-visual-tokens", "-1")
+
+
 def test_eval(base: Path, tmp_path: Path, page: Path) -> None:
     said = {"role": "assistant", "content": "harbour"}
     lines = [json.dumps({"messages": [{"role": "user", "content": "<image> this ?"}, said], "images": [str(page)]})] * 3

@@ -36,8 +36,8 @@ def _options(kind: type, shown: Mapping[str, str]) -> Callable[[Command], Comman
     hints, helps = typing.get_type_hints(kind), _field_helps(kind)
 
     def add(command: Command) -> Command:
-        for name, default in reversed(shown.items()):
-            flag, text = "--" + name.replace("_", "-"), f"{helps[name]}  [default: {default}]"
+        for name in reversed(list(shown)):
+            flag, text = "--" + name.replace("_", "-"), f"{helps[name]}  [default: {shown[name]}]"
             if hints[name] is bool:
                 option = click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)
             else:

@@ -24,6 +24,7 @@ EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "digits_vlm"
 sys.path.insert(0, str(EXAMPLE))
 from data import EVALUATION  # noqa: E402
 from model import PRESETS  # noqa: E402
+from packages import require  # noqa: E402
 from PIL import Image  # noqa: E402
 from questions import ask  # noqa: E402
 from scenes import Digits, digits, draw  # noqa: E402
@@ -68,6 +69,7 @@ def main() -> None:
     parser.add_argument("--lora-rank", type=int, default=16)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    require("sklearn")
     base = EXAMPLE / "models" / "dense"
     processor = AutoProcessor.from_pretrained(base)
     train, test = digits()

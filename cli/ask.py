@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gazepatch.cli.asked import check_prompt, say_notes
+from gazepatch.cli.asked import check_prompt, entries_read, open_images, say_notes
 from gazepatch.cli.output import json_option, print_json
+from gazepatch.cli.settings import reading_options
 
 if TYPE_CHECKING:
     from gazepatch.answering import Answer
@@ -22,9 +23,17 @@ if TYPE_CHECKING:
 @click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(min=1), metavar="N")
 @click.option("--dense", is_flag=True, help="Let the model's own attention answer.")
 @click.option("--compare", is_flag=True, help="Let both answer, one after the other.")
+@reading_options
 @json_option
 def command(
-    model: str, images: tuple[str, ...], prompt: str, max_new_tokens: int, dense: bool, compare: bool, as_json: bool
+    model: str,
+    images: tuple[str, ...],
+    prompt: str,
+    max_new_tokens: int,
+    dense: bool,
+    compare: bool,
+    as_json: bool,
+    **reading: Any,
 ) -> None:
     """Ask MODEL about images.
 
@@ -38,27 +47,23 @@ def command(
     from gazepatch.cli.opening import open_model, prompt_inputs
     from gazepatch.patch import restored
 
-    patched, processor = open_model(model)
-    inputs = prompt_inputs(patched, processor, images, prompt)
+    pictures = open_images(images)
+    patched, processor = open_model(model, reading)
+    inputs = prompt_inputs(patched, processor, pictures, prompt)
     answers: dict[str, Any] = {}
     for name in ("dense", "gaze") if compare else ("dense",) if dense else ("gaze",):
         show = None if as_json else lambda text: click.echo(text, nl=False)
         with restored(patched) if name == "dense" else nullcontext():
             answers[name] = answer(patched, processor.tokenizer, inputs, max_new_tokens=max_new_tokens, show=show)
         if not as_json:
-            click.echo(f"\n[{name}: {_cost(answers[name], name)}]")
+            read = entries_read(answers[name], images, dense=name == "dense")
+            click.echo(f"\n[{name}: {read}, {_times(answers[name])}]")
     if not as_json and images and "gaze" in answers:
         say_notes(patched, inputs)
     if as_json:
         print_json({name: dataclasses.asdict(given) for name, given in answers.items()})
 
 
-def _cost(given: Answer, name: str) -> str:
+def _times(given: Answer) -> str:
     rate = f", {given.per_token_s * 1000:.1f} ms a token" if given.per_token_s is not None else ""
-    return f"{_entries(given, name)}, {given.first_token_s:.2f} s to the first token{rate}"
-
-
-def _entries(given: Answer, name: str) -> str:
-    if given.read_share is not None:
-        return f"{given.read_share:.1%} of the visual entries read"
-    return "all visual entries read" if name == "dense" else "no visual entries, or too few, to choose from"
+    return f"{given.first_token_s:.2f} s to the first token{rate}"

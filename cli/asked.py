@@ -1,12 +1,17 @@
-"""What a command is asked: images and a prompt, and what there is to say when not all of it gazes."""
+"""What a command is asked, images and a prompt, and what there is to say of what was read of them."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from gazepatch.answering import Answer
 
 
 def check_prompt(images: Sequence[str], prompt: str) -> None:
@@ -22,6 +27,30 @@ def images_and_prompt(given: Sequence[str], default: str) -> tuple[list[str], st
     for image in images:
         click.Path(exists=True, dir_okay=False).convert(image, None, click.get_current_context())
     return images, prompt
+
+
+def open_images(paths: Sequence[str]) -> list[Image]:
+    """The images in some files, to be opened before any weights are read. A file that holds none is a usage error."""
+    from gazepatch.pictures import read_picture
+
+    opened = []
+    for path in paths:
+        try:
+            opened.append(read_picture(path))
+        except ValueError as error:
+            raise click.UsageError(f"{path} cannot be read as an image: {error}", click.get_current_context()) from None
+    return opened
+
+
+def entries_read(given: Answer, images: Sequence[Any], dense: bool = False) -> str:
+    """How much of the images was read for an answer, in words."""
+    if not images:
+        return "no images to read"
+    if dense:
+        return "all visual entries read"
+    if given.read_share is None:
+        return "nothing read behind the prompt"
+    return f"{given.read_share:.1%} of the visual entries read"
 
 
 def say_notes(patched: Any, inputs: Mapping[str, Any]) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from gazepatch.cli.asked import images_and_prompt, say_notes
+from gazepatch.cli.asked import images_and_prompt, open_images, say_notes
 from gazepatch.cli.output import bar_of, json_option, print_json
 from gazepatch.cli.sample import PROMPT, sample_image
+from gazepatch.cli.settings import reading_options
 
 
 @click.command("bench")
@@ -14,8 +17,9 @@ from gazepatch.cli.sample import PROMPT, sample_image
 @click.argument("asked", metavar="[IMAGE... PROMPT]", nargs=-1)
 @click.option("--new-tokens", default=32, show_default=True, type=click.IntRange(min=2), metavar="N")
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(min=1), metavar="N")
+@reading_options
 @json_option
-def command(model: str, asked: tuple[str, ...], new_tokens: int, rounds: int, as_json: bool) -> None:
+def command(model: str, asked: tuple[str, ...], new_tokens: int, rounds: int, as_json: bool, **reading: Any) -> None:
     """Time a token of MODEL on this machine, unpatched and with gaze, in turn.
 
     MODEL is an artefact, or any supported model, which then gazes with the default settings. Asks about a test image
@@ -26,8 +30,9 @@ def command(model: str, asked: tuple[str, ...], new_tokens: int, rounds: int, as
     import gazepatch
     from gazepatch.cli.opening import open_model, prompt_inputs
 
-    patched, processor = open_model(model)
-    inputs = prompt_inputs(patched, processor, images or [sample_image()], prompt)
+    pictures = open_images(images) or [sample_image()]
+    patched, processor = open_model(model, reading)
+    inputs = prompt_inputs(patched, processor, pictures, prompt)
     with bar_of("bench", " rounds") as progress:
         timing = gazepatch.bench(patched, inputs, new_tokens=new_tokens, rounds=rounds, progress=progress)
     if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import click
 from gazepatch.cli.output import bar_of, json_option, print_json
 from gazepatch.cli.settings import config_from, options_of
 from gazepatch.config import GazeConfig
+from gazepatch.errors import ConfigError
 
 
 @click.command("convert")
@@ -46,6 +48,9 @@ def command(
     if link and not full:
         raise click.UsageError("--link goes with --full", click.get_current_context())
 
+    if repo is not None:
+        _check_push(repo, model, full)
+
     import gazepatch
 
     with bar_of("copy", "B") as progress:
@@ -73,6 +78,18 @@ def command(
             )
         if url is not None:
             click.echo(url)
+
+
+def _check_push(repo: str, model: str, full: bool) -> None:
+    """Refuse what could not be pushed, before anything is written."""
+    from gazepatch.artefact.pushing import check_base, check_repo_id
+
+    try:
+        check_repo_id(repo)
+    except ConfigError as error:
+        raise click.UsageError(str(error), click.get_current_context()) from error
+    if not full:
+        check_base(os.path.abspath(model) if os.path.isdir(model) else model)
 
 
 def _measured(folder: Path) -> dict[str, Any]:

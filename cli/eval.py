@@ -6,6 +6,7 @@ import click
 
 from gazepatch.cli.output import bar_of, json_option, print_json, print_table
 from gazepatch.cli.settings import share_or_number
+from gazepatch.config import budget_text
 
 
 def _budgets(ctx: click.Context, param: click.Parameter, value: str | None) -> list[float | int]:
@@ -38,7 +39,14 @@ def command(model: str, data: str, budgets: list[float | int], limit: int | None
         return
     head = ("budget", "agrees with dense", "divergence", "right", "right densely", "tokens")
     rows = [
-        (s.budget, f"{s.agreement:.1%}", f"{s.divergence:.4f}", f"{s.right:.1%}", f"{s.dense_right:.1%}", s.tokens)
+        (
+            budget_text(s.budget),
+            f"{s.agreement:.1%}",
+            f"{s.divergence:.4f}",
+            f"{s.right:.1%}",
+            f"{s.dense_right:.1%}",
+            s.tokens,
+        )
         for s in scores
     ]
     print_table(head, rows)

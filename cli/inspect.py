@@ -18,13 +18,17 @@ def command(model: str, as_json: bool) -> None:
     MODEL is a local folder or Hub id of a model or an artefact. No weights are read.
     """
     import gazepatch
+    from gazepatch.cli.opening import device
 
-    report = gazepatch.inspect(model)
+    report = gazepatch.inspect(model, device=device())
     if as_json:
         print_json(report)
         return
     layers = len(report.gaze_layers) + len(report.reasons)
     click.echo(f"family   {report.family}")
+    if report.base_model is not None:
+        at = f" at {report.base_revision}" if report.base_revision is not None else ""
+        click.echo(f"base     {report.base_model}{at}")
     click.echo(f"decoder  {report.decoder}")
     click.echo(f"backend  {report.backend}")
     click.echo(f"gaze     {len(report.gaze_layers)} of {layers} layers: {_ranges(report.gaze_layers)}")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
-from gazepatch.cli.asked import check_prompt, say_notes
+from gazepatch.cli.asked import check_prompt, entries_read, open_images, say_notes
 from gazepatch.cli.output import json_option
+from gazepatch.cli.settings import reading_options
 
 PAGE = Path("gaze.html")
 
@@ -25,17 +27,22 @@ PAGE = Path("gaze.html")
     type=click.Path(dir_okay=False, path_type=Path),
     help=f"Page to write, in the place of the one that is there.  [default: {PAGE}]",
 )
+@reading_options
 @json_option
 def command(
-    model: str, images: tuple[str, ...], prompt: str, max_new_tokens: int, out: Path | None, as_json: bool
+    model: str,
+    images: tuple[str, ...],
+    prompt: str,
+    max_new_tokens: int,
+    out: Path | None,
+    as_json: bool,
+    **reading: Any,
 ) -> None:
     """Show where MODEL looks while it answers, as a page for a browser.
 
     For every token of the answer, the page shows which regions of the images were read, in all layers or in one. It
     holds all it needs, the images too. With --json the same is printed; a page is then written only with --out.
     """
-    from PIL import Image
-
     import gazepatch
     from gazepatch.answering import answer
     from gazepatch.cli.opening import open_model, prompt_inputs
@@ -46,8 +53,8 @@ def command(
     out = PAGE if out is None and not as_json else out
     if out is not None and not out.parent.is_dir():
         raise click.UsageError(f"no folder {out.parent} to write {out.name} to", click.get_current_context())
-    patched, processor = open_model(model)
-    pictures = [Image.open(image).convert("RGB") for image in images]
+    pictures = open_images(images)
+    patched, processor = open_model(model, reading)
     inputs = prompt_inputs(patched, processor, pictures, prompt)
     show = None if as_json else lambda text: click.echo(text, nl=False)
     with gazepatch.trace(patched) as trace:
@@ -58,7 +65,6 @@ def command(
     if as_json:
         click.echo(json.dumps(traced))  # a line for each of so many numbers would be long to read
     else:
-        share = "no" if given.read_share is None else f"{given.read_share:.1%} of the"
-        click.echo(f"\n[{share} visual entries read: {out}]")
+        click.echo(f"\n[{entries_read(given, images)}: {out}]")
         if images:
             say_notes(patched, inputs)

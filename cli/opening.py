@@ -2,40 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from gazepatch.cli.settings import config_from
+from gazepatch.config import GazeConfig
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
-def open_model(source: str) -> tuple[Any, Any]:
-    """A patched model with its processor: an artefact with its own settings, any other model with the defaults."""
-    import torch
+def open_model(source: str, reading: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
+    """A patched model with its processor: an artefact with its own settings, any other model with the defaults.
+
+    Args:
+        source: Local folder or Hub id.
+        reading: Settings that were given in the place of these, by `reading_options`.
+    """
     import transformers
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     import gazepatch
     from gazepatch.artefact.finding import artefact_folder, base_config, base_of, is_artefact
     from gazepatch.artefact.manifest import read
+    from gazepatch.patch import context_tokens_of, patch_of
 
+    given = {name: value for name, value in (reading or {}).items() if value is not None}
+    settings = config_from(given, GazeConfig())  # bad ones are refused before any weights are read
     transformers.utils.logging.set_verbosity_error()  # hints about settings that nobody here has chosen
     if is_artefact(source):
         model: Any = gazepatch.load(source)
+        if given:
+            settings, tokens = config_from(given, patch_of(model).config), context_tokens_of(model)
+            gazepatch.apply(gazepatch.restore(model), settings, context_tokens=tokens)
         folder = artefact_folder(source)
         base, revision = base_of(read(folder), folder)
     else:
         base_config(source)  # an unknown architecture is refused before its weights are read
-        model = gazepatch.apply(AutoModelForImageTextToText.from_pretrained(source))
+        model = gazepatch.apply(AutoModelForImageTextToText.from_pretrained(source), settings)
         base, revision = source, None
     processor = AutoProcessor.from_pretrained(base, revision=revision)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
+    return model.to(device()), processor
 
 
-def prompt_inputs(model: Any, processor: Any, images: Sequence[Any], prompt: str) -> Any:
-    """The model's inputs for one question about images (file names or PIL images), by its own chat template."""
-    from PIL import Image
+def device() -> str:
+    """Where the commands put a model."""
+    import torch
 
-    opened = [Image.open(image).convert("RGB") if isinstance(image, (str, Path)) else image for image in images]
-    content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in opened]
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def prompt_inputs(model: Any, processor: Any, images: Sequence[Image], prompt: str) -> Any:
+    """The model's inputs for one question about images, by its own chat template."""
+    content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
     messages = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"

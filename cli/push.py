@@ -10,6 +10,8 @@ import click
 from gazepatch.cli.output import json_option, print_json, print_table
 from gazepatch.errors import ConfigError
 
+UNCHANGED = "Nothing to do: the repository holds just that."
+
 
 @click.command("push")
 @click.argument("folder", metavar="DIR")
@@ -41,14 +43,14 @@ def command(
     if as_json:
         print_json(done)
         return
-    click.echo(done.url)
     if dry_run:
-        click.echo(f"Nothing was written. To {done.revision} would go:")
+        click.echo(f"A dry run: nothing was sent. A push to branch {done.revision} of {done.url} would send")
         print_table(("bytes", "file"), [(size, name) for name, size in done.files.items()])
-    elif not done.changed:
-        click.echo("Nothing to do: the repository holds just that.")
     else:
-        click.echo(f"Published {len(done.files)} files, {sum(done.files.values())} bytes.")
-    for label, names in (("Removed there", done.removed), ("Not sent, as not the artefact's", done.left_out)):
+        click.echo(done.url)
+        size = sum(done.files.values())
+        click.echo(f"Published {len(done.files)} files, {size} bytes." if done.changed else UNCHANGED)
+    removed, stays = ("It would remove there", "It would not send") if dry_run else ("Removed there", "Not sent")
+    for label, names in ((removed, done.removed), (f"{stays}, as not the artefact's", done.left_out)):
         if names:
             click.echo(f"{label}: {', '.join(names)}")

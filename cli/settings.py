@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import click
 
-from gazepatch.config import Block
+from gazepatch.config import Block, GazeConfig
 from gazepatch.errors import ConfigError
 
 Command = Callable[..., Any]
@@ -22,27 +22,34 @@ def options_of(defaults: Any, without: Collection[str] = ()) -> Callable[[Comman
 
     The command takes them as `**settings`, for `config_from`; fields `without` an option keep their value.
     """
-    hints = typing.get_type_hints(type(defaults))
-    helps = _field_helps(type(defaults))
+    names = [field.name for field in dataclasses.fields(defaults) if field.name not in without]
+    return _options(type(defaults), {name: _text(getattr(defaults, name)) for name in names})
+
+
+def reading_options(command: Command) -> Command:
+    """Options for how much a model reads, in the place of its own settings; taken as `**reading`, for `open_model`."""
+    return _options(GazeConfig, dict.fromkeys(("budget", "min_visual_tokens"), "MODEL's own"))(command)
+
+
+def _options(kind: type, shown: Mapping[str, str]) -> Callable[[Command], Command]:
+    """Options for the fields of a dataclass that are named in `shown`, with what its help calls their defaults."""
+    hints, helps = typing.get_type_hints(kind), _field_helps(kind)
 
     def add(command: Command) -> Command:
-        for field in reversed([field for field in dataclasses.fields(defaults) if field.name not in without]):
-            flag = "--" + field.name.replace("_", "-")
-            shown = f"{helps[field.name]}  [default: {_text(getattr(defaults, field.name))}]"
-            if hints[field.name] is bool:
-                option = click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=shown)
+        for name in reversed(list(shown)):
+            flag, text = "--" + name.replace("_", "-"), f"{helps[name]}  [default: {shown[name]}]"
+            if hints[name] is bool:
+                option = click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)
             else:
-                metavar, parse = _PARSERS[hints[field.name]]
-                option = click.option(
-                    flag, field.name, metavar=metavar, callback=_parsed_by(parse, metavar), help=shown
-                )
+                metavar, parse = _PARSERS[hints[name]]
+                option = click.option(flag, name, metavar=metavar, callback=_parsed_by(parse, metavar), help=text)
             command = option(command)
         return command
 
     return add
 
 
-def config_from(settings: dict[str, Any], defaults: Settings) -> Settings:
+def config_from(settings: Mapping[str, Any], defaults: Settings) -> Settings:
     """The settings that were given, `defaults` for the others. A bad one is bad usage."""
     given = {name: value for name, value in settings.items() if value is not None}
     # `--window none` cannot be None before this point: None is an option that was not given.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from gazepatch.cli.asked import images_and_prompt
+from gazepatch.cli.asked import images_and_prompt, open_images
 from gazepatch.cli.output import json_option, plain, print_json, print_table
 from gazepatch.cli.sample import PROMPT, sample_image
 
@@ -23,8 +23,9 @@ def command(model: str, asked: tuple[str, ...], as_json: bool) -> None:
     import gazepatch
     from gazepatch.cli.opening import open_model, prompt_inputs
 
+    pictures = open_images(images) or [sample_image()]
     patched, processor = open_model(model)
-    report = gazepatch.verify(patched, prompt_inputs(patched, processor, images or [sample_image()], prompt))
+    report = gazepatch.verify(patched, prompt_inputs(patched, processor, pictures, prompt))
     if as_json:
         checks = [plain(check) | {"passed": check.passed} for check in report.checks]
         print_json({"passed": report.passed, "checks": checks})

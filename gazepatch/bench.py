@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gazepatch.errors import ConfigError
-from gazepatch.patch import restored, root_model, stats
+from gazepatch.patch import generating_model, restored, stats
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ def bench(
 
     Raises:
         PatchError: The model is not patched.
+        UnsupportedModelError: It has no `generate`.
         ConfigError: There is nothing to measure.
     """
     if new_tokens < 2 or rounds < 1:
@@ -95,7 +96,7 @@ def bench(
 @torch.no_grad()
 def _prompt_and_token(model: nn.Module, inputs: Mapping[str, Any], new_tokens: int) -> tuple[float, float]:
     """Seconds for the first token and for each further one."""
-    root: Any = root_model(model)
+    root = generating_model(model)
     marks: list[float] = []
 
     def mark(*_: Any) -> None:

@@ -135,6 +135,13 @@ class GazeConfig:
         return cls.from_dict(settings)
 
 
+def budget_text(budget: float | int) -> str:
+    """A budget as people read it: `0.25`, `1.0`, `1 region`, `8 regions`."""
+    if isinstance(budget, int):
+        return f"{budget} region{'s' * (budget != 1)}"
+    return str(float(f"{budget:.4g}"))
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gazepatch.errors import ConfigError
-from gazepatch.inspection import locate
+from gazepatch.inspection import locate, read_whole
 from gazepatch.lora import has_lora, without_lora
 from gazepatch.patch import context_tokens_of, dense, patch_of, patched, restored, root_model, set_budget
 from gazepatch.registry import adapter_for
@@ -90,7 +90,7 @@ def evaluate(
             for number in range(count):
                 inputs = collator([records[number]])
                 found, seen = _follow(model, inputs, [gaze.budget for gaze in gazes])
-                sums, total, whole = sums + found, total + seen, whole + _few(model, inputs, config.min_visual_tokens)
+                sums, total, whole = sums + found, total + seen, whole + _whole(model, inputs, config.min_visual_tokens)
                 if progress is not None:
                     progress(number + 1, count)
     finally:
@@ -119,8 +119,7 @@ def _follow(model: Any, batch: Mapping[str, Any], budgets: Sequence[float | int]
     return torch.stack(rows).double().cpu(), len(answer)
 
 
-def _few(model: Any, batch: Mapping[str, Any], least: int) -> bool:
-    """Whether a conversation has images, and fewer visual tokens than gaze starts with."""
+def _whole(model: Any, batch: Mapping[str, Any], least: int) -> bool:
+    """Whether a conversation has images, and too few visual tokens to gaze."""
     root = root_model(model)
-    tokens = sum(span.tokens for span in locate(adapter_for(root.config.model_type), root, batch))
-    return 0 < tokens < least
+    return bool(read_whole(locate(adapter_for(root.config.model_type), root, batch), least))

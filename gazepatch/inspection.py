@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect as signatures
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from gazepatch.artefact.finding import artefact_folder, base_config, base_of, is
 from gazepatch.artefact.manifest import read
 from gazepatch.backend import choose
 from gazepatch.config import GazeConfig
-from gazepatch.errors import GazeError
+from gazepatch.errors import ConfigError, GazeError
 from gazepatch.layout import Span
 from gazepatch.patch import is_patched, patch_of, root_model
 from gazepatch.registry import adapter_for
@@ -35,7 +36,9 @@ class Inspection:
         reasons: For every other layer: why not.
         patched: Whether `apply` is in force.
         settings: The settings in force, those of the artefact, or the defaults that `apply` would take.
-        backend: What computes the routed steps, and why.
+        backend: What computes the routed steps, and why; or what is set, and why it cannot.
+        base_model: Of an artefact: the Hub id or folder of its base model, where it names one.
+        base_revision: Of an artefact: the commit of its base model on the Hub.
         spans: With inputs: where their visual tokens are.
         notes: With inputs: what was not as one might expect.
     """
@@ -48,47 +51,61 @@ class Inspection:
     patched: bool
     settings: GazeConfig
     backend: str
+    base_model: str | None = None
+    base_revision: str | None = None
     spans: list[Span] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
-def inspect(model: nn.Module | str | Path, inputs: Mapping[str, Any] | None = None) -> Inspection:
+def inspect(
+    model: nn.Module | str | Path,
+    inputs: Mapping[str, Any] | None = None,
+    *,
+    device: torch.device | str | None = None,
+) -> Inspection:
     """Look at a model without changing it, or at a model or an artefact by name without loading any weights.
 
     Args:
         model: A model, patched or not; or a local folder or Hub id of a model or an artefact.
         inputs: What a processor returns for the model: its images are then located, without running the model.
+        device: With a name: where the model would be, on which the backend depends.
 
     Raises:
         UnsupportedModelError: The architecture has no adapter.
         ArtefactError: The folder holds neither a model nor an intact artefact.
         HubError: There is no such folder, and the Hub does not give it.
-        GazeError: Inputs were given with a path.
+        GazeError: Inputs were given with a path, or a device with a model.
     """
     if isinstance(model, nn.Module):
+        if device is not None:
+            raise GazeError("a model is on a device already, so none must be given: move the model instead")
         return _inspect_model(model, inputs)
     if inputs is not None:
         raise GazeError("inputs can be inspected with a model, got a path: load the model first")
-    settings = None
-    if is_artefact(model):
-        folder = artefact_folder(model)
-        manifest = read(folder)
-        settings, (model, revision) = manifest.gaze, base_of(manifest, folder)
-        config = base_config(model, revision=revision)
-    else:
-        config = base_config(model)
-    return _report(adapter_for(config.model_type), config, None, settings, inputs)
+    where = None if device is None else torch.device(device)
+    if not is_artefact(model):
+        return _report(base_config(model), None, where)
+    folder = artefact_folder(model)
+    manifest = read(folder)
+    source, revision = base_of(manifest, folder)
+    report = _report(base_config(source, revision=revision), manifest.gaze, where)
+    return replace(report, base_model=manifest.base_model, base_revision=manifest.base_revision)
 
 
 def _inspect_model(model: nn.Module, inputs: Mapping[str, Any] | None) -> Inspection:
     root = root_model(model)
     settings = patch_of(model).config if is_patched(model) else None
-    return _report(adapter_for(root.config.model_type), root.config, root, settings, inputs)
+    return _report(root.config, settings, root.device, root, inputs)
 
 
 def _report(
-    adapter: Adapter, config: Any, root: Any, settings: GazeConfig | None, inputs: Mapping[str, Any] | None
+    config: Any,
+    settings: GazeConfig | None,
+    device: torch.device | None,
+    root: Any = None,
+    inputs: Mapping[str, Any] | None = None,
 ) -> Inspection:
+    adapter = adapter_for(config.model_type)
     text, reasons = adapter.text_config(config), dict(adapter.dense_reasons(config))
     in_force = settings or GazeConfig()
     for layer in in_force.dense_layers:
@@ -109,10 +126,17 @@ def _report(
         reasons=dict(sorted(reasons.items())),
         patched=root is not None and is_patched(root),
         settings=in_force,
-        backend=": ".join(choose(in_force.backend, root.device if root is not None else None)),
+        backend=_backend(in_force.backend, device),
         spans=spans,
         notes=_notes(spans, in_force, inputs),
     )
+
+
+def _backend(setting: str, device: torch.device | None) -> str:
+    try:
+        return ": ".join(choose(setting, device))
+    except ConfigError as error:  # the rest is worth knowing all the same
+        return f"{setting}: cannot run here: {error}"
 
 
 def locate(adapter: Adapter, root: Any, inputs: Mapping[str, Any]) -> list[Span]:
@@ -150,11 +174,15 @@ def _notes(spans: list[Span], settings: GazeConfig, inputs: Mapping[str, Any] | 
     if without := [span for span in spans if span.grid is None]:
         where = ", ".join(f"row {span.row} [{span.start}, {span.stop})" for span in without)
         notes.append(f"the grid is not known at {where}: regions are one-dimensional runs there")
-    for row in sorted({span.row for span in spans}):
-        tokens = sum(span.tokens for span in spans if span.row == row)
-        if tokens < settings.min_visual_tokens:
-            least = settings.min_visual_tokens
-            notes.append(
-                f"row {row} has {tokens} visual tokens, fewer than min_visual_tokens={least}: it is read whole"
-            )
+    least = settings.min_visual_tokens
+    for row, tokens in read_whole(spans, least).items():
+        notes.append(f"row {row} has {tokens} visual tokens, fewer than min_visual_tokens={least}: it is read whole")
     return notes
+
+
+def read_whole(spans: Iterable[Span], least: int) -> dict[int, int]:
+    """Rows with images that have too few visual tokens to gaze, fewer than `least`, and how many they have."""
+    tokens: Counter[int] = Counter()
+    for span in spans:
+        tokens[span.row] += span.tokens
+    return {row: tokens[row] for row in sorted(tokens) if tokens[row] < least}

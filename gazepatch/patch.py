@@ -265,6 +265,21 @@ def root_model(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
+def generating_model(model: nn.Module) -> Any:
+    """The transformers model inside what was given, which can write.
+
+    Raises:
+        UnsupportedModelError: It has no `generate`.
+    """
+    root = root_model(model)
+    if not hasattr(root, "generate"):
+        raise UnsupportedModelError(
+            f"expected a model that generates tokens, got a {type(root).__name__}, which has no language head: load it "
+            "with AutoModelForImageTextToText"
+        )
+    return root
+
+
 def _settings(config: GazeConfig | None, settings: dict[str, Any]) -> GazeConfig:
     if config is not None and not isinstance(config, GazeConfig):
         raise ConfigError(f"config must be a GazeConfig, got {type(config).__name__}")

@@ -1,16 +1,33 @@
-"""The picture that a grid of visual tokens covers: what an image processor leaves of the one it is given."""
+"""Pictures: read from files, cut to what a grid of visual tokens covers, and written into pages."""
 
 from __future__ import annotations
 
 import base64
 import io
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 #: Longest side of a picture in a page, in pixels.
 MOST_PX = 1024
+
+
+def read_picture(file: str | Path | BinaryIO) -> Image:
+    """The picture in a file, in RGB.
+
+    Raises:
+        ValueError: It cannot be decoded.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(file) as opened:
+            decoded: Image.Image = opened.convert("RGB")
+            return decoded
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
 def as_seen(image: Image, image_processor: Any) -> Image:

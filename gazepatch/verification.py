@@ -12,8 +12,18 @@ from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from gazepatch.config import GazeConfig
-from gazepatch.patch import context_tokens_of, is_patched, patch_of, patched, restored, root_model
+from gazepatch.config import GazeConfig, budget_text
+from gazepatch.errors import ConfigError
+from gazepatch.patch import (
+    context_tokens_of,
+    generating_model,
+    is_patched,
+    patch_of,
+    patched,
+    restored,
+    root_model,
+    stats,
+)
 from gazepatch.registry import adapter_for
 from gazepatch.running.attention import GazeAttention
 
@@ -62,9 +72,15 @@ def verify(model: nn.Module, inputs: Mapping[str, Any], *, steps: int = 4) -> Ve
 
     Args:
         model: A model, patched or not: its settings are checked, else the defaults.
-        inputs: What a processor returns for the model, for one prompt.
+        inputs: What a processor returns for the model, for one prompt with at least one image.
         steps: Decode steps.
+
+    Raises:
+        UnsupportedModelError: The model has no adapter, or no `generate`.
+        ConfigError: There is nothing to check: no image, or no step.
     """
+    if steps < 1:
+        raise ConfigError(f"steps must be at least 1, got {steps}")
     if not is_patched(model):
         return _verify(model, inputs, steps, GazeConfig(), None)
     settings, tokens = patch_of(model).config, context_tokens_of(model)
@@ -80,8 +96,13 @@ def _verify(
     dense, tokens = generate_logits(model, inputs, steps)
     own = _gap(dense, _uncached(model, inputs, tokens))
     before = fingerprint(model)  # behind the first run, at which transformers sets up hooks of its own
-    with patched(model, dataclasses.replace(always, budget=1.0, context_tokens=0)):
+    every = dataclasses.replace(always, budget=1.0, context_tokens=0)
+    with patched(model, every):
         whole, _ = generate_logits(model, inputs, steps, tokens)
+        if not stats(model).visual_entries:
+            raise ConfigError(
+                "expected inputs with at least one image, got none: without any, nothing gazes to be checked"
+            )
     with patched(model, dataclasses.replace(always, prefill="gaze"), context_tokens=context_tokens):
         cached, _ = generate_logits(model, inputs, steps, tokens)
         uncached = _uncached(model, inputs, tokens)
@@ -91,7 +112,10 @@ def _verify(
     return Verification(
         [
             Check(
-                "dense equivalence", _gap(dense, whole), limit, f"largest logit difference at budget 1, {steps} steps"
+                "dense equivalence",
+                _gap(dense, whole),
+                limit,
+                f"largest logit difference at budget {budget_text(every.budget)}, {steps} steps",
             ),
             Check(
                 "cached equals uncached",
@@ -111,7 +135,7 @@ def generate_logits(
     """Logits `[B, steps + 1, V]` behind the prompt and each new token: the given `[B, steps + 1]`, or the greedy."""
     # By way of generate, which alone knows how each family numbers the positions of new tokens.
     prompt = inputs["input_ids"].shape[1]
-    root: Any = root_model(model)
+    root = generating_model(model)
     # Not a logits processor: Janus drops those.
     forced = None if tokens is None else lambda row, ids: tokens[row, len(ids) - prompt, None].tolist()
     out = root.generate(

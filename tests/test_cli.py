@@ -14,11 +14,12 @@ from PIL import Image
 from tiny_reader import write_reader
 
 import gazepatch
-from gazepatch.artefact.manifest import read
+from gazepatch.artefact.manifest import FILE_NAME, read
 from gazepatch.cli import main
 from gazepatch.cli.group import COMMANDS
 from gazepatch.config import GazeConfig
 from gazepatch.context import write_context_tokens
+from gazepatch.files import replace_file
 from gazepatch.registry import MODULES
 
 
@@ -84,7 +85,7 @@ def test_a_failed_run_is_status_1() -> None:
 
 
 def test_errors_of_others_tell_their_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise KeyError("first line\nsecond line")
 
     monkeypatch.setattr(gazepatch, "inspect", broken)
@@ -212,6 +213,7 @@ def test_inspect(base: Path) -> None:
     assert "family   llava" in result.stdout and "gaze     2 of 2 layers: 0-1" in result.stdout
     report = json.loads(gaze("inspect", base, "--json").stdout)
     assert report["family"] == "llava" and report["gaze_layers"] == [0, 1] and report["reasons"] == {}
+    assert "\nbase " not in result.stdout and report["base_model"] is None
     fails(1, "expected a folder or a Hub id", "inspect", "/no/such/model")
 
 
@@ -221,6 +223,32 @@ def test_inspect_an_artefact(base: Path, artefact: Path, tmp_path: Path) -> None
         report = json.loads(gaze("inspect", path, "--json").stdout)
         assert report["settings"]["budget"] == 0.5 and not report["patched"] and report["gaze_layers"] == [0, 1]
         assert "budget=0.5" in gaze("inspect", path).stdout
+
+
+def test_inspect_names_the_base_model(base: Path, artefact: Path, tmp_path: Path) -> None:
+    assert f"\nbase     {base}\n" in gaze("inspect", artefact).stdout
+    assert json.loads(gaze("inspect", artefact, "--json").stdout)["base_model"] == str(base)
+    # One that was converted on the Hub knows the commit too.
+    full = gazepatch.convert(base, tmp_path / "full", full=True)
+    replace_file(
+        full / FILE_NAME, dataclasses.replace(read(full), base_model="lab/tiny", base_revision="abc").to_json()
+    )
+    assert "\nbase     lab/tiny at abc\n" in gaze("inspect", full).stdout
+
+
+def test_inspect_chooses_for_the_device_of_the_other_commands(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    forced = gazepatch.convert(base, tmp_path / "forced", config=GazeConfig(backend="triton"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "backend  torch: plain PyTorch, as the model is on cpu\n" in gaze("inspect", base).stdout
+    result = gaze("inspect", forced)
+    assert result.exit_code == 0, result.output
+    assert "backend  triton: cannot run here: backend='triton' needs a model on a GPU, got one on cpu" in result.stdout
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "backend  triton: kernels, as the model is on " in gaze("inspect", base).stdout
+    assert "backend  triton: kernels, as set\n" in gaze("inspect", forced).stdout
 
 
 def test_families() -> None:
@@ -273,7 +301,19 @@ def test_ask_compares_with_context_tokens(base: Path, tmp_path: Path, page: Path
 def test_ask_without_images_reads_everything(artefact: Path) -> None:
     result = gaze("ask", artefact, "what is this ?", "--max-new-tokens", "3")
     assert result.exit_code == 0, result.output
-    assert "[gaze: no visual entries, or too few" in result.stdout
+    assert "[gaze: no images to read, " in result.stdout
+    assert "[dense: no images to read, " in gaze("ask", artefact, "this", "--max-new-tokens", "3", "--dense").stdout
+
+
+def test_ask_says_what_was_read(base: Path, artefact: Path, page: Path, tmp_path: Path) -> None:
+    for said, model, *options in (
+        ("[dense: all visual entries read, ", artefact, "3", "--dense"),
+        ("[gaze: 100.0% of the visual entries read, ", base, "3"),
+        ("[gaze: nothing read behind the prompt, ", artefact, "1"),
+    ):
+        assert said in gaze("ask", model, page, "this ?", "--max-new-tokens", *options).stdout
+    result = gaze("look", artefact, page, "this ?", "--max-new-tokens", 1, "-o", tmp_path / "page.html")
+    assert f"[nothing read behind the prompt: {tmp_path / 'page.html'}]" in result.stdout
 
 
 def test_ask_refuses(artefact: Path, page: Path) -> None:
@@ -286,6 +326,7 @@ def test_verify(artefact: Path, page: Path) -> None:
     result = gaze("verify", artefact, page, "what is this ?")
     assert result.exit_code == 0, result.output
     assert "dense equivalence" in result.stdout and "FAILED" not in result.stdout
+    assert "at budget 1.0, 4 steps" in result.stdout
     report = json.loads(gaze("verify", artefact, page, "what is this ?", "--json").stdout)
     assert report["passed"] and all(check["passed"] for check in report["checks"])
     fails(2, "does not exist", "verify", artefact, "no.png", "this")
@@ -329,6 +370,17 @@ def test_a_forgotten_prompt(artefact: Path, page: Path) -> None:
         fails(2, f"PROMPT is missing: {page} is a file", command, artefact, page)
 
 
+def test_a_file_that_is_no_image_is_found_before_the_weights_are_read(
+    artefact: Path, page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gazepatch, "load", lambda *_: pytest.fail("the weights were read"))
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "half.png").write_bytes(page.read_bytes()[:-30])
+    for command in ("ask", "look", "verify", "bench"):
+        fails(2, "notes.txt cannot be read as an image: ", command, artefact, tmp_path / "notes.txt", "this")
+        fails(2, "half.png cannot be read as an image: ", command, artefact, page, tmp_path / "half.png", "this")
+
+
 def test_what_is_read_whole_is_said(base: Path, page: Path, tmp_path: Path) -> None:
     said = "visual tokens, fewer than min_visual_tokens=2048: it is read whole]"
     short = ("--max-new-tokens", "2")
@@ -336,6 +388,35 @@ def test_what_is_read_whole_is_said(base: Path, page: Path, tmp_path: Path) -> N
     assert said not in gaze("ask", base, page, "this ?", "--dense", *short).stdout
     assert said in gaze("look", base, page, "this ?", *short, "-o", tmp_path / "page.html").stdout
     assert said in gaze("bench", base, page, "this ?", "--new-tokens", "2", "--rounds", "1").stdout
+
+
+def test_how_much_is_read_can_be_said(base: Path, page: Path, tmp_path: Path) -> None:
+    settings = GazeConfig(region=(7, 7, 1), window=None, budget=0.5)
+    artefact = gazepatch.convert(base, tmp_path / "gaze", config=settings, context_tokens=torch.ones(2, 32))
+
+    def share(model: Path, *options: str) -> float:
+        result = gaze("ask", model, page, "this ?", "--max-new-tokens", "3", "--json", *options)
+        assert result.exit_code == 0, result.output
+        return float(json.loads(result.stdout)["gaze"]["read_share"])
+
+    assert share(base) == share(artefact) == share(artefact, "--min-visual-tokens", "0", "--budget", "1.0") == 1
+    assert share(artefact, "--min-visual-tokens", "0") == 0.5
+    assert share(artefact, "--min-visual-tokens", "0", "--budget", "1") == 1 / 16
+    assert 0.1 < share(base, "--min-visual-tokens", "0", "--budget", "0.2") < 0.3
+    two = ("--min-visual-tokens", "0", "--budget", "2")
+    looked = gaze("look", artefact, page, "this ?", "--max-new-tokens", "3", *two, "--json")
+    assert json.loads(looked.stdout)["read_share"] == 1 / 8
+    timed = gaze("bench", artefact, page, "this ?", "--new-tokens", "3", "--rounds", "1", *two, "--json")
+    assert json.loads(timed.stdout)["read_share"] == 1 / 8
+
+
+def test_a_budget_that_is_none_is_found_before_the_weights_are_read(
+    artefact: Path, page: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gazepatch, "load", lambda *_: pytest.fail("the weights were read"))
+    for command in ("ask", "look", "bench"):
+        fails(2, "budget must be a share", command, artefact, page, "this", "--budget", "1.5")
+        fails(2, "min_visual_tokens must be an integer", command, artefact, page, "this", "--min-visual-tokens", "-1")
 
 
 def test_eval(base: Path, tmp_path: Path, page: Path) -> None:
@@ -353,6 +434,7 @@ def test_eval(base: Path, tmp_path: Path, page: Path) -> None:
     assert (every["budget"], two["budget"]) == (1.0, 2) and every["tokens"] * 3 == own["tokens"] * 2
     assert every["dense_right"] == two["dense_right"] == own["dense_right"]
     assert "agrees with dense" in gaze(*data).stdout and own["whole"] == 0 and "read whole" not in gaze(*data).stdout
+    assert "\n1.0  " in (table := gaze(*data, "--budgets", "1.0,2", "--limit", "1").stdout) and "\n2 regions  " in table
     few = gaze("eval", base, tmp_path / "data.jsonl", "--limit", "2")
     assert "2 of these conversations were read whole: fewer than min_visual_tokens=2048" in few.stdout
     fails(2, "expected shares or numbers", *data, "--budgets", "half")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gazepatch.config import GazeConfig
+from gazepatch.config import GazeConfig, budget_text
 from gazepatch.errors import ConfigError, GazeError
 
 NAN, INF = float("nan"), float("inf")
@@ -233,6 +233,14 @@ def test_budget_regions(budget: float | int, expected: list[int]) -> None:
 @pytest.mark.parametrize("budget", [1e-9, 1e-12, 5e-324], ids=str)
 def test_the_smallest_share_is_one_region(budget: float) -> None:
     assert GazeConfig(budget=budget).budget_regions(5) == 1
+
+
+@pytest.mark.parametrize(
+    ("budget", "text"),
+    [(1.0, "1.0"), (1, "1 region"), (8, "8 regions"), (0.125, "0.125"), (1 / 3, "0.3333"), (1e-6, "1e-06")],
+)
+def test_what_a_budget_is_called(budget: float | int, text: str) -> None:
+    assert budget_text(budget) == text
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

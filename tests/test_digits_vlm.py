@@ -14,9 +14,13 @@ pytest.importorskip("PIL")
 import ask
 import boards
 import data
+import evaluate
 import model as builder
+import packages
 import policies
 import scenes
+import train
+import where
 from train import answer_logits
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -107,3 +111,30 @@ def test_what_a_question_ends_with() -> None:
             assert text[at[i]] == "=" and at[i] < i and "=" not in text[at[i] + 1 : i + 1], word
         else:
             assert at[i] == i
+
+
+PROGRAMS = {module.__name__: module.main for module in (ask, evaluate, train, where)}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_help(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        PROGRAMS[name]()
+    assert capsys.readouterr().out.startswith(f"usage: {name}.py ")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("evaluate", "this needs scikit-learn and matplotlib: pip install scikit-learn matplotlib"),
+        ("evaluate --json", "this needs scikit-learn: pip install scikit-learn"),
+        ("where", "this needs scikit-learn: pip install scikit-learn"),
+        ("train --out out", "this needs scikit-learn: pip install scikit-learn"),
+    ],
+)
+def test_packages_that_are_missing_are_named(command: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages, "find_spec", lambda module: None)
+    monkeypatch.setattr("sys.argv", command.split())
+    with pytest.raises(SystemExit, match=f"^{message}$"):
+        PROGRAMS[command.split()[0]]()

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+from unittest.mock import create_autospec
 
+import pytest
+from tiny import tiny
+
+import gazepatch
+from gazepatch import CacheError
 from gazepatch.cli.group import COMMANDS
 
 ROOT = Path(__file__).parents[1]
+PYTHON = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
 
 
 def test_the_commands_are_documented() -> None:
@@ -18,6 +27,35 @@ def test_the_commands_are_documented() -> None:
     again = "run python docs/commands.py"
     assert made["PAGE"].read_text(encoding="utf-8") == made["page"](), again
     assert made["README"].read_text(encoding="utf-8") == made["readme"](), again
+
+
+def test_every_public_name_is_documented() -> None:
+    assert [name for name in gazepatch.__all__ if not re.search(rf"\b{name}\b", PYTHON)] == []
+
+
+def test_the_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the page says: one after the other, in the root of a checkout. Only nothing is pushed."""
+    pytest.importorskip("PIL")
+    pytest.importorskip("accelerate")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gazepatch, "push", create_autospec(gazepatch.push))
+    snippets = re.findall(r"^```python\n(.*?)^```", PYTHON, re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    for number, snippet in enumerate(snippets):
+        exec(compile(snippet, f"snippet {number} of docs/python.md", "exec"), names)
+    report = names["report"]
+    assert (report.gaze_layers, report.reasons) == ([0, 1, 2, 3], {}) and report.spans[0].grid == (1, 16, 16)
+    assert report.notes == ["row 0 has 256 visual tokens, fewer than min_visual_tokens=2048: it is read whole"]
+    assert names["share"] == 0.25
+    gazepatch.push.assert_called_once_with("digits-full", "you/digits-gaze", private=True)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("name", "what"), [("mllama", "the keys of cross-attention"), ("kimi_k25", "latents")])
+def test_static_caches_are_refused_where_the_page_says_so(name: str, what: str) -> None:
+    case = tiny(name)
+    with gazepatch.patched(case.model, min_visual_tokens=0), pytest.raises(CacheError, match=f"cannot hold {what}"):
+        case.model.generate(**case.inputs, max_new_tokens=2, cache_implementation="static")
 
 
 def test_shell_completion() -> None:

@@ -16,6 +16,8 @@ from tiny_reader import write_reader
 import gazepatch
 from gazepatch import ConfigError, GazeConfig, PatchError
 from gazepatch.cli.opening import prompt_inputs
+from gazepatch.inspection import read_whole
+from gazepatch.layout import Span
 from gazepatch.training.chat import Collator
 from gazepatch.training.records import read_records
 
@@ -78,7 +80,7 @@ def test_scores_are_those_of_forwards_by_hand(model: Any, base: Path, data: Path
 
 def test_bench_leaves_the_model_as_it_was(model: Any, base: Path, data: Path) -> None:
     processor = transformers.AutoProcessor.from_pretrained(base)
-    inputs = prompt_inputs(model, processor, [data.parent / "page.png"], "what ?")
+    inputs = prompt_inputs(model, processor, [Image.open(data.parent / "page.png")], "what ?")
     settings, tokens = gazepatch.inspect(model).settings, gazepatch.context_tokens_of(model)
     done: list[tuple[int, int]] = []
     timing = gazepatch.bench(model, inputs, new_tokens=3, rounds=2, progress=lambda *at: done.append(at))
@@ -98,3 +100,10 @@ def test_refusals(model: Any, base: Path, data: Path) -> None:
     with pytest.raises(ConfigError, match="expected new_tokens >= 2"):
         gazepatch.bench(model, {}, new_tokens=1)
     assert gazepatch.is_patched(model)
+
+
+def test_rows_with_few_visual_tokens_are_found_by_their_sum() -> None:
+    rows = ((0, 0, 5), (2, 1, 4), (0, 7, 12), (1, 0, 9))
+    spans = [Span(row, start, stop, None, media=0) for row, start, stop in rows]
+    assert read_whole(spans, 10) == {1: 9, 2: 3}
+    assert read_whole(spans, 3) == read_whole([], 10) == {}

@@ -16,6 +16,7 @@ import torch
 import transformers
 from tiny import tiny
 from tiny_reader import write_reader
+from transformers import AutoProcessor
 
 import gazepatch
 from gazepatch import ArtefactError, GazeConfig
@@ -146,8 +147,11 @@ def test_one_file_of_weights(tmp_path: Path) -> None:
 
 
 def test_an_artefact_is_not_converted_again(full: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArtefactError, match="is an artefact already: convert its base model"):
+    with pytest.raises(ArtefactError, match="artefact of gazepatch already: take a copy of its folder without gaze_co"):
         gazepatch.convert(full, tmp_path / "again", full=True)
+    plain = shutil.copytree(full, tmp_path / "plain", ignore=shutil.ignore_patterns("gaze_config.json"))
+    again = gazepatch.convert(plain, tmp_path / "again", full=True, config=GazeConfig(budget=3))
+    assert read(again).gaze.budget == 3 and gazepatch.is_patched(gazepatch.load(again))
 
 
 def test_a_trained_model_is_saved_whole(base: Path, tmp_path: Path) -> None:
@@ -162,9 +166,47 @@ def test_a_trained_model_is_saved_whole(base: Path, tmp_path: Path) -> None:
     assert torch.equal(again(**case.inputs).logits, model(**case.inputs).logits)
 
 
-def test_a_model_from_nowhere_is_saved_whole(tmp_path: Path) -> None:
+def test_what_belongs_beside_the_weights_is_saved_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base = write_reader(tmp_path / "base")
+    (base / "LICENSE").write_text("free")
+    model = gazepatch.load(gazepatch.convert(base, tmp_path / "adapter", config=SETTINGS))
+    out = gazepatch.save(model, tmp_path / "full", full=True)
+    own = {"config.json", "gaze_config.json", "README.md"}
+    assert digest(out).keys() == digest(base).keys() | own
+    assert {name: of for name, of in digest(out).items() if name not in own} == {
+        name: of for name, of in digest(base).items() if name not in own
+    }
+    assert type(AutoProcessor.from_pretrained(out)) is type(AutoProcessor.from_pretrained(base))
+    assert caplog.messages == []
+
+
+def test_a_given_processor_is_saved_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base = write_reader(tmp_path / "base")
+    model = gazepatch.load(gazepatch.convert(base, tmp_path / "adapter", config=SETTINGS))
+    processor = AutoProcessor.from_pretrained(base)
+    processor.tokenizer.model_max_length = 77
+    (base / "vocab.txt").write_text("not for you")
+    out = gazepatch.save(model, tmp_path / "full", full=True, processor=processor)
+    assert AutoProcessor.from_pretrained(out).tokenizer.model_max_length == 77 and not (out / "vocab.txt").exists()
+    assert caplog.messages == []
+
+
+def test_weights_are_saved_without_a_processor_but_not_in_silence(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    gone = tmp_path / "gone"
+    shutil.copytree(base, gone)
+    model = gazepatch.load(gazepatch.convert(gone, tmp_path / "adapter", config=SETTINGS))
+    shutil.rmtree(gone)
+    assert gazepatch.is_patched(gazepatch.load(gazepatch.save(model, tmp_path / "full", full=True)))
+    assert f"the processor of {gone} cannot be had: expected a folder or a Hub id" in caplog.text
+    assert "full has no processor: put it there with processor.save_pretrained(" in caplog.text
+
+
+def test_a_model_from_nowhere_is_saved_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = gazepatch.apply(tiny("llava").model, SETTINGS)
     out = gazepatch.save(model, tmp_path / "full", full=True)
+    assert "full has no processor" in caplog.text
     gazepatch.restore(model)
     assert read(out).base_model is None
     assert gazepatch.is_patched(gazepatch.load(out))

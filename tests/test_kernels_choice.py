@@ -16,7 +16,7 @@ from tiny import Case, tiny
 
 from gazepatch import apply, inspect
 from gazepatch.backend import choose
-from gazepatch.errors import ConfigError, UnsupportedModelError
+from gazepatch.errors import ConfigError, GazeError, UnsupportedModelError
 from gazepatch.kernels.plan import KernelPlan
 from gazepatch.scores import Scores
 
@@ -34,6 +34,8 @@ def test_auto_is_torch_on_cpu(case: Case) -> None:
     assert choose("auto", torch.device("cpu")).name == "torch"
     assert choose("auto", torch.device("cuda")) == ("triton", "kernels, as the model is on CUDA")
     assert inspect(case.model).backend == "torch: plain PyTorch, as the model is on cpu"
+    with pytest.raises(GazeError, match="move the model instead"):
+        inspect(case.model, device="cuda")
 
 
 def test_forcing_kernels_on_cpu_is_an_error(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

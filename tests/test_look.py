@@ -98,7 +98,7 @@ def test_json(artefact: Path, page: Path, tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_page_has_a_name_of_its_own(artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = look(artefact, "what is this ?", "--max-new-tokens", 2)
-    assert result.exit_code == 0 and "[no visual entries read: gaze.html]" in result.stdout
+    assert result.exit_code == 0 and "[no images to read: gaze.html]" in result.stdout
     data = data_of((tmp_path / "gaze.html").read_text(encoding="utf-8"))
     assert data["panels"] == [] and data["regions"] == []
     assert [token["layers"] for token in data["tokens"]] == [None, None]

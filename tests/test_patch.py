@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import threading
 
 import pytest
@@ -12,6 +13,7 @@ import transformers
 from tiny import Case, tiny
 from torch import nn
 
+from gazepatch.bench import bench
 from gazepatch.config import GazeConfig
 from gazepatch.errors import ConfigError, GazeError, PatchError, UnsupportedModelError
 from gazepatch.patch import apply, is_patched, patched, restore, stats
@@ -363,6 +365,20 @@ def test_verify_notices_harm(case: Case, monkeypatch: pytest.MonkeyPatch) -> Non
     assert failed == {"dense equivalence", "cached equals uncached"}
 
 
+def test_verify_refuses_what_it_cannot_check(case: Case) -> None:
+    text = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    with pytest.raises(ConfigError, match="expected inputs with at least one image, got none"):
+        verify(case.model, text)
+    assert not is_patched(case.model)
+    with pytest.raises(ConfigError, match="steps must be at least 1, got 0"):
+        verify(case.model, case.inputs, steps=0)
+    with patched(inner := case.model.model, SMALL):
+        for checking in (verify, bench):
+            with pytest.raises(UnsupportedModelError, match="expected a model that generates tokens, got a LlavaModel"):
+                checking(inner, case.inputs)
+        assert is_patched(inner)
+
+
 def test_a_compiled_model_is_the_model(ran: Case) -> None:
     compiled = torch.compile(ran.model, backend="eager")
     apply(compiled, SMALL)
@@ -374,4 +390,6 @@ def test_a_compiled_model_is_the_model(ran: Case) -> None:
 def test_a_patched_model_is_not_copied(ran: Case) -> None:
     with patched(ran.model, SMALL), pytest.raises(PatchError, match="cannot be copied"):
         copy.deepcopy(ran.model)
+    with patched(ran.model, SMALL), pytest.raises(PatchError, match="or pickled"):
+        pickle.dumps(ran.model)
     assert not is_patched(copy.deepcopy(ran.model))

@@ -20,6 +20,7 @@ import torch
 from data import Batch, evaluation_set
 from memory import keep_memory
 from model import PRESETS
+from packages import require
 from policies import POLICIES, reading_by
 from report import COLUMNS, write
 from train import by_cells, measure
@@ -62,7 +63,6 @@ def gaze_rows(folder: Path, board: Board, batches: list[Batch], show: Callable[.
 
 def main() -> None:
     """Parse the command line and measure."""
-    keep_memory()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=Path, default=HERE / "models", help="folder of dense, gaze, ...")
     parser.add_argument("--scale", choices=PRESETS, default="cpu")
@@ -70,6 +70,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", action="store_true", help="print JSON lines and write nothing")
     args = parser.parse_args()
+    require("sklearn", *(() if args.json else ("matplotlib",)))
+    keep_memory()
     board = PRESETS[args.scale].board
     batches = evaluation_set(board, args.sequences, device=args.device)
     rows: list[dict[str, Any]] = []

@@ -8,10 +8,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 import transformers
 
@@ -46,6 +42,11 @@ def table(rows: list[Row]) -> str:
 
 def plot(rows: list[Row], path: Path) -> None:
     """One panel a task: exact match over the share that is read."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     curves: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         if "blind" not in row["reading"]:

@@ -22,6 +22,7 @@ from data import IGNORED, Batch, evaluation_set, make_batch, normalise
 from memory import keep_memory
 from model import PRESETS, Preset, build, make_processor, save
 from muon import Muon
+from packages import require
 from scenes import Scene, digits, draw
 from scoring import right_tokens, score
 from torch import Tensor, nn
@@ -355,7 +356,6 @@ def finish(run: Run, model: LlavaForConditionalGeneration, preset: Preset) -> No
 
 def main() -> None:
     """Parse the command line and train."""
-    keep_memory()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scale", choices=PRESETS, default="cpu")
     parser.add_argument("--mode", choices=("dense", "gaze"), default="dense")
@@ -373,6 +373,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.01, help="of Muon in stage 2")
     parser.add_argument("--log-every", type=int, default=100)
     args = parser.parse_args()
+    require("sklearn")
+    keep_memory()
     run, preset = Run(args), PRESETS[args.scale]
     torch.manual_seed(args.seed)
     model = trained_before(args) if args.start else build(preset).to(args.device)

@@ -7,6 +7,7 @@ Every layer and key head reads an eighth of the regions, a cell each. Evenly spr
 
 from __future__ import annotations
 
+import argparse
 import random
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from data import EVALUATION, pack
 from model import PRESETS
+from packages import require
 from questions import Question, ask
 from scenes import Scene, digits, draw
 from torch import Tensor
@@ -48,7 +50,9 @@ def rows_read(model: Any, scene: Scene, asked: list[list[Question]]) -> Tensor:
 
 
 def main() -> None:
-    """Print a line for each task."""
+    """Parse the command line, which has no options, and print a line for each task."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    require("sklearn")
     model: Any = gazepatch.load(MODEL, dtype=torch.float32).eval()
     scene = draw(BOARD, digits()[1], 64, 1, torch.Generator().manual_seed(1))
     print("rows of the board, first to last, in per cent of what is read")

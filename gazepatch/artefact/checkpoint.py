@@ -21,12 +21,15 @@ INDEX_NAME = "model.safetensors.index.json"
 
 TEMPLATES = "additional_chat_templates"
 
+#: The settings of a processor, under its older names as well.
+PROCESSORS = "*processor_config.json"
+
 #: What transformers reads beside the weights: settings, tokenizer, processor, templates. No code, and no files of just
 #: any name: whatever else lies in a folder may not be meant for others.
 BESIDE = (
     CONFIG_NAME,
     "generation_config.json",
-    "*processor_config.json",
+    PROCESSORS,
     "tokenizer*.json",
     "*.model",
     "*.tiktoken",
@@ -60,8 +63,12 @@ def checkpoint_files(folder: Path) -> list[Path]:
     """
     weights = weight_files(folder)
     index = [] if weights == [Path(WEIGHTS_NAME)] else [Path(INDEX_NAME)]
-    beside = {path.relative_to(folder) for name in (*BESIDE, *LICENCES) for path in folder.glob(name) if path.is_file()}
-    return sorted({*weights, *index, *beside})
+    return sorted({*weights, *index, *files_beside(folder)})
+
+
+def files_beside(folder: Path) -> set[Path]:
+    """What is in a folder beside the weights of its checkpoint, relative to it."""
+    return {path.relative_to(folder) for name in (*BESIDE, *LICENCES) for path in folder.glob(name) if path.is_file()}
 
 
 def is_checkpoint_file(name: str) -> bool:

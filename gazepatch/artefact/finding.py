@@ -12,10 +12,10 @@ from gazepatch.artefact.manifest import CARD_NAME, FILE_NAME, LORA_NAME, Manifes
 from gazepatch.context import TOKENS_NAME
 from gazepatch.errors import ArtefactError, HubError
 from gazepatch.hub.failures import hub_failures
-from gazepatch.hub.fetching import fetch, is_repo_id
+from gazepatch.hub.fetching import fetch, is_repo_id, try_again
 
 
-def is_artefact(path_or_repo: str | Path) -> bool:
+def is_artefact(path_or_repo: str | Path, revision: str | None = None) -> bool:
     """Whether this is an artefact (a folder or a Hub id) rather than a model, or nothing at all.
 
     Where the Hub does not say, the cache does if it can.
@@ -31,21 +31,39 @@ def is_artefact(path_or_repo: str | Path) -> bool:
     if not is_repo_id(repo):
         return False
     try:
-        with hub_failures(f"looking for {FILE_NAME} in {repo}", repo, "then try again"):
-            return HfApi(library_name="gazepatch").file_exists(repo, FILE_NAME)
+        with hub_failures(f"looking for {FILE_NAME} in {repo}", repo, try_again(repo)):
+            return HfApi(library_name="gazepatch").file_exists(repo, FILE_NAME, revision=revision)
     except HubError:
-        if (known := _is_artefact_in_cache(repo)) is None:
+        if (known := _is_artefact_in_cache(repo, revision)) is None:
             raise
         return known
 
 
-def _is_artefact_in_cache(repo: str) -> bool | None:
+def refuse_artefact(source: str | Path, revision: str | None = None) -> None:
+    """Refuse an artefact where a plain model is wanted: its settings and context tokens would be lost without a word.
+
+    Raises:
+        ArtefactError: It is an artefact; the message says what to take in its place.
+        HubError: As `is_artefact`.
+    """
+    if not is_artefact(source, revision):
+        return
+    manifest = read(fetch(source, file=FILE_NAME, revision=revision).path.parent)
+    base = f"its base model, {manifest.base_model}" if manifest.base_model is not None else ""
+    own = f"a copy of its folder without {FILE_NAME}, which is a plain model" if manifest.full else ""
+    raise ArtefactError(
+        f"expected a model without gaze, got {source}, which is an artefact of gazepatch already: take "
+        + ", or ".join(filter(None, (base, own)))
+    )
+
+
+def _is_artefact_in_cache(repo: str, revision: str | None) -> bool | None:
     """What the cache knows of a repository; None if it has neither the manifest nor a model without gaze."""
     from huggingface_hub import try_to_load_from_cache
 
-    if isinstance(try_to_load_from_cache(repo, FILE_NAME), str):
+    if isinstance(try_to_load_from_cache(repo, FILE_NAME, revision=revision), str):
         return True
-    if not isinstance(path := try_to_load_from_cache(repo, CONFIG_NAME), str):
+    if not isinstance(path := try_to_load_from_cache(repo, CONFIG_NAME, revision=revision), str):
         return None
     try:  # plain transformers may have fetched it, of a full artefact as well, which says so there
         return None if "gaze" in json.loads(Path(path).read_text(encoding="utf-8")) else False

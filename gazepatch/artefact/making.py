@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -10,27 +11,34 @@ from typing import TYPE_CHECKING, Any
 
 from gazepatch.artefact.card import card_of, licence_of
 from gazepatch.artefact.checkpoint import (
+    BESIDE,
+    LICENCES,
+    PROCESSORS,
     Progress,
     add_to_config,
     checkpoint_files,
     copy_files,
+    files_beside,
     key_layout,
     known_layout,
 )
 from gazepatch.artefact.contents import read_artefact
-from gazepatch.artefact.finding import base_config, local_checkpoint
+from gazepatch.artefact.finding import base_config, local_checkpoint, refuse_artefact
 from gazepatch.artefact.folders import check_output, complete_folder
 from gazepatch.artefact.manifest import CARD_NAME, FILE_NAME, LORA_NAME, Manifest, processor_geometry
 from gazepatch.config import GazeConfig
 from gazepatch.context import TOKENS_NAME, with_context_tokens, write_context_tokens
-from gazepatch.errors import ArtefactError
+from gazepatch.errors import ArtefactError, GazeError
 from gazepatch.files import replace_file
+from gazepatch.hub.fetching import fetch
 from gazepatch.layers import gaze_layers
 from gazepatch.registry import adapter_for
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
+
+logger = logging.getLogger("gazepatch")
 
 
 def convert(
@@ -64,9 +72,11 @@ def convert(
 
     Raises:
         UnsupportedModelError: The architecture has no adapter, or no layer of it can gaze.
-        ArtefactError: `source` is not a model, the context tokens are not for it, or `out` cannot be written.
+        ArtefactError: `source` is not a model, or an artefact already; the context tokens are not for it; `out` cannot
+            be written.
         ConfigError: Arguments that do not go together.
     """
+    refuse_artefact(source, revision)
     model_config = base_config(source, revision=revision)
     adapter = adapter_for(model_config.model_type)
     hidden_size = adapter.text_config(model_config).hidden_size
@@ -74,8 +84,6 @@ def convert(
     gaze_layers(adapter, model_config, gaze)  # refuses settings under which none would gaze
     out, local = Path(out).absolute(), _local(source)
     check_output(out, local, force)
-    if local is not None and (local / FILE_NAME).is_file():
-        raise ArtefactError(f"{local} is an artefact already: convert its base model, or load it and save it anew")
     geometry = processor_geometry(str(source), revision=revision)
     manifest = replace(Manifest.of(model_config, gaze, str(local or source)), processor_geometry=geometry)
     if not full:
@@ -107,7 +115,8 @@ def save(
         model: The patched model.
         out: Folder to write; it must not exist yet.
         full: Write the model's own weights as they are now as well, for a model that was trained as a whole.
-        processor: With `full`, what belongs beside them.
+        processor: With `full`, what belongs beside them. By default the files of the tokenizer and the processor, and
+            the licence, are copied from where the model was loaded; there is a warning if there is no processor.
         provenance: How it was trained, for `gaze_config.json`: anything that JSON can hold.
         force: Replace `out` if it is an artefact already, once the new one is complete.
 
@@ -141,9 +150,14 @@ def save(
     def own_files(folder: Path) -> None:
         if has_lora(root):
             save_lora(root, folder / LORA_NAME)
-        for part in (root, processor) if full else ():
-            if part is not None:
-                part.save_pretrained(folder)
+        if full:
+            root.save_pretrained(folder)
+            if processor is not None:
+                processor.save_pretrained(folder)
+            elif source is not None:
+                _copy_beside(source, None if local is not None else manifest.base_revision, folder)
+            if not any(folder.glob(PROCESSORS)):
+                logger.warning("%s has no processor: put it there with processor.save_pretrained(%r)", out, str(out))
 
     return _write(out, manifest, context_tokens_of(model), own_files, licence_of(source) if source is not None else {})
 
@@ -160,6 +174,16 @@ def record_fidelity(folder: Path, fidelity: Mapping[str, Any]) -> None:
 
 def _local(source: str | Path | None) -> Path | None:
     return Path(source).resolve() if source is not None and os.path.isdir(source) else None
+
+
+def _copy_beside(source: str, revision: str | None, folder: Path) -> None:
+    """Copy what belongs beside a model's weights, if it is where the model was loaded and not in `folder` already."""
+    try:
+        origin = fetch(source, only=[*BESIDE, *LICENCES], revision=revision).path
+    except GazeError as error:  # the weights, which may have been trained for long, are saved all the same
+        logger.warning("the processor of %s cannot be had: %s", source, error)
+        return
+    copy_files(origin, folder, sorted(name for name in files_beside(origin) if not (folder / name).exists()))
 
 
 def _write(

@@ -85,14 +85,12 @@ def push(
     """
     from huggingface_hub import HfApi
 
-    if not is_repo_id(repo_id) or "/" not in repo_id:
-        raise ConfigError(
-            f"repo_id must be owner/name, of letters, digits, '-', '_' and '.' (no '--' or '..'), got {repo_id!r}"
-        )
+    check_repo_id(repo_id)
     _check_branch(revision, create_pr)
     folder = Path(folder)
     contents = contents_of(folder)
-    _check_base(contents, folder)
+    if not contents.manifest.full:
+        check_base(contents.manifest.base_model)
 
     api = HfApi(token=token, library_name="gazepatch")
     with hub_failures(f"pushing to {repo_id}", repo_id, _PUSH_AGAIN):
@@ -109,6 +107,28 @@ def push(
         done = _commit(api, folder, plan, create_pr, there)
     changed = there is None or done.oid != there.commit
     return replace(plan, url=done.pr_url or done.commit_url, commit=done.oid, changed=changed)
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raise ConfigError unless this is the name of a repository that an artefact can be pushed to."""
+    if not is_repo_id(repo_id) or "/" not in repo_id:
+        raise ConfigError(
+            f"repo_id must be owner/name, of letters, digits, '-', '_' and '.' (no '--' or '..'), got {repo_id!r}"
+        )
+
+
+def check_base(base_model: str | None) -> None:
+    """Raise ArtefactError unless others can load the base model of an adapter too: it is of no use to them otherwise.
+
+    Args:
+        base_model: As in its manifest: a Hub id, or the absolute path of a folder.
+    """
+    if base_model is None or not is_repo_id(base_model):
+        raise ArtefactError(
+            f"an adapter with a folder of this machine as its base model, {base_model}, is not published, as nobody "
+            "else can load it: convert the model by its Hub id, or publish a full artefact, with the model's own files "
+            "(full=True or --full)"
+        )
 
 
 @dataclass(frozen=True)
@@ -200,13 +220,3 @@ def _check_branch(revision: str | None, create_pr: bool) -> None:
         raise ConfigError(f"a pull request is opened against {MAIN}: leave out the revision {revision!r}, or create_pr")
     if not _BRANCH.fullmatch(revision) or _COMMIT.fullmatch(revision):
         raise ConfigError(f"revision must be the name of a branch, such as {MAIN} or v1, got {revision!r}")
-
-
-def _check_base(contents: Contents, folder: Path) -> None:
-    """An adapter is of no use to others unless they can load its base model."""
-    base = contents.manifest.base_model
-    if not contents.manifest.full and (base is None or not is_repo_id(base)):
-        raise ArtefactError(
-            f"{folder} names a folder of this machine as its base model, {base}, which nobody "
-            "else can load: convert the model by its Hub id, or publish a full artefact, with the model's own files"
-        )

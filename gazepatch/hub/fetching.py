@@ -49,12 +49,17 @@ def fetch(
     if not is_repo_id(repo):
         raise HubError(f"expected a folder or a Hub id, owner/name, got {repo!r}, which is neither")
     what = f"{file} of {repo}" if file else repo
-    with hub_failures(f"fetching {what}{f' at {revision}' if revision else ''}", repo, "then try again"):
+    with hub_failures(f"fetching {what}{f' at {revision}' if revision else ''}", repo, try_again(repo)):
         if file is None:
             root = Path(snapshot_download(repo, revision=revision, allow_patterns=only, **hub))
             return Fetched(root, root.name)
         path = Path(hf_hub_download(repo, file, revision=revision, **hub))
         return Fetched(path, path.parents[file.count("/")].name)
+
+
+def try_again(repo: str) -> str:
+    """What to do once the Hub gives a model or an artefact; a mistyped folder is taken for one of its ids."""
+    return f"then try again; there is no folder {repo} here either"
 
 
 def is_repo_id(name: str) -> bool:

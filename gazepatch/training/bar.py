@@ -7,6 +7,8 @@ from typing import Any
 from tqdm.auto import tqdm  # type: ignore[import-untyped,unused-ignore]
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from gazepatch.config import budget_text
+
 
 class Bar(TrainerCallback):
     """A progress bar on stderr, of the first process."""
@@ -34,7 +36,7 @@ class Bar(TrainerCallback):
     ) -> None:
         if self.bar is not None and logs is not None and "agreement" in logs:
             self.bar.set_postfix_str(
-                f"loss {logs['loss']:.4g}, budget {logs['budget']:g}, agreement {logs['agreement']:.1%}"
+                f"loss {logs['loss']:.4g}, budget {budget_text(logs['budget'])}, agreement {logs['agreement']:.1%}"
             )
 
     def on_train_end(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gazepatch.errors import TrainingError
+from gazepatch.pictures import read_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,14 +51,10 @@ def open_image(given: Any, folder: Path, where: str) -> Image:
     if hasattr(source, "convert"):
         opened: Image = source.convert("RGB")
         return opened
-    from PIL import Image
-
     try:
         held = _bytes(source)
-        with Image.open(folder / source if held is None else io.BytesIO(held)) as image:
-            decoded: Image.Image = image.convert("RGB")
-            return decoded
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return read_picture(folder / source if held is None else io.BytesIO(held))
+    except ValueError as error:
         raise TrainingError(f"{where}: an image cannot be read: {error}") from None
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback, TrainingArguments, set_seed
 
-from gazepatch.artefact.finding import base_config
+from gazepatch.artefact.finding import base_config, refuse_artefact
 from gazepatch.artefact.folders import check_output
 from gazepatch.artefact.making import save
 from gazepatch.config import GazeConfig
@@ -72,11 +72,12 @@ def train(
         ConfigError: A setting is wrong, or does not fit the others.
         TrainingError: The data are broken, a package is missing, or `out` + `.work` holds another training.
         UnsupportedModelError: The architecture has no adapter, or no layer of it can gaze.
-        ArtefactError: `source` is not a model, or `out` cannot be written.
+        ArtefactError: `source` is not a model, or an artefact already, or `out` cannot be written.
     """
     training = TrainConfig.from_dict((training or TrainConfig()).to_dict() | settings)
     config = config or GazeConfig.paper()
     _check(config, training)
+    refuse_artefact(source)
     model_config = base_config(source)
     gaze_layers(adapter_for(model_config.model_type), model_config, config)
     folder = Path(out).absolute()

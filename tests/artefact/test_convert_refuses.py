@@ -39,6 +39,12 @@ def test_a_source_that_is_no_model(tmp_path: Path) -> None:
     assert not (tmp_path / "gaze").exists()
 
 
+def test_an_artefact_is_not_converted_again(base: Path, artefact: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtefactError, match=f"already: take its base model, {base}$"):
+        gazepatch.convert(artefact, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
 def test_context_tokens_need_weights(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="ask for 4 context tokens, which are trained weights, and none were given"):
         gazepatch.convert(base, tmp_path / "gaze", config=GazeConfig.paper())

@@ -21,8 +21,9 @@ def test_the_command(hub: Hub, artefact: Path) -> None:
     (artefact / "notes.txt").write_text("x")
     dry = gaze("push", artefact, REPO, "--dry-run")
     assert dry.exit_code == 0, dry.output
-    assert "Nothing was written" in dry.stdout and "context_tokens.safetensors" in dry.stdout
-    assert "Not sent, as not the artefact's: notes.txt" in dry.stdout
+    assert dry.stdout.startswith(f"A dry run: nothing was sent. A push to branch main of {hub.url}/{REPO} would send\n")
+    assert "context_tokens.safetensors" in dry.stdout
+    assert "It would not send, as not the artefact's: notes.txt" in dry.stdout
     assert hub.writes() == []
     done = gaze("push", artefact, REPO, "--private", "--json")
     assert done.exit_code == 0, done.output
@@ -39,6 +40,16 @@ def test_convert_and_push(hub: Hub, tmp_path: Path) -> None:
     assert artefact_on(hub) == files_in(tmp_path / "gaze")
     assert json.loads(result.stdout)["url"].startswith(f"{hub.url}/{REPO}/commit/")
     assert gaze("convert", BASE, "-o", tmp_path / "other", "--push", "others/x").exit_code == 1
+
+
+def test_what_cannot_be_pushed_is_not_written(hub: Hub, model_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "gaze"
+    local = gaze("convert", model_folder, "-o", out, "--push", REPO)
+    assert local.exit_code == 1 and f"as its base model, {model_folder}, is not published" in local.stderr
+    named = gaze("convert", BASE, "-o", out, "--push", "gaze")
+    assert named.exit_code == 2 and "repo_id must be owner/name" in named.stderr
+    assert not out.exists()
+    assert gaze("convert", model_folder, "-o", out, "--full", "--push", REPO).exit_code == 0
 
 
 def test_errors_of_the_command(hub: Hub, artefact: Path, tmp_path: Path) -> None:

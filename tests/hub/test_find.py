@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from transformers import AutoConfig
 
 import gazepatch
-from gazepatch import HubError
+from gazepatch import ArtefactError, HubError
 from gazepatch.artefact.finding import is_artefact
 from gazepatch.cli import main
 from hub.conftest import BASE, REPO, SETTINGS
@@ -33,6 +33,13 @@ def test_an_artefact_a_model_and_nothing(hub: Hub, artefact: Path, monkeypatch: 
     assert not is_artefact(REPO)  # as the Hub answers to strangers
     with pytest.raises(HubError, match=f"{REPO} does not exist, or the token in use must not see it"):
         gazepatch.inspect(REPO)
+
+
+def test_a_mistyped_folder(hub: Hub) -> None:
+    for command in ("inspect", "ask"):
+        result = CliRunner().invoke(main, [command, "tiny-gaez", *(("what ?",) if command == "ask" else ())])
+        assert result.exit_code == 1 and "tiny-gaez does not exist, or the token" in result.stderr
+        assert "there is no folder tiny-gaez here either" in result.stderr
 
 
 def gated(hub: Hub, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -79,7 +86,7 @@ def test_failures_are_no_answers(
         with pytest.raises(HubError) as caught:
             asking(BASE)
         assert str(caught.value).startswith(f"looking for gaze_config.json in lab/tiny failed: {message}")
-        assert str(caught.value).endswith("; then try again")
+        assert str(caught.value).endswith("; then try again; there is no folder lab/tiny here either")
     result = CliRunner().invoke(main, ["inspect", BASE])
     assert result.exit_code == 1 and message in result.stderr and result.stderr.count("\n") == 1
 
@@ -102,3 +109,10 @@ def test_the_cache_knows_too_little(hub: Hub, full: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(HubError, match=r"looking for gaze_config\.json in me/tiny-gaze failed"):
         is_artefact(REPO)
+
+
+def test_an_artefact_on_the_hub_is_not_converted_again(hub: Hub, artefact: Path, tmp_path: Path) -> None:
+    gazepatch.push(artefact, REPO, revision="v2")
+    assert is_artefact(REPO, "v2") and not is_artefact(REPO)
+    with pytest.raises(ArtefactError, match=f"got {REPO}, which is an artefact .* take its base model, {BASE}$"):
+        gazepatch.convert(REPO, tmp_path / "again", revision="v2")

@@ -158,6 +158,14 @@ def test_settings_must_fit_each_other(base: Path, data: Path, tmp_path: Path) ->
     assert not out.exists() and not (tmp_path / "out.work").exists()
 
 
+def test_an_artefact_is_not_trained(base: Path, data: Path, tmp_path: Path) -> None:
+    for name, full in (("adapter", False), ("full", True)):
+        artefact = gazepatch.convert(base, tmp_path / name, full=full)
+        with pytest.raises(ArtefactError, match=f"got {artefact}, which is an artefact of gazepatch already: take "):
+            trained(artefact, data, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "full"]
+
+
 def test_outputs_that_are_refused_before_the_training(base: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match="exists already"):
         trained(base, data, tmp_path)

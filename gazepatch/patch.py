@@ -24,7 +24,7 @@ from gazepatch.running.attention import PREFIX, GazeAttention
 from gazepatch.running.changes import Undo, add_parameter, put_hooks, set_attribute, take_back
 from gazepatch.running.decoder import CONTEXT_TOKENS
 from gazepatch.running.runtime import Runtime
-from gazepatch.stats import Stats
+from gazepatch.stats import PromptReads, Stats
 from gazepatch.trace import Trace
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -199,6 +199,23 @@ def trace(model: nn.Module) -> Iterator[Trace]:
             yield made
     finally:
         running.trace = None
+
+
+@contextmanager
+def prompt_reads(model: nn.Module) -> Iterator[PromptReads]:
+    """Count what the queries of prompts read that gaze (`prefill="gaze"`), for the length of a `with` block.
+
+    Holds for the calling thread. Prompts whose rows all have too few visual tokens to gaze count nothing.
+
+    Raises:
+        PatchError: The model is not patched.
+    """
+    running = patch_of(model).runtime.running
+    before, running.reads = running.reads, PromptReads()
+    try:
+        yield running.reads
+    finally:
+        running.reads = before
 
 
 def set_budget(model: nn.Module, budget: float | int) -> None:

@@ -48,6 +48,37 @@ class Stats:
 
 
 @dataclass
+class PromptReads:
+    """What the queries of prompts read that gaze, those of text behind an image: for who asks, see `prompt_reads`.
+
+    Attributes:
+        visual, read: As in `Stats`, summed over these queries, layers and key heads; on the device.
+    """
+
+    visual: int | Tensor = 0
+    read: int | Tensor = 0
+
+    @property
+    def share(self) -> float | None:
+        """Share of the visual entries that was read; None when no query gazed. Waits for the device."""
+        visual = int(self.visual)
+        return int(self.read) / visual if visual else None
+
+    def add(self, taken: Tensor, seen: Tensor, length: Tensor, rows: Tensor) -> None:
+        """Some queries of one layer.
+
+        Args:
+            taken: `[B, H_kv, Q, g, R]` whether a selection reads a region.
+            seen: `[B or 1, Q, R]` whether a query sees it.
+            length: `[B or 1, R]` its tokens.
+            rows: `[B, Q]` which queries count.
+        """
+        entries = rows[..., None] * seen * length[:, None]
+        self.visual = self.visual + taken.shape[1] * taken.shape[3] * entries.sum()
+        self.read = self.read + (taken * entries[:, None, :, None]).sum()
+
+
+@dataclass
 class Counters:
     """Counts of one cache since its last prompt. Reads of uneven regions stay on the device until asked for."""
 

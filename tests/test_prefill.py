@@ -16,6 +16,7 @@ from gazepatch.caches.state import GazeState
 from gazepatch.config import GazeConfig
 from gazepatch.ops import prefill
 from gazepatch.ops.prefill import Keys, Queries, gaze_prefill
+from gazepatch.stats import PromptReads
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -65,7 +66,9 @@ def text(sequence: Any) -> Tensor:
     return is_text
 
 
-def gazed(sequence: Any, config: GazeConfig, positions: Tensor, mask: Tensor | None) -> Tensor:
+def gazed(
+    sequence: Any, config: GazeConfig, positions: Tensor, mask: Tensor | None, reads: PromptReads | None = None
+) -> Tensor:
     """`[B, H, Q, D_v]` of the queries at `positions`."""
     owner = torch.nn.Module()
     state = GazeState(owner, config)
@@ -75,7 +78,8 @@ def gazed(sequence: Any, config: GazeConfig, positions: Tensor, mask: Tensor | N
     assert state.regions is not None and layer.mean_keys is not None
     keys = Keys(key, value, layer.mean_keys, layer.mean_values, state.regions, state.region_of())
     scores = state.laid(sequence.scores(slice(None), key.shape[2])).of_queries(positions)
-    return gaze_prefill(Queries(sequence.query[:, :, positions], positions, mask, scores), keys, config)
+    queries = Queries(sequence.query[:, :, positions], positions, mask, scores, text(sequence)[:, positions])
+    return gaze_prefill(queries, keys, config, reads)
 
 
 def assert_every_query_is_the_reference(sequence: Any, config: GazeConfig, mask_kind: str) -> None:
@@ -158,6 +162,35 @@ def test_blocks_of_queries(queries: int, kind: str, sequences: Make, monkeypatch
     monkeypatch.setattr(prefill, "BLOCK_ELEMENTS", queries * rows * heads * length)
     torch.testing.assert_close(gazed(sequence, BASE, positions, mask), at_once, atol=1e-6, rtol=0)
     assert sizes == {1: [1, 1, 1, 1], 2: [2, 2], 3: [3, 1]}[queries]
+
+
+@pytest.mark.parametrize("settings", ["share", "number", "none", "everything"])
+@pytest.mark.parametrize(
+    "layout", ["36, then 63", "three images", "rows of different images", "a row without an image"]
+)
+@pytest.mark.parametrize("least", [0, 37])
+def test_reads_are_counted(
+    least: int, layout: str, settings: str, sequences: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sequence = sequences([LAYOUTS[layout]], steps=0)
+    config = replace(BASE, min_visual_tokens=least, **SETTINGS[settings])
+    positions = text(sequence).any(0).nonzero()[:, 0]
+    rows, heads, length, _ = sequence.query.shape
+    monkeypatch.setattr(prefill, "BLOCK_ELEMENTS", 2 * rows * heads * length)
+    reads = PromptReads()
+    gazed(sequence, config, positions, masks(sequence, positions, "boolean"), reads)
+    # The reference counts for every query head, those of a key head alike.
+    selections = heads if config.head_reduce == "none" else sequence.key.shape[1]
+    visual = read = 0
+    for position in positions.tolist():
+        _, kept = sequence.reference(position, config)
+        for row in text(sequence)[:, position].nonzero()[:, 0].tolist():
+            spans = [span for span in sequence.spans if span.row == row and span.stop <= position]
+            seen = [at for span in spans for at in span.positions()]
+            visual += selections * len(seen)
+            read += int(kept[row][:, seen].sum()) * selections // heads
+    assert (int(reads.visual), int(reads.read)) == (visual, read)
+    assert reads.share == read / visual and (reads.share < 1) == (settings != "everything")
 
 
 def test_images_behind_a_query_do_not_count(sequences: Make) -> None:

@@ -16,6 +16,7 @@ from gazepatch.running.call import Call, implementation
 from gazepatch.running.forward import Forward
 from gazepatch.running.masks import as_4d, of_queries
 from gazepatch.scores import Scores
+from gazepatch.stats import PromptReads
 
 
 def see_own_image(call: Call, own: OwnImage, original: str, dense: Tensor) -> Tensor:
@@ -42,7 +43,15 @@ def see_own_image(call: Call, own: OwnImage, original: str, dense: Tensor) -> Te
     return _replaced(dense, own.columns, own.rows, output)
 
 
-def gaze(call: Call, scores: Scores, forward: Forward, store: int, config: GazeConfig, dense: Tensor) -> Tensor:
+def gaze(
+    call: Call,
+    scores: Scores,
+    forward: Forward,
+    store: int,
+    config: GazeConfig,
+    dense: Tensor,
+    reads: PromptReads | None = None,
+) -> Tensor:
     """`dense` with the queries of text that gaze done again.
 
     Args:
@@ -52,6 +61,7 @@ def gaze(call: Call, scores: Scores, forward: Forward, store: int, config: GazeC
         store: Index of the layer of the cache that has the keys.
         config: Settings.
         dense: `[B, S, H, D_v]` what the model's own attention made of all queries.
+        reads: Counts what they read.
     """
     columns, rows, first = _routed(call, forward)
     if not len(columns):
@@ -66,8 +76,9 @@ def gaze(call: Call, scores: Scores, forward: Forward, store: int, config: GazeC
         positions,
         of_queries(as_4d(call.mask), columns, positions, call.query.shape[2], key.shape[2]),
         forward.state.laid(scores).of_queries(columns),
+        rows,
     )
-    output = gaze_prefill(queries, _keys(forward, store, key, value, config.periphery), config)
+    output = gaze_prefill(queries, _keys(forward, store, key, value, config.periphery), config, reads)
     output = output if expansion is None else expansion.expanded(output)
     return _replaced(dense, columns, rows, output.transpose(1, 2))
 

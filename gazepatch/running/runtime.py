@@ -15,7 +15,7 @@ from gazepatch.caches.layer import GazeLayer
 from gazepatch.config import GazeConfig
 from gazepatch.errors import PatchError
 from gazepatch.running.forward import Forward
-from gazepatch.stats import Counters
+from gazepatch.stats import Counters, PromptReads
 from gazepatch.trace import Trace
 
 
@@ -32,6 +32,7 @@ class Running(threading.local):
         last_row: What stands for that of the mask over images, where somebody knows (`gazepatch.running.repeating`).
         latents: What the layer that runs makes its keys and values of (MLA).
         trace: Who wants to know what decode steps read.
+        reads: Who wants to know what queries of prompts read.
     """
 
     def __init__(self) -> None:
@@ -44,6 +45,7 @@ class Running(threading.local):
         self.last_row: object | None = None
         self.latents: tuple[Tensor, Tensor] | None = None
         self.trace: Trace | None = None
+        self.reads: PromptReads | None = None
 
 
 class Runtime:

@@ -165,7 +165,7 @@ class Slots:
 
     def last_context(self) -> int:
         """The last slot of a context token, -1 without any."""
-        return -1 if self.context is None else int(self.context.any(0).nonzero().max())
+        return int(self.context.any(0).nonzero().max()) if self.context is not None and self.context_tokens else -1
 
     def crop(self, length: int) -> None:
         """Keep `length` slots, all context tokens among them."""
@@ -175,5 +175,5 @@ class Slots:
     def select_rows(self, rows: Tensor) -> None:
         """Keep the rows of the batch with these numbers, in this order."""
         if self.source is not None and self.context is not None:
-            self.source, self.context = self.source[rows.cpu()], self.context[rows.cpu()]
+            self.source, self.context = self.source[rows], self.context[rows]
             self.context_tokens = int(self.context.sum())

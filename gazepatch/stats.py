@@ -156,7 +156,8 @@ class StepCounters(Counters):
 
     def fold(self) -> None:
         """Bring the counts up to date. Waits for the device."""
-        ran = int(self.ran)
+        if (ran := int(self.ran)) == 0:
+            return
         self.ran.zero_()
         self.steps += ran
         for layer, each in self.each.items():

@@ -181,6 +181,59 @@ def test_crop_forgets_text_but_no_image(case: Case) -> None:
             cache.crop(-(cache.get_seq_length() - case.spans[-1].start))
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "broken"),
+    [("llava", {"dense_layers": (0,)}, False), ("gemma3", {}, True)],
+    ids=["a layer of ours before", "a sliding window before"],
+)
+@torch.no_grad()
+def test_a_refused_crop_leaves_no_layer_shorter_than_another(name: str, settings: dict, broken: bool) -> None:
+    case = tiny(name)
+    with patched(case.model, QUARTER, **settings):
+        cache, untouched = (DynamicCache(config=case.model.config.get_text_config()) for _ in range(2))
+        for each in (cache, untouched):
+            each.activate_past_recording()
+            case.model(**case.inputs, past_key_values=each)
+        with pytest.raises(CacheError, match="only text behind the last image"):
+            cache.crop(case.spans[-1].start - cache.get_seq_length())
+        steps = [{"input_ids": torch.tensor([[5]]), "past_key_values": each} for each in (cache, untouched)]
+        if broken:  # transformers' own layer has forgotten the image
+            with pytest.raises(CacheError, match="crop of this cache failed half-way"):
+                case.model(**steps[0])
+        else:
+            assert torch.equal(case.model(**steps[0]).logits, case.model(**steps[1]).logits)
+
+
+@torch.no_grad()
+def test_guesses_of_image_tokens_are_words(case: Case) -> None:
+    """Prompt lookup guesses what followed in the prompt, which may be an image: its tokens come without one."""
+    guess = torch.cat([torch.tensor([[11, 12]]), case.inputs["input_ids"][:, case.spans[0].start :][:, :2]], 1)
+
+    def run() -> list[Tensor]:
+        cache = DynamicCache(config=case.model.config)
+        case.model(**case.inputs, past_key_values=cache)
+        whole = case.model(input_ids=guess, past_key_values=cache).logits
+        cache.crop(-3)
+        return [whole, case.model(input_ids=torch.tensor([[7]]), past_key_values=cache).logits]
+
+    dense = run()
+    with patched(case.model, WHOLE):
+        for found, expected in zip(run(), dense, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_statistics_are_of_the_cache_that_was_used_last(case: Case) -> None:
+    prefix = DynamicCache()
+    with patched(case.model, QUARTER):
+        case.model(**case.inputs, past_key_values=prefix)
+        for steps in (1, 2):
+            twin = copy.deepcopy(prefix)
+            for _ in range(steps):
+                case.model(input_ids=torch.tensor([[5]]), past_key_values=twin)
+            assert stats(case.model).steps == steps and 0 < stats(case.model).read_share < 1
+
+
 def test_a_copy_goes_its_own_way(case: Case) -> None:
     cache = DynamicCache()
     with torch.no_grad(), patched(case.model, QUARTER):

@@ -54,8 +54,9 @@ def test_hybrid_layers_are_reset_and_not_offloaded(hybrid: Case) -> None:
             cache.layers[1].offload()
         with pytest.raises(RuntimeError, match="does not track past states"):
             cache.crop(-1)
-        cache.layers[1].batch_select_indices(torch.tensor([0, 0]))
-        assert {len(x) for x in cache.layers[1].conv_states.values()} == {2} == {len(cache.layers[1].keys)}
+        for chosen, rows in ([0, 0, 0], 3), ([True, False, True], 2):
+            cache.layers[1].batch_select_indices(torch.tensor(chosen))
+            assert {len(x) for x in cache.layers[1].conv_states.values()} == {rows} == {len(cache.layers[1].keys)}
         cache.layers[1].reset()
         assert cache.layers[1].get_seq_length() == 0 and cache.gaze.length == 0
         assert not any(cache.layers[1].has_previous_state.values())

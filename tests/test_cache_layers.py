@@ -26,6 +26,7 @@ def filled_layer(tokens: int, span: Span) -> tuple[GazeState, GazeLayer, object]
     return state, layer, owner
 
 
+@torch.no_grad()
 def test_decode_steps_append_in_place_and_grow_rarely() -> None:
     state, layer, _owner = filled_layer(50, Span(0, 4, 40, (1, 6, 6), 0))
     stores = set()

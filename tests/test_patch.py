@@ -12,11 +12,12 @@ import torch
 import transformers
 from tiny import Case, tiny
 from torch import nn
+from transformers import DynamicCache
 
 from gazepatch.bench import bench
 from gazepatch.config import GazeConfig
-from gazepatch.errors import ConfigError, GazeError, PatchError, UnsupportedModelError
-from gazepatch.patch import apply, is_patched, patched, restore, stats
+from gazepatch.errors import CacheError, ConfigError, GazeError, PatchError, UnsupportedModelError
+from gazepatch.patch import apply, dense, is_patched, patched, restore, stats
 from gazepatch.running.attention import GazeAttention
 from gazepatch.verification import fingerprint, generate_logits, verify
 
@@ -125,6 +126,24 @@ def test_an_exception_inside_a_forward_leaves_the_model_usable(ran: Case) -> Non
         ran.model(**ran.inputs)
     hook.remove()
     assert torch.equal(generate_logits(ran.model, ran.inputs, 2)[0], expected)
+
+
+def test_an_interrupted_step_is_forgotten(ran: Case) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    dense_logits = ran.model(**ran.inputs).logits
+    cache = DynamicCache()
+    with torch.no_grad(), patched(ran.model, SMALL):
+        ran.model(**ran.inputs, past_key_values=cache)
+        hook = ran.model.model.language_model.layers[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            ran.model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+        hook.remove()
+        with dense(ran.model):
+            assert torch.equal(ran.model(**ran.inputs).logits, dense_logits)
+        with pytest.raises(CacheError, match="failed half-way"):
+            ran.model(input_ids=torch.tensor([[5]]), past_key_values=cache)
 
 
 def test_an_exception_inside_apply_leaves_the_model_as_it_was(ran: Case, monkeypatch: pytest.MonkeyPatch) -> None:

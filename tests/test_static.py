@@ -153,6 +153,23 @@ def test_steps_behind_the_end_of_the_room(case: Case) -> None:
             case.model(input_ids=torch.tensor([[5, 6]]), past_key_values=cache)
 
 
+@torch.no_grad()
+def test_a_mask_over_all_the_room(case: Case) -> None:
+    tokens, padded = case.inputs["input_ids"].shape[1], torch.zeros(1, 300, dtype=torch.long)
+    padded[:, 1 : tokens + 1] = 1
+    with patched(case.model, QUARTER):
+        logits = []
+        for length in (tokens, 300):
+            cache = static(case)
+            inputs = case.inputs | {"attention_mask": padded[:, :length]}
+            logits.append(case.model(**inputs, past_key_values=cache).logits)
+            assert stats(case.model).layers == {}  # no step yet
+            step = {"input_ids": torch.tensor([[5]]), "attention_mask": padded[:, : max(length, tokens + 1)]}
+            logits.append(case.model(**step, past_key_values=cache).logits)
+            assert cache.gaze.spans == case.spans and stats(case.model).read_share < 1
+        torch.testing.assert_close(logits[:2], logits[2:])
+
+
 def test_sliding_windows_have_no_room_for_context_tokens() -> None:
     case = supported("gemma3")
     tokens = torch.randn(3, case.model.config.get_text_config().hidden_size)

@@ -126,6 +126,7 @@ def _replace_layers(cache: Cache, owner: object, config: GazeConfig, layers: Lay
     for before, layer in zip(cache.layers, made, strict=False):
         if getattr(before, "record_past", False):  # assisted generation asks for it before the first forward
             layer.record_past = True  # type: ignore[union-attr]
+    state.follows = not isinstance(made[0], GazeLayer)
     cache.layers[:] = made
     return state
 

@@ -32,6 +32,7 @@ class HybridLayer(LinearAttentionAndFullAttentionLayer, GazeLayer):  # type: ign
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens, if the states before them were recorded."""
+        self._to_crop(tokens_to_remove)
         LinearAttentionLayer.crop(self, tokens_to_remove)
         GazeLayer.crop(self, tokens_to_remove)
 
@@ -41,6 +42,8 @@ class HybridLayer(LinearAttentionAndFullAttentionLayer, GazeLayer):  # type: ign
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices` `[B]`."""
+        if self._other is not None:
+            indices = self._numbers(indices)
         LinearAttentionLayer.reorder_cache(self, indices)  # type: ignore[arg-type]
         GazeLayer.batch_select_indices(self, indices)
 

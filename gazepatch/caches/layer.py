@@ -47,6 +47,7 @@ class GazeLayer(DynamicLayer):
         self._visual: Stores | None = None
         self._means: Stores | None = None  # of the values with periphery only
         self._late: Late | None = None
+        self._lent = False  # a graph for gradients may keep the store of others as it is
 
     # ---- filling
 
@@ -129,9 +130,10 @@ class GazeLayer(DynamicLayer):
 
     def _make_room(self, start: int, new: Stores) -> None:
         """Have a store of other entries with room for all that are used; the first `start` of them are held."""
-        if self._other is None or self._used > self._other[0].shape[-2]:
+        if self._other is None or self._used > self._other[0].shape[-2] or self._lent or _locked(self._other[0]):
             room = max(LEAST_ROOM, self._used // 8)
             self._other = _grown(self._other, start, self._used + room, new)
+        self._lent = torch.is_grad_enabled()
 
     def _append_visual(self, new: Stores, chunk: Chunk) -> None:
         config = self.state.config
@@ -219,13 +221,19 @@ class GazeLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens; a positive number is the length to keep (transformers 5.16)."""
-        tokens = -tokens_to_remove if tokens_to_remove <= 0 else max(self.get_seq_length() - tokens_to_remove, 0)
-        if tokens == 0:
+        if (tokens := self._to_crop(tokens_to_remove)) == 0:
             return
         if self.leads:
             self.state.crop(tokens)
         self._slots -= tokens
         self._used -= tokens
+
+    def _to_crop(self, tokens_to_remove: int) -> int:
+        """How many tokens to forget, all of which can be; the first layer to be asked refuses for all."""
+        tokens = -tokens_to_remove if tokens_to_remove <= 0 else max(self.get_seq_length() - tokens_to_remove, 0)
+        if tokens and self._slots == self.state.length:  # the layer that leads did not forget them yet
+            self.state.check_crop(tokens)
+        return tokens
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep the rows `beam_idx` `[B]`, for beam search."""
@@ -237,17 +245,22 @@ class GazeLayer(DynamicLayer):
             self.batch_select_indices(torch.arange(len(self._other[0])).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows `indices` `[B]`."""
+        """Keep the rows `indices` `[B]`: their numbers, or a mask."""
         if self._other is None:
             return
         self._write_late()
-        rows = indices.to(self.device)
+        rows = self._numbers(indices)
         self._other = tuple(x[rows] for x in self._other)
         if self._visual is not None and self._means is not None:
             self._visual = tuple(x[rows] for x in self._visual)
             self._means = tuple(x[rows] for x in self._means)
         if self.leads:
-            self.state.select_rows(indices)
+            self.state.select_rows(rows)
+
+    def _numbers(self, indices: Tensor) -> Tensor:
+        """Numbers of the rows that `indices` stand for, on the layer's device."""
+        assert self._other is not None
+        return torch.arange(len(self._other[0]), device=self.device)[indices]
 
     def offload(self) -> None:
         """Refuse: an offloaded layer cannot be read region by region."""
@@ -258,6 +271,11 @@ class GazeLayer(DynamicLayer):
 
 def _joined(held: Stores, new: Stores) -> Stores:
     return tuple(torch.cat(pair, 2) for pair in zip(held, new, strict=True))
+
+
+def _locked(store: Tensor) -> bool:
+    """Whether a store that was made in inference mode is read outside of it, where torch lets nobody write to it."""
+    return store.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def _grown(held: Stores | None, used: int, room: int, like: Stores) -> Stores:

@@ -38,7 +38,10 @@ class GazeState:
             token when a sequence gets enough visual tokens only now.
         running: Whether a forward of the owner is running.
         decoding: Whether the running forward is one routed decode step.
+        follows: Whether the cache crops layers of other kinds before any of these, which can then refuse too late.
     """
+
+    follows = False
 
     def __init__(self, owner: object, config: GazeConfig) -> None:
         self.owner = weakref.ref(owner)
@@ -89,10 +92,10 @@ class GazeState:
         self.new_tokens = new_tokens
 
     def check_whole(self) -> None:
-        """Raise CacheError if the last forward failed."""
+        """Raise CacheError if the last change failed."""
         if self.broken:
             raise CacheError(
-                "the last forward on this cache failed half-way and left it incomplete: start with a new one"
+                "the last forward or crop of this cache failed half-way and left it incomplete: start with a new one"
             )
 
     def finish(self, completed: bool) -> None:
@@ -153,7 +156,7 @@ class GazeState:
         """`[b, L]` for every position, its place among the visual slots followed by the other entries."""
         other, visual = self.other_positions(), self._visual
         assert other is not None and visual is not None
-        visual, other = _same_rows(visual, other)
+        visual, other = same_rows(visual, other)
         held = torch.cat([visual, other], 1)
         places = torch.arange(held.shape[1]).expand_as(held)
         order = torch.empty(len(held), self.reach + 1, dtype=torch.long)
@@ -186,7 +189,7 @@ class GazeState:
         """`[b, T + N]` position of every other entry and then of every visual slot, 0 for padding."""
         other, visual = self.other_positions(), self._visual
         assert other is not None and visual is not None
-        return torch.cat(_same_rows(other, visual), 1).clamp(min=0)
+        return torch.cat(same_rows(other, visual), 1).clamp(min=0)
 
     def laid(self, scores: Scores) -> Scores:
         """Scores with biases by position, `[B or 1, H, Q, L]`, as attention over this sequence takes them."""
@@ -245,9 +248,8 @@ class GazeState:
         positions = self._others_on(device)
         if mask is None:
             return torch.where(positions < 0, ABSENT, 0.0)[:, None, None]
-        mask = mask.to(device)
-        positions = positions.expand(mask.shape[0], -1)
-        return bias_of(mask[:, 0, -1].gather(1, positions.clamp(min=0)), positions < 0)
+        row, positions = same_rows(mask.to(device)[:, 0, -1], positions)
+        return bias_of(row.gather(1, positions.clamp(min=0)), positions < 0)
 
     def _others_on(self, device: torch.device) -> Tensor:
         """`other_positions` on a device, which waits for the host only where they do more than grow by a token."""
@@ -260,8 +262,7 @@ class GazeState:
     # ---- changes by generation methods
 
     def crop(self, tokens: int) -> None:
-        """Forget the last `tokens` tokens, none of which may be visual."""
-        self.check_crop(tokens)
+        """Forget the last `tokens` tokens, after `check_crop`."""
         self.length -= tokens
         self.slots.crop(self.length)
         self._forget("recorded")
@@ -271,10 +272,11 @@ class GazeState:
             self._forget("_other")
 
     def check_crop(self, tokens: int) -> None:
-        """Raise CacheError unless the last `tokens` tokens can be forgotten."""
+        """Raise CacheError unless the last `tokens` tokens, none of which may be visual, can be forgotten."""
         last_visual = -1 if self._visual is None or not self._visual.numel() else int(self._visual.max())
         last = max(last_visual, self.slots.last_context())
         if tokens > self.length or self.length - tokens <= last:
+            self.broken = self.follows
             raise CacheError(
                 f"cannot crop {tokens} of {self.tokens} tokens: only text behind the last image can be forgotten, "
                 f"{self.length - 1 - last} tokens here. Keep a copy of the cache from before the image instead"
@@ -282,16 +284,18 @@ class GazeState:
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep the rows of the batch with these numbers, in this order."""
+        rows = rows.cpu()
         self.slots.select_rows(rows)
         if self._visual is not None and len(self._visual) > 1:
-            self._visual = self._visual[rows.cpu()]
+            self._visual = self._visual[rows]
         if self._other is not None and len(self._other) > 1:
-            self._other = self._other[rows.cpu()]
+            self._other = self._other[rows]
         if self.regions is not None:
             self.regions = self.regions.select_rows(rows)
-        else:  # not sorted yet: rows may still have to be
-            picked = enumerate(rows.tolist())
-            self.spans = [replace(span, row=i) for i, row in picked for span in self.spans if span.row == row]
+        of_row: dict[int, list[Span]] = {}
+        for span in self.spans:
+            of_row.setdefault(span.row, []).append(span)
+        self.spans = [replace(span, row=i) for i, row in enumerate(rows.tolist()) for span in of_row.get(row, ())]
         self._devices.clear()
 
 
@@ -306,10 +310,10 @@ def _on(table: Any, device: torch.device) -> Any:
     return None if table is None else table.to(device)
 
 
-def _same_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def same_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     rows = max(len(a), len(b))
     return a.expand(rows, -1), b.expand(rows, -1)
 
 
 def _cat_rows(a: Tensor, b: Tensor) -> Tensor:
-    return torch.cat(_same_rows(a, b), 1)
+    return torch.cat(same_rows(a, b), 1)

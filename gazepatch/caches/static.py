@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gazepatch.caches.layer import GazeLayer, Stores
-from gazepatch.caches.state import GazeState, bias_of
+from gazepatch.caches.state import GazeState, bias_of, same_rows
 from gazepatch.config import GazeConfig
 from gazepatch.errors import CacheError
 from gazepatch.insertion import Insertion
@@ -153,7 +153,8 @@ class StaticState(GazeState):
         row = mask.to(device)[:, 0, -1]
         if row.shape[1] < self.room:  # padding only: of the tokens so far
             row = torch.nn.functional.pad(row, (0, self.room - row.shape[1]), value=True)
-        return bias_of(row.gather(1, positions.clamp(min=0).expand(len(row), -1)), ~visible)
+        row, positions = same_rows(row, positions)
+        return bias_of(row.gather(1, positions.clamp(min=0)), ~visible)
 
     # ---- changes by generation methods
 
@@ -261,18 +262,16 @@ class StaticGazeLayer(GazeLayer):
         """Put the rows `indices` `[B]` in the place of all, where they are."""
         if self._other is None:
             return
-        if len(indices) != len(self._other[0]):
+        if len(rows := self._numbers(indices)) != len(self._other[0]):
             raise CacheError(
-                f"a static cache keeps its {len(self._other[0])} rows, got {len(indices)}: "
+                f"a static cache keeps its {len(self._other[0])} rows, got {len(rows)}: "
                 "generate with cache_implementation='dynamic'"
             )
         self._write_late()
-        rows = indices.to(self.device)
         for store in (*self._other, *(self._visual or ()), *(self._means or ())):
-            if store is not None:
-                store.copy_(store.index_select(0, rows))
+            store.copy_(store.index_select(0, rows))
         if self.leads:
-            self.state.select_rows(indices)
+            self.state.select_rows(rows)
 
 
 def _settled(memory: Tensor) -> Tensor:

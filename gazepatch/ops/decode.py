@@ -136,7 +136,8 @@ class DecodePlan:
             return source.index_select(0, rows).view(groups, -1, dim)
         size = len(rows) * source.shape[1]
         scratch = self._scratch.get(which)
-        if scratch is None or scratch.numel() < size or scratch.dtype != store.dtype:
+        fits = scratch is not None and scratch.numel() >= size and scratch.dtype == store.dtype
+        if scratch is None or not fits or scratch.is_inference() != torch.is_inference_mode_enabled():
             scratch = self._scratch[which] = store.new_empty(size)
         out = scratch[:size].view(len(rows), -1)
         return torch.index_select(source, 0, rows, out=out).view(groups, -1, dim)

@@ -28,6 +28,7 @@ class Capture:
         bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments if args else kwargs
         ids, mask = bound.get("input_ids"), bound.get("attention_mask")
         running.ids = ids if torch.is_tensor(ids) else None
+        running.encoded = bool(bound.get("mm_encoder_outputs"))
         running.mask = mask if torch.is_tensor(mask) and mask.dim() == 2 else None
 
     def after_model(self, *_: Any) -> None:

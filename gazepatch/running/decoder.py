@@ -40,6 +40,7 @@ class DecoderHooks:
         """A forward starts; returns the arguments to call the decoder with, or None to leave them."""
         runtime = self.runtime
         if runtime.running.dense:
+            runtime.running.forward = None  # one that was interrupted never ended
             return None
         if (found := module.config._attn_implementation) != self.attention:  # type: ignore[union-attr]
             raise PatchError(

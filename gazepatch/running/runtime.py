@@ -25,6 +25,7 @@ class Running(threading.local):
     Attributes:
         ids: Token ids that the multimodal model was called with.
         mask: Its padding mask `[B, S]`.
+        encoded: Whether it was called with features that were made before.
         captured: By modality, the arguments that features were made from, until a forward of the decoder takes them.
         capturing: Whether features are being made right now.
         dense: Whether the model reads densely for a while.
@@ -38,6 +39,7 @@ class Running(threading.local):
     def __init__(self) -> None:
         self.ids: Tensor | None = None
         self.mask: Tensor | None = None
+        self.encoded = False
         self.captured: dict[str, dict[str, Any]] = {}
         self.capturing = False
         self.dense = False
@@ -65,7 +67,7 @@ class Runtime:
         store_of: For every layer that reads the keys of another one: that layer.
         latent: Whether caches hold latents, a single key head for all query heads.
         stores: Layers whose entries are kept region by region, among those of the sequence.
-        counters: Of the cache that had the last prompt.
+        counters: Of the cache that was used last.
         warned: Whether somebody was told that a prompt came without token ids.
     """
 
@@ -104,8 +106,8 @@ class Runtime:
         state = forward.state
         if self.running.trace is not None:
             self.running.trace.follow(state, rows, prompt or others)
+        self.counters = state.counters
         if prompt:
-            self.counters = state.counters
             state.counters.clear()
         elif state.spans:
             state.counters.steps += 1

@@ -35,9 +35,11 @@ def start(runtime: Runtime, state: GazeState, cache: Cache | None, rows: int, to
     """Any other forward of `tokens` tokens in each of `rows` rows starts."""
     past, across = state.length, runtime.adapter.across
     prompt = tokens > 1 or past == 0
-    ids = _ids(runtime, rows, tokens) if prompt and not across else None
+    ids = _ids(runtime, rows, tokens, state.tokens) if prompt and not across else None
     captured, runtime.running.captured = runtime.running.captured, {}
-    spans = [] if ids is None else runtime.adapter.locate(runtime.model_config, ids, captured)
+    # Behind a prompt, tokens of images that come without any are guesses of assisted generation, embedded as words.
+    guessed = past > 0 and not captured and not runtime.running.encoded
+    spans = [] if ids is None or guessed else runtime.adapter.locate(runtime.model_config, ids, captured)
     text = _text(runtime, ids, spans) if ids is not None and runtime.config.prefill == "gaze" else None
     insertion = insert(spans, rows, tokens, runtime.config.context_tokens)
     if insertion is not None:
@@ -52,8 +54,8 @@ def start(runtime: Runtime, state: GazeState, cache: Cache | None, rows: int, to
     return forward
 
 
-def _ids(runtime: Runtime, rows: int, tokens: int) -> list[list[int]] | None:
-    """Token ids of the new tokens, -1 for padding."""
+def _ids(runtime: Runtime, rows: int, tokens: int, past: int) -> list[list[int]] | None:
+    """Token ids of the new tokens behind `past` others, -1 for padding."""
     ids, mask = runtime.running.ids, runtime.running.mask
     if ids is None or tuple(ids.shape) != (rows, tokens):
         if ids is None and tokens > 1 and not runtime.warned:
@@ -61,7 +63,8 @@ def _ids(runtime: Runtime, rows: int, tokens: int) -> list[list[int]] | None:
             logger.warning("called without input_ids: visual tokens cannot be found, so this prompt is read whole")
         return None
     if mask is not None and mask.shape[1] >= tokens:
-        ids = torch.where(mask[:, -tokens:].to(ids.device) == 0, -1, ids)
+        stop = min(mask.shape[1], past + tokens)  # it may cover all the room of a static cache
+        ids = torch.where(mask[:, stop - tokens : stop].to(ids.device) == 0, -1, ids)
     listed: list[list[int]] = ids.tolist()
     return listed
 

@@ -25,7 +25,7 @@ SETTINGS = {
 }
 
 
-def compiled(backend: str = "eager") -> dict[str, Any]:
+def compiled(backend: Any = "eager") -> dict[str, Any]:
     """What `generate` compiles its steps by, on CPU too."""
     config = CompileConfig(backend=backend, fullgraph=True, mode=None)
     config._compile_all_devices = True

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from stepping import QUARTER, SETTINGS, assert_same, compiled, generate, longer, supported
 from tiny import Case, batch, tiny
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
+from torch._guards import TracingContext
 from torch._inductor.utils import run_and_get_code
+from torch.fx import GraphModule
 from transformers import DynamicCache
 
 from gazepatch.patch import patched, stats
@@ -61,6 +66,26 @@ def test_the_kernels_compile_within_a_step(case: Case) -> None:
     with patched(case.model, SETTINGS["periphery"], backend="triton"):
         assert_same(generate(case, 3, **compiled("aot_eager")), expected)
         assert stats(case.model) == counted and counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("settings", ["whole", "periphery"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_step_writes_to_nothing_that_moves(case: Case, backend: str, settings: str) -> None:
+    # A step that does is not recorded as a CUDA graph, only compiled.
+    if backend == "triton":
+        pytest.importorskip("triton")
+    moving: list[set[int]] = []
+
+    def look(graph: GraphModule, inputs: Any) -> Any:
+        seen = TracingContext.get().fw_metadata
+        written = {i for i, info in enumerate(seen.input_info) if info.mutates_data}
+        assert written
+        moving.append(written - {*seen.static_input_indices})
+        return graph.forward
+
+    with patched(case.model, SETTINGS[settings], backend=backend):
+        generate(case, 2, **compiled(aot_autograd(fw_compiler=look, inference_compiler=look)))
+    assert moving == [set()]
 
 
 def test_what_the_kernels_write_is_not_copied(case: Case) -> None:

@@ -150,17 +150,27 @@ def test_nothing_moves_from_step_to_step(name: str) -> None:
         assert int(cache.get_seq_length()) == int(cache.gaze.filled) == mask.shape[1]
 
 
-def test_a_cache_that_is_reset_stays_where_it_is(case: Case, fresh: None) -> None:
+def addresses(cache: StaticCache) -> list[int]:
+    """Of everything that steps write to."""
+    of_state, of_counters = cache.gaze._places._held, cache.gaze.counters.places._held
+    held = [*of_state.values(), *of_counters.values(), *cache.layers[0]._places._held.values(), cache.gaze.filled]
+    return [memory.data_ptr() for memory in held]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_cache_that_is_reset_stays_where_it_is(case: Case, backend: str, fresh: None) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
     settings = {key: value for key, value in compiled().items() if key != "cache_implementation"}
-    with patched(case.model, QUARTER):
+    with patched(case.model, SETTINGS["periphery"], backend=backend):
         cache = static(case)
-        expected = generate(case, past_key_values=cache, **settings)
-        places = {name: memory.data_ptr() for name, memory in cache.layers[0]._memory.items()}
+        expected = generate(case, 3, past_key_values=cache, **settings)
+        places = addresses(cache)
         cache.reset()
         assert cache.get_seq_length() == 0 and cache.gaze.regions is None
         with torch.compiler.set_stance("fail_on_recompile"):
-            assert_same(generate(case, past_key_values=cache, **settings), expected)
-        assert {name: memory.data_ptr() for name, memory in cache.layers[0]._memory.items()} == places
+            assert_same(generate(case, 3, past_key_values=cache, **settings), expected)
+        assert addresses(cache) == places
         cache.reset()
         text = torch.tensor([[1, 11, 12, 13]])
         answers = [

@@ -20,6 +20,7 @@ from gazepatch.errors import CacheError
 from gazepatch.insertion import Insertion
 from gazepatch.layout import Span
 from gazepatch.ops.late import Late
+from gazepatch.places import Places, settled
 from gazepatch.regions import ABSENT, Chunk
 from gazepatch.stats import StepCounters
 
@@ -41,6 +42,7 @@ class StaticState(GazeState):
         super().__init__(owner, config)
         self.capacity = capacity
         self.counters = StepCounters()
+        self._places = Places()
 
     def clear(self) -> None:
         """Forget the sequence."""
@@ -100,7 +102,7 @@ class StaticState(GazeState):
     def count_on(self, device: torch.device) -> None:
         """Have `filled`, on the device of the first layer that asks."""
         if self.filled is None:
-            self.filled = _settled(torch.zeros((), dtype=torch.long, device=device))
+            self.filled = settled(torch.zeros((), dtype=torch.long, device=device))
 
     def expect(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
         """A layer that gazes was seen in a prompt: it will ask for a plan."""
@@ -122,7 +124,7 @@ class StaticState(GazeState):
                 self.table("other_positions", device)
                 self.table("logical_order", device)
                 plan = self.plan_of(batch, heads, key_heads, device)
-                plan.prepare(query, value_dim)
+                plan.prepare(query, value_dim, self._places)
                 visual, read = plan.visual_entries, plan.always_read
             if self.spans:
                 self.counters.expect(layer, visual, read, selections * self.slots.context_tokens, device)
@@ -176,7 +178,7 @@ class StaticGazeLayer(GazeLayer):
 
     def __init__(self, state: StaticState, gazes: bool, leads: bool) -> None:
         super().__init__(state, gazes, leads)
-        self._memory: dict[str, Tensor] = {}
+        self._places = Places()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Remember dtype and device; the stores are made by the first update."""
@@ -213,24 +215,18 @@ class StaticGazeLayer(GazeLayer):
         held = self._other
         if held is not None and held[0].shape[2] == room:
             return
-        made = [x.new_zeros(*x.shape[:2], room, x.shape[3]) for x in new]
-        self._other = tuple(self._place(f"other {i}", store) for i, store in enumerate(made))
+        made = tuple(x.new_zeros(*x.shape[:2], room, x.shape[3]) for x in new)
+        self._other = self._placed("other", made)
         for store, before in zip(self._other, held or (), strict=False):
             store[:, :, :start] = before[:, :, :start]
 
     def _append_visual(self, new: Stores, chunk: Chunk) -> None:
         super()._append_visual(new, chunk)
         assert self._visual is not None and self._means is not None
-        self._visual = tuple(self._place(f"visual {i}", store) for i, store in enumerate(self._visual))
-        self._means = tuple(self._place(f"means {i}", store) for i, store in enumerate(self._means))
+        self._visual, self._means = self._placed("visual", self._visual), self._placed("means", self._means)
 
-    def _place(self, name: str, new: Tensor) -> Tensor:
-        """`new` at an address that lasts: that of an earlier prompt, if it took as much."""
-        held = self._memory.get(name)
-        if held is not None and (held.shape, held.dtype, held.device) == (new.shape, new.dtype, new.device):
-            return held.copy_(new)
-        self._memory[name] = _settled(new)
-        return new
+    def _placed(self, name: str, stores: Stores) -> Stores:
+        return tuple(self._places.place((name, i), store) for i, store in enumerate(stores))
 
     # ---- reading
 
@@ -272,10 +268,3 @@ class StaticGazeLayer(GazeLayer):
             store.copy_(store.index_select(0, rows))
         if self.leads:
             self.state.select_rows(rows)
-
-
-def _settled(memory: Tensor) -> Tensor:
-    """Tell a compiler that this tensor will not move: a CUDA graph need not copy it before every replay."""
-    if not torch.compiler.is_compiling():
-        torch._dynamo.mark_static_address(memory)
-    return memory

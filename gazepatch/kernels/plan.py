@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from gazepatch.kernels.launches import (
 from gazepatch.kernels.ops import decode, select
 from gazepatch.ops.decode import Decoded, DecodePlan, Entries
 from gazepatch.ops.late import Late
+from gazepatch.places import Places
 from gazepatch.regions import Regions
 from gazepatch.scores import Scores
 
@@ -81,9 +82,17 @@ class KernelPlan(DecodePlan):
             self.taken = torch.empty(*self.shape, count if config.periphery else 0, dtype=torch.int8, device=device)
         self._shares: dict[tuple[int, int, int], Share] = {}
 
-    def prepare(self, query: Tensor, value_dim: int) -> None:
-        """Take the scratch memory for queries like this."""
-        self._share(query, value_dim)
+    def prepare(self, query: Tensor, value_dim: int, places: Places) -> None:
+        """As of the base."""
+
+        def place(name: Hashable, made: Tensor) -> Tensor:
+            return places.place((*self.shape, self.heads, name), made)
+
+        for name in ("arrived",) if self.whole else ("arrived", "runs", "region_logits", "logits", "taken"):
+            setattr(self, name, place(name, getattr(self, name)))
+        share, kind = self._share(query, value_dim), _kind(query, value_dim)
+        partial, weights = place(("partial", kind), share.partial), place(("weights", kind), share.weights)
+        self._shares[kind] = share._replace(partial=partial, weights=weights)
 
     def decode(
         self,
@@ -187,10 +196,10 @@ class KernelPlan(DecodePlan):
 
     def _share(self, query: Tensor, value_dim: int) -> Share:
         """Made once, as all layers share it."""
-        key = (query.shape[-1], value_dim, query.element_size())
-        if key not in self._shares:
-            self._shares[key] = self._shared(*key)
-        return self._shares[key]
+        kind = _kind(query, value_dim)
+        if kind not in self._shares:
+            self._shares[kind] = self._shared(*kind)
+        return self._shares[kind]
 
     def _shared(self, dim: int, value_dim: int, bytes_per_element: int) -> Share:
         device, regions = self.log_counts.device, self.regions.start.shape[1]
@@ -221,6 +230,10 @@ class KernelPlan(DecodePlan):
         if not self.whole and self.regions.windows > MOST_WINDOWS:
             return f"scores up to {MOST_WINDOWS} windows a region, got {self.regions.windows}"
         return None
+
+
+def _kind(query: Tensor, value_dim: int) -> tuple[int, int, int]:
+    return query.shape[-1], value_dim, query.element_size()
 
 
 def appended(late: Late | None) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from gazepatch.config import GazeConfig
 from gazepatch.ops.late import Late
 from gazepatch.ops.partial import Part, attend, combine, sink
+from gazepatch.places import Places
 from gazepatch.regions import ABSENT, Regions
 from gazepatch.scores import Scores, added
 from gazepatch.selection import region_scores, select, window_logits
@@ -113,8 +114,8 @@ class DecodePlan:
             late.write()
         return gaze_decode(query, entries, self, scores, bias)
 
-    def prepare(self, query: Tensor, value_dim: int) -> None:
-        """Make what the first step for such queries `[..., D]` and values of `value_dim` would."""
+    def prepare(self, query: Tensor, value_dim: int, places: Places) -> None:
+        """Have what steps for such queries `[..., D]` and values of `value_dim` write to, in places that last."""
 
     @property
     def always_read(self) -> int | None:

@@ -1,0 +1,32 @@
+"""Memory that stays where it is from prompt to prompt: a CUDA graph writes to nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor
+
+
+def settled(memory: Tensor) -> Tensor:
+    """Tell a compiler that this tensor will not move: only then does it record steps that write to it."""
+    if not torch.compiler.is_compiling():
+        torch._dynamo.mark_static_address(memory)
+    return memory
+
+
+class Places:
+    """Where tensors lie that are made anew for every prompt."""
+
+    def __init__(self) -> None:
+        self._held: dict[Hashable, Tensor] = {}
+
+    def place(self, name: Hashable, new: Tensor) -> Tensor:
+        """`new`, where the last one of its name lies, if that took as much."""
+        held = self._held.get(name)
+        if held is new:
+            return new
+        if held is not None and (held.shape, held.dtype, held.device) == (new.shape, new.dtype, new.device):
+            return held.copy_(new)
+        self._held[name] = settled(new)
+        return new

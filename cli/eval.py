@@ -27,6 +27,7 @@ def command(model: str, data: str, budgets: list[float | int], limit: int | None
 
     MODEL is an artefact, or any supported model, which then gazes with the default settings; DATA what `gazepatch
     train` takes. Conversations are read in one pass, as in a training: what the user says behind an image gazes too.
+    How much of the images is read is counted for the answers alone.
     """
     import gazepatch
     from gazepatch.cli.opening import open_model
@@ -37,10 +38,11 @@ def command(model: str, data: str, budgets: list[float | int], limit: int | None
     if as_json:
         print_json(scores)
         return
-    head = ("budget", "agrees with dense", "divergence", "right", "right densely", "tokens")
+    head = ("budget", "visual entries read", "agrees with dense", "divergence", "right", "right densely", "tokens")
     rows = [
         (
             budget_text(s.budget),
+            "no images" if s.read_share is None else f"{s.read_share:.1%}",
             f"{s.agreement:.1%}",
             f"{s.divergence:.4f}",
             f"{s.right:.1%}",

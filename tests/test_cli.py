@@ -440,6 +440,8 @@ def test_eval(base: Path, tmp_path: Path, page: Path) -> None:
     assert "visual entries read" in table and "  100.0%  " in table and f"  {two['read_share']:.1%}  " in table
     few = gaze("eval", base, tmp_path / "data.jsonl", "--limit", "2")
     assert "  100.0%  " in few.stdout
+    many = gaze("eval", base, tmp_path / "data.jsonl", "--limit", "2", "--min-visual-tokens", "0", "--json")
+    assert json.loads(many.stdout)[0]["whole"] == 0 and json.loads(many.stdout)[0]["read_share"] < 0.35
     assert "2 of these conversations were read whole: fewer than min_visual_tokens=2048" in few.stdout
     fails(2, "expected shares or numbers", *data, "--budgets", "half")
     (tmp_path / "words.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "this ?"}, said]}))

@@ -117,7 +117,7 @@ def evaluate(
 def _follow(
     model: Any, batch: Mapping[str, Any], budgets: Sequence[float | int], whole: bool
 ) -> tuple[torch.Tensor, int]:
-    """One conversation, which may be read `whole`.
+    """One conversation, of which nothing gazes if it is read `whole`.
 
     Returns:
         Sums `[budgets, 6]` over the assistant's tokens: shares read, how many tokens have one, those on which both
@@ -135,7 +135,7 @@ def _follow(
         set_budget(model, budget)
         with prompt_reads(model, choosing) as reads:
             gazed = logits_at(model, inputs, columns, kept)
-        share = 1.0 if whole else reads.share
+        share = 1.0 if whole and reads.share is None else reads.share
         read = (0.0, 0) if share is None else (share * len(answer), len(answer))
         right, dense_right = ((logits.argmax(-1) == answer).sum() for logits in (gazed, densely))
         rows.append([*read, *map(float, (agreed(gazed, densely), distill(gazed, densely), right, dense_right))])
@@ -145,8 +145,9 @@ def _follow(
 def _score(budget: float | int, sums: Sequence[float], tokens: int, whole: int) -> Score:
     """Of one budget, from the sums of `_follow` over all conversations."""
     shares, with_images, *others = sums
-    means = (value / max(1, tokens) for value in others)
-    return Score(budget, shares / with_images if with_images else None, *means, tokens, whole)
+    agreement, divergence, right, dense_right = (value / max(1, tokens) for value in others)
+    read_share = shares / with_images if with_images else None
+    return Score(budget, read_share, agreement, divergence, right, dense_right, tokens, whole)
 
 
 def _whole(model: Any, batch: Mapping[str, Any], least: int) -> bool:

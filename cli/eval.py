@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from gazepatch.cli.output import bar_of, json_option, print_json, print_table
-from gazepatch.cli.settings import share_or_number
+from gazepatch.cli.settings import least_option, share_or_number
 from gazepatch.config import budget_text
 
 
@@ -21,26 +23,31 @@ def _budgets(ctx: click.Context, param: click.Parameter, value: str | None) -> l
 @click.argument("data")
 @click.option("--budgets", metavar="B,B,...", callback=_budgets, help="Budgets to measure, by default the model's own.")
 @click.option("--limit", metavar="N", type=click.IntRange(min=1), help="Read the first N conversations only.")
+@least_option
 @json_option
-def command(model: str, data: str, budgets: list[float | int], limit: int | None, as_json: bool) -> None:
+def command(
+    model: str, data: str, budgets: list[float | int], limit: int | None, as_json: bool, **reading: Any
+) -> None:
     """Measure how closely MODEL with gaze follows itself dense, on conversations in DATA.
 
     MODEL is an artefact, or any supported model, which then gazes with the default settings; DATA what `gazepatch
     train` takes. Conversations are read in one pass, as in a training: what the user says behind an image gazes too.
+    How much of the images is read is counted for the answers alone.
     """
     import gazepatch
     from gazepatch.cli.opening import open_model
 
-    patched, processor = open_model(model)
+    patched, processor = open_model(model, reading)
     with bar_of("eval", " conversations") as progress:
         scores = gazepatch.evaluate(patched, processor, data, budgets=budgets, limit=limit, progress=progress)
     if as_json:
         print_json(scores)
         return
-    head = ("budget", "agrees with dense", "divergence", "right", "right densely", "tokens")
+    head = ("budget", "visual entries read", "agrees with dense", "divergence", "right", "right densely", "tokens")
     rows = [
         (
             budget_text(s.budget),
+            "no images" if s.read_share is None else f"{s.read_share:.1%}",
             f"{s.agreement:.1%}",
             f"{s.divergence:.4f}",
             f"{s.right:.1%}",

@@ -31,6 +31,11 @@ def reading_options(command: Command) -> Command:
     return _options(GazeConfig, dict.fromkeys(("budget", "min_visual_tokens"), "MODEL's own"))(command)
 
 
+def least_option(command: Command) -> Command:
+    """The option of `reading_options` that says which sequences gaze, alone."""
+    return _options(GazeConfig, {"min_visual_tokens": "MODEL's own"})(command)
+
+
 def _options(kind: type, shown: Mapping[str, str]) -> Callable[[Command], Command]:
     """Options for the fields of a dataclass that are named in `shown`, with what its help calls their defaults."""
     hints, helps = typing.get_type_hints(kind), _field_helps(kind)

@@ -14,7 +14,16 @@ from torch import nn
 from gazepatch.errors import ConfigError
 from gazepatch.inspection import locate, read_whole
 from gazepatch.lora import has_lora, without_lora
-from gazepatch.patch import context_tokens_of, dense, patch_of, patched, restored, root_model, set_budget
+from gazepatch.patch import (
+    context_tokens_of,
+    dense,
+    patch_of,
+    patched,
+    prompt_reads,
+    restored,
+    root_model,
+    set_budget,
+)
 from gazepatch.registry import adapter_for
 from gazepatch.training.chat import Collator, supervised
 from gazepatch.training.objectives import agreed, distill
@@ -28,6 +37,9 @@ class Score:
 
     Attributes:
         budget: Share or number of the regions that are read.
+        read_share: Share of the visual entries, in the layers that gaze, that the queries read which choose these
+            tokens. It is counted, not taken from the budget, and the mean over conversations with images, weighted by
+            their tokens: 1.0 of one that is read whole. None where no answer has an image before it.
         agreement: Share of tokens for which gaze and dense hold the same one most likely.
         divergence: Mean of `KL(dense || gaze)`, in nats.
         right: Share of tokens that gaze holds most likely and that stand in the data.
@@ -37,6 +49,7 @@ class Score:
     """
 
     budget: float | int
+    read_share: float | None
     agreement: float
     divergence: float
     right: float
@@ -57,7 +70,8 @@ def evaluate(
     """Compare a patched model with itself read densely, token by token along the answers of some conversations.
 
     Each conversation is read in one pass, as in a training: what the user says behind an image gazes too, whatever
-    `prefill` is set to. The dense side has neither routing nor context tokens nor LoRA adapters.
+    `prefill` is set to. What is read is counted for the assistant's tokens alone: these read as much as decode steps.
+    The dense side has neither routing nor context tokens nor LoRA adapters.
 
     Args:
         model: The patched model; it is left as it was.
@@ -81,7 +95,7 @@ def evaluate(
         raise ConfigError(f"limit must be at least 1, got {limit}")
     collator, records = Collator(processor), read_records(data)
     count = min(len(records), limit or len(records))
-    sums = torch.zeros(len(gazes), 4, dtype=torch.float64)
+    sums = torch.zeros(len(gazes), 6, dtype=torch.float64)
     total = whole = 0
     training = model.training
     model.eval()
@@ -89,34 +103,51 @@ def evaluate(
         with restored(model), patched(model, gazes[0], context_tokens=tokens):
             for number in range(count):
                 inputs = collator([records[number]])
-                found, seen = _follow(model, inputs, [gaze.budget for gaze in gazes])
-                sums, total, whole = sums + found, total + seen, whole + _whole(model, inputs, config.min_visual_tokens)
+                few = _whole(model, inputs, config.min_visual_tokens)
+                found, seen = _follow(model, inputs, [gaze.budget for gaze in gazes], few)
+                sums, total, whole = sums + found, total + seen, whole + few
                 if progress is not None:
                     progress(number + 1, count)
     finally:
         model.train(training)
-    shares = (sums / max(1, total)).tolist()
-    return [
-        Score(gaze.budget, agreement, divergence, right, dense_right, total, whole)
-        for gaze, (agreement, divergence, right, dense_right) in zip(gazes, shares, strict=True)
-    ]
+    return [_score(gaze.budget, row, total, whole) for gaze, row in zip(gazes, sums.tolist(), strict=True)]
 
 
 @torch.no_grad()
-def _follow(model: Any, batch: Mapping[str, Any], budgets: Sequence[float | int]) -> tuple[torch.Tensor, int]:
-    """Sums `[budgets, 4]` over the assistant's tokens of one conversation, and how many those are."""
+def _follow(
+    model: Any, batch: Mapping[str, Any], budgets: Sequence[float | int], whole: bool
+) -> tuple[torch.Tensor, int]:
+    """One conversation, of which nothing gazes if it is read `whole`.
+
+    Returns:
+        Sums `[budgets, 6]` over the assistant's tokens: shares read, how many tokens have one, those on which both
+        agree, divergences, those that gaze has right, and dense. And how many tokens there are.
+    """
     root = root_model(model)
     inputs = {name: value.to(root.device) for name, value in batch.items()}
-    columns, kept, answer = supervised(inputs.pop("labels"))
+    labels = inputs.pop("labels")
+    columns, kept, answer = supervised(labels)
+    choosing = torch.zeros_like(labels, dtype=torch.bool).index_copy(1, columns, kept)
     with dense(model), without_lora(root) if has_lora(root) else nullcontext():
-        whole = logits_at(model, inputs, columns, kept)
+        densely = logits_at(model, inputs, columns, kept)
     rows = []
     for budget in budgets:
         set_budget(model, budget)
-        gazed = logits_at(model, inputs, columns, kept)
-        right, dense_right = ((logits.argmax(-1) == answer).sum() for logits in (gazed, whole))
-        rows.append(torch.stack([agreed(gazed, whole), distill(gazed, whole), right, dense_right]))
-    return torch.stack(rows).double().cpu(), len(answer)
+        with prompt_reads(model, choosing) as reads:
+            gazed = logits_at(model, inputs, columns, kept)
+        share = 1.0 if whole and reads.share is None else reads.share
+        read = (0.0, 0) if share is None else (share * len(answer), len(answer))
+        right, dense_right = ((logits.argmax(-1) == answer).sum() for logits in (gazed, densely))
+        rows.append([*read, *map(float, (agreed(gazed, densely), distill(gazed, densely), right, dense_right))])
+    return torch.tensor(rows, dtype=torch.float64), len(answer)
+
+
+def _score(budget: float | int, sums: Sequence[float], tokens: int, whole: int) -> Score:
+    """Of one budget, from the sums of `_follow` over all conversations."""
+    shares, with_images, *others = sums
+    agreement, divergence, right, dense_right = (value / max(1, tokens) for value in others)
+    read_share = shares / with_images if with_images else None
+    return Score(budget, read_share, agreement, divergence, right, dense_right, tokens, whole)
 
 
 def _whole(model: Any, batch: Mapping[str, Any], least: int) -> bool:

@@ -202,16 +202,22 @@ def trace(model: nn.Module) -> Iterator[Trace]:
 
 
 @contextmanager
-def prompt_reads(model: nn.Module) -> Iterator[PromptReads]:
-    """Count what the queries of prompts read that gaze (`prefill="gaze"`), for the length of a `with` block.
+def prompt_reads(model: nn.Module, tokens: Tensor) -> Iterator[PromptReads]:
+    """Count what queries of a prompt read that gaze (`prefill="gaze"`), for the length of a `with` block.
 
-    Holds for the calling thread. Prompts whose rows all have too few visual tokens to gaze count nothing.
+    Holds for the calling thread. Of images in the sequence nothing is counted where every row has fewer visual tokens
+    than `min_visual_tokens`. Otherwise, and of images in cross-attention layers always, a query that sees too few of
+    them counts as one that reads them all.
+
+    Args:
+        model: The patched model. Within the block it takes prompts of the shape `[B, S]` alone.
+        tokens: `[B, S]` boolean: the tokens whose queries count, where they are text behind an image.
 
     Raises:
         PatchError: The model is not patched.
     """
     running = patch_of(model).runtime.running
-    before, running.reads = running.reads, PromptReads()
+    before, running.reads = running.reads, PromptReads(tokens)
     try:
         yield running.reads
     finally:

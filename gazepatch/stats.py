@@ -1,8 +1,9 @@
-"""What a patched model has read: counters, without a synchronisation per step."""
+"""What a patched model has read: counters, which in decode steps do not wait for the device."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,33 +52,45 @@ class Stats:
 
 @dataclass
 class PromptReads:
-    """What the queries of prompts read that gaze, those of text behind an image: for who asks, see `prompt_reads`.
+    """What queries of prompts read that gaze: see `gazepatch.patch.prompt_reads`.
 
     Attributes:
-        visual, read: As in `Stats`, summed over these queries, layers and key heads; on the device.
+        tokens: `[B, S]` the tokens whose queries count.
+        visual: Visual KV positions that these queries see, summed as in `Stats`; 0 when none of them gazed.
+        read: How many of them were read.
     """
 
-    visual: int | Tensor = 0
-    read: int | Tensor = 0
+    tokens: Tensor
+    visual: int = 0
+    read: int = 0
 
     @property
     def share(self) -> float | None:
-        """Share of the visual entries that was read; None when no query gazed. Waits for the device."""
-        visual = int(self.visual)
-        return int(self.read) / visual if visual else None
+        """Share of the visual entries that was read; None when no query gazed."""
+        return self.read / self.visual if self.visual else None
 
-    def add(self, taken: Tensor, seen: Tensor, length: Tensor, rows: Tensor) -> None:
-        """Some queries of one layer.
+
+class QueryReads(NamedTuple):
+    """Some queries of one layer, `counted` `[B, Q]` of which are counted in `reads`."""
+
+    reads: PromptReads
+    counted: Tensor
+
+    def part(self, part: slice) -> QueryReads:
+        """Some of them."""
+        return QueryReads(self.reads, self.counted[:, part])
+
+    def add(self, taken: Tensor, seen: Tensor, length: Tensor) -> None:
+        """Count what they read. Waits for the device, as selections of prompts do.
 
         Args:
             taken: `[B, H_kv, Q, g, R]` whether a selection reads a region.
             seen: `[B or 1, Q, R]` whether a query sees it.
             length: `[B or 1, R]` its tokens.
-            rows: `[B, Q]` which queries count.
         """
-        entries = rows[..., None] * seen * length[:, None]
-        self.visual = self.visual + taken.shape[1] * taken.shape[3] * entries.sum()
-        self.read = self.read + (taken * entries[:, None, :, None]).sum()
+        entries = self.counted[..., None] * seen * length[:, None]
+        self.reads.visual += taken.shape[1] * taken.shape[3] * int(entries.sum())
+        self.reads.read += int((taken * entries[:, None, :, None]).sum())
 
 
 @dataclass

@@ -20,6 +20,7 @@ from gazepatch.cli.group import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 PYTHON = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_commands_are_documented() -> None:
@@ -49,6 +50,25 @@ def test_the_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert report.notes == ["row 0 has 256 visual tokens, fewer than min_visual_tokens=2048: it is read whole"]
     assert names["share"] == 0.25
     gazepatch.push.assert_called_once_with("digits-full", "you/digits-gaze", private=True)  # type: ignore[attr-defined]
+
+
+def test_the_first_answer_of_the_readme_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("PIL")
+    monkeypatch.chdir(ROOT)
+    (snippet,) = re.findall(
+        r"^```python\n(.*?)^```", README.partition("## A first answer")[2].partition("\n## ")[0], re.M | re.S
+    )
+    ours = {
+        "Qwen/Qwen2.5-VL-3B-Instruct": "examples/digits_vlm/models/dense",
+        "page.png": "examples/digits_vlm/boards/00.png",
+    }
+    for name, stand_in in ours.items():
+        assert name in snippet
+        snippet = snippet.replace(name, stand_in)
+    names: dict[str, Any] = {}
+    exec(compile(snippet, "the first answer of README.md", "exec"), names)
+    assert 0.25 <= gazepatch.stats(names["model"]).read_share < 0.45
+    assert names["answer"].shape[1] > names["inputs"]["input_ids"].shape[1]
 
 
 @pytest.mark.parametrize(("name", "what"), [("mllama", "the keys of cross-attention"), ("kimi_k25", "latents")])

@@ -56,7 +56,7 @@ def test_scores_are_those_of_forwards_by_hand(model: Any, base: Path, data: Path
     settings = gazepatch.inspect(model).settings
     assert settings == replace(CONFIG, context_tokens=2)
     gazepatch.restore(model)
-    sums = torch.zeros(2, 4)
+    sums, shares = torch.zeros(2, 4), torch.zeros(2)
     count, records = 0, read_records(data)
     for number in range(len(records)):
         batch = Collator(processor)([records[number]])
@@ -67,6 +67,7 @@ def test_scores_are_those_of_forwards_by_hand(model: Any, base: Path, data: Path
         for row, budget in enumerate((1.0, 0.2)):
             with gazepatch.patched(model, replace(settings, prefill="gaze", budget=budget), context_tokens=tokens):
                 gazed = model(**batch).logits[0, :-1][wanted]
+                shares[row] += len(dense) * share_of_steps(model, batch, wanted.nonzero()[:, 0].tolist())
             divergence = torch.distributions.kl_divergence(
                 torch.distributions.Categorical(logits=dense), torch.distributions.Categorical(logits=gazed)
             )
@@ -76,6 +77,39 @@ def test_scores_are_those_of_forwards_by_hand(model: Any, base: Path, data: Path
     found = torch.tensor([[s.agreement, s.divergence, s.right, s.dense_right] for s in scores])
     torch.testing.assert_close(found, sums / count, atol=1e-5, rtol=1e-4)
     assert [s.tokens for s in scores] == [count, count] and scores[0].divergence != scores[1].divergence
+    assert [s.read_share for s in scores] == pytest.approx((shares / count).tolist())
+    assert scores[0].read_share == 1.0 and 0.19 < (scores[1].read_share or 0) < 0.22
+
+
+def share_of_steps(model: Any, batch: Any, positions: list[int]) -> float:
+    """What the tokens at these positions, the last ones but one, read as decode steps."""
+    ids, cache = batch["input_ids"], transformers.DynamicCache()
+    model(input_ids=ids[:, : positions[0]], pixel_values=batch["pixel_values"], past_key_values=cache)
+    for position in positions:
+        model(input_ids=ids[:, position, None], past_key_values=cache)
+    assert gazepatch.stats(model).steps == len(positions)
+    return gazepatch.stats(model).read_share
+
+
+def test_what_is_read_where_not_everything_gazes(model: Any, base: Path, data: Path) -> None:
+    processor = transformers.AutoProcessor.from_pretrained(base)
+    short = data.read_text().splitlines()[0]
+    said = [{"role": "user", "content": "what ?"}, {"role": "assistant", "content": "this is"}]
+    two = json.loads(short) | {"images": ["page.png", "page.png"]}
+    two["messages"][0]["content"] = "<image> <image> what ?"
+    files = {"words": [{"messages": said}], "one": [json.loads(short)], "two": [two]}
+    files["all"] = [one for lines in files.values() for one in lines]
+    few = replace(gazepatch.inspect(model).settings, min_visual_tokens=1000)  # more than an image has, less than two
+    found = {}
+    with gazepatch.patched(gazepatch.restore(model), few, context_tokens=torch.ones(2, 32)):
+        for name, lines in files.items():
+            (path := data.parent / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+            (found[name],) = gazepatch.evaluate(model, processor, path)
+    assert found["words"].read_share is None and found["one"].read_share == 1.0
+    share = found["two"].read_share
+    assert share is not None and 0.19 < share < 0.22
+    assert found["one"].tokens == found["two"].tokens and found["all"].read_share == pytest.approx((1 + share) / 2)
+    assert [found[name].whole for name in files] == [0, 1, 0, 1]
 
 
 def test_bench_leaves_the_model_as_it_was(model: Any, base: Path, data: Path) -> None:

@@ -16,7 +16,7 @@ from gazepatch.caches.state import GazeState
 from gazepatch.config import GazeConfig
 from gazepatch.ops import prefill
 from gazepatch.ops.prefill import Keys, Queries, gaze_prefill
-from gazepatch.stats import PromptReads
+from gazepatch.stats import PromptReads, QueryReads
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -78,8 +78,8 @@ def gazed(
     assert state.regions is not None and layer.mean_keys is not None
     keys = Keys(key, value, layer.mean_keys, layer.mean_values, state.regions, state.region_of())
     scores = state.laid(sequence.scores(slice(None), key.shape[2])).of_queries(positions)
-    queries = Queries(sequence.query[:, :, positions], positions, mask, scores, text(sequence)[:, positions])
-    return gaze_prefill(queries, keys, config, reads)
+    counted = None if reads is None else QueryReads(reads, reads.tokens[:, positions])
+    return gaze_prefill(Queries(sequence.query[:, :, positions], positions, mask, scores, counted), keys, config)
 
 
 def assert_every_query_is_the_reference(sequence: Any, config: GazeConfig, mask_kind: str) -> None:
@@ -177,7 +177,7 @@ def test_reads_are_counted(
     positions = text(sequence).any(0).nonzero()[:, 0]
     rows, heads, length, _ = sequence.query.shape
     monkeypatch.setattr(prefill, "BLOCK_ELEMENTS", 2 * rows * heads * length)
-    reads = PromptReads()
+    reads = PromptReads(text(sequence))
     gazed(sequence, config, positions, masks(sequence, positions, "boolean"), reads)
     # The reference counts for every query head, those of a key head alike.
     selections = heads if config.head_reduce == "none" else sequence.key.shape[1]
@@ -189,7 +189,7 @@ def test_reads_are_counted(
             seen = [at for span in spans for at in span.positions()]
             visual += selections * len(seen)
             read += int(kept[row][:, seen].sum()) * selections // heads
-    assert (int(reads.visual), int(reads.read)) == (visual, read)
+    assert (reads.visual, reads.read) == (visual, read)
     assert reads.share == read / visual and (reads.share < 1) == (settings != "everything")
 
 

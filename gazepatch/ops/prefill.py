@@ -18,7 +18,7 @@ from gazepatch.ops.partial import Part, attend, combine, sink
 from gazepatch.regions import ABSENT, Regions
 from gazepatch.scores import Scores, added, as_bias
 from gazepatch.selection import region_scores, select, window_logits
-from gazepatch.stats import PromptReads
+from gazepatch.stats import QueryReads
 
 #: Elements of the largest temporary, the mask of a block of queries.
 BLOCK_ELEMENTS = 1 << 25
@@ -50,31 +50,31 @@ class Queries(NamedTuple):
         positions: `[Q]`.
         mask: `[B or 1, 1, Q, L]`, boolean or to be added to the scores; None: causal.
         scores: What becomes of the dot products.
-        rows: `[B, Q]` in which rows they are text, where what they read is counted.
+        reads: Counts what they read; None: nobody asks.
     """
 
     query: Tensor
     positions: Tensor
     mask: Tensor | None
     scores: Scores
-    rows: Tensor | None = None
+    reads: QueryReads | None = None
 
     def part(self, part: slice) -> Queries:
         """Some of them."""
         mask = None if self.mask is None else self.mask[:, :, part]
-        rows = None if self.rows is None else self.rows[:, part]
-        return Queries(self.query[:, :, part], self.positions[part], mask, self.scores.of_queries(part), rows)
+        reads = None if self.reads is None else self.reads.part(part)
+        return Queries(self.query[:, :, part], self.positions[part], mask, self.scores.of_queries(part), reads)
 
 
-def gaze_prefill(queries: Queries, keys: Keys, config: GazeConfig, reads: PromptReads | None = None) -> Tensor:
-    """Gaze attention of several text queries, `[B, H, Q, D_v]`; `reads` counts what they read."""
+def gaze_prefill(queries: Queries, keys: Keys, config: GazeConfig) -> Tensor:
+    """Gaze attention of several text queries, `[B, H, Q, D_v]`."""
     batch, heads, count, _ = queries.query.shape
     block = max(1, BLOCK_ELEMENTS // (batch * heads * keys.key.shape[2]))
     parts = (queries.part(slice(first, first + block)) for first in range(0, count, block))
-    return torch.cat([_block(part, keys, config, reads) for part in parts], 2)
+    return torch.cat([_block(part, keys, config) for part in parts], 2)
 
 
-def _block(queries: Queries, keys: Keys, config: GazeConfig, reads: PromptReads | None) -> Tensor:
+def _block(queries: Queries, keys: Keys, config: GazeConfig) -> Tensor:
     batch, heads, count, dim = queries.query.shape
     key_heads, group, regions = keys.key.shape[1], heads // keys.key.shape[1], keys.regions
     # [B, H_kv, Q * G, D], queries first, so that the heads of a group are neighbours.
@@ -88,9 +88,8 @@ def _block(queries: Queries, keys: Keys, config: GazeConfig, reads: PromptReads 
     logits = logits.masked_fill(~windows_seen, ABSENT)
     weights = logits.softmax(-1)
     taken = _taken(weights.detach(), seen, regions, config)  # [B, H_kv, Q, 1 or G, R]
-    if reads is not None:
-        assert queries.rows is not None
-        reads.add(taken, seen, regions.length, queries.rows)
+    if queries.reads is not None:
+        queries.reads.add(taken, seen, regions.length)
     read = _attend_kernel if _fits_kernel(grouped, keys, scores, config.backend) else _attend_masked
     parts = [read(grouped, keys, taken, queries.positions, bias, scores)]
     if config.periphery and keys.mean_values is not None:

@@ -16,7 +16,7 @@ from gazepatch.running.call import Call, implementation
 from gazepatch.running.forward import Forward
 from gazepatch.running.masks import as_4d, of_queries
 from gazepatch.scores import Scores
-from gazepatch.stats import PromptReads
+from gazepatch.stats import PromptReads, QueryReads
 
 
 def see_own_image(call: Call, own: OwnImage, original: str, dense: Tensor) -> Tensor:
@@ -76,9 +76,9 @@ def gaze(
         positions,
         of_queries(as_4d(call.mask), columns, positions, call.query.shape[2], key.shape[2]),
         forward.state.laid(scores).of_queries(columns),
-        rows,
+        None if reads is None else QueryReads(reads, rows & _among(reads.tokens, forward, positions - forward.past)),
     )
-    output = gaze_prefill(queries, _keys(forward, store, key, value, config.periphery), config, reads)
+    output = gaze_prefill(queries, _keys(forward, store, key, value, config.periphery), config)
     output = output if expansion is None else expansion.expanded(output)
     return _replaced(dense, columns, rows, output.transpose(1, 2))
 
@@ -92,6 +92,15 @@ def _routed(call: Call, forward: Forward) -> tuple[Tensor, Tensor, int]:
         kept = (columns >= dropped).nonzero()[:, 0]
         columns, rows = columns[kept] - dropped, rows[:, kept]
     return columns, rows, forward.past + dropped
+
+
+def _among(tokens: Tensor, forward: Forward, columns: Tensor) -> Tensor:
+    """`[B, Q]` which of the forward's text tokens in these columns are among `tokens` `[B, S]`."""
+    tokens = tokens.to(columns.device)
+    if forward.insertion is None:
+        return tokens[:, columns]
+    source = forward.insertion.source.to(columns.device)[:, columns]
+    return tokens.gather(1, source.clamp(min=0))
 
 
 def _keys(forward: Forward, store: int, key: Tensor, value: Tensor, periphery: bool) -> Keys:

@@ -285,6 +285,13 @@ def test_lora(base: Path, data: Path, tmp_path: Path, processor: Any, monkeypatc
         gazepatch.load(out)
 
 
+def test_without_context_tokens(base: Path, data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    out = trained(base, data, tmp_path / "out", replace(CONFIG, context_tokens=0), trainable="lora", steps=2)
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "gaze_config.json", "lora"]
+    assert gazepatch.inspect(gazepatch.load(out)).settings.context_tokens == 0
+
+
 def test_lora_needs_peft(base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gazepatch.lora.find_spec", lambda name: None if name == "peft" else object())
     with pytest.raises(TrainingError, match="pip install peft"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gazepatch.errors import ConfigError
 from gazepatch.inspection import locate, read_whole
@@ -95,8 +95,7 @@ def evaluate(
         raise ConfigError(f"limit must be at least 1, got {limit}")
     collator, records = Collator(processor), read_records(data)
     count = min(len(records), limit or len(records))
-    sums = torch.zeros(len(gazes), 6, dtype=torch.float64)
-    total = whole = 0
+    sums, whole = [_Sums(gaze.budget) for gaze in gazes], 0
     training = model.training
     model.eval()
     try:
@@ -104,25 +103,57 @@ def evaluate(
             for number in range(count):
                 inputs = collator([records[number]])
                 few = _whole(model, inputs, config.min_visual_tokens)
-                found, seen = _follow(model, inputs, [gaze.budget for gaze in gazes], few)
-                sums, total, whole = sums + found, total + seen, whole + few
+                _follow(model, inputs, few, sums)
+                whole += few
                 if progress is not None:
                     progress(number + 1, count)
     finally:
         model.train(training)
-    return [_score(gaze.budget, row, total, whole) for gaze, row in zip(gazes, sums.tolist(), strict=True)]
+    return [of_budget.score(whole) for of_budget in sums]
+
+
+@dataclass
+class _Sums:
+    """Sums over the assistant's tokens so far, for one budget: `read` of shares, over those `with_images`."""
+
+    budget: float | int
+    tokens: int = 0
+    with_images: int = 0
+    read: float = 0.0
+    agreed: float = 0.0
+    divergence: float = 0.0
+    right: float = 0.0
+    dense_right: float = 0.0
+
+    def add(self, gazed: Tensor, densely: Tensor, answer: Tensor, read: float | None) -> None:
+        """The logits `[N, V]` of both for an answer `[N]`, and the share that gaze read for it; None: of no image."""
+        self.tokens += len(answer)
+        if read is not None:
+            self.with_images += len(answer)
+            self.read += read * len(answer)
+        self.agreed += float(agreed(gazed, densely))
+        self.divergence += float(distill(gazed, densely))
+        self.right += float((gazed.argmax(-1) == answer).sum())
+        self.dense_right += float((densely.argmax(-1) == answer).sum())
+
+    def score(self, whole: int) -> Score:
+        """Means of these, with how many conversations were read `whole`."""
+        count = max(1, self.tokens)
+        return Score(
+            budget=self.budget,
+            read_share=self.read / self.with_images if self.with_images else None,
+            agreement=self.agreed / count,
+            divergence=self.divergence / count,
+            right=self.right / count,
+            dense_right=self.dense_right / count,
+            tokens=self.tokens,
+            whole=whole,
+        )
 
 
 @torch.no_grad()
-def _follow(
-    model: Any, batch: Mapping[str, Any], budgets: Sequence[float | int], whole: bool
-) -> tuple[torch.Tensor, int]:
-    """One conversation, of which nothing gazes if it is read `whole`.
-
-    Returns:
-        Sums `[budgets, 6]` over the assistant's tokens: shares read, how many tokens have one, those on which both
-        agree, divergences, those that gaze has right, and dense. And how many tokens there are.
-    """
+def _follow(model: Any, batch: Mapping[str, Any], whole: bool, sums: Sequence[_Sums]) -> None:
+    """Add one conversation, of which nothing gazes if it is read `whole`, to the sums of every budget."""
     root = root_model(model)
     inputs = {name: value.to(root.device) for name, value in batch.items()}
     labels = inputs.pop("labels")
@@ -130,24 +161,11 @@ def _follow(
     choosing = torch.zeros_like(labels, dtype=torch.bool).index_copy(1, columns, kept)
     with dense(model), without_lora(root) if has_lora(root) else nullcontext():
         densely = logits_at(model, inputs, columns, kept)
-    rows = []
-    for budget in budgets:
-        set_budget(model, budget)
+    for of_budget in sums:
+        set_budget(model, of_budget.budget)
         with prompt_reads(model, choosing) as reads:
             gazed = logits_at(model, inputs, columns, kept)
-        share = 1.0 if whole and reads.share is None else reads.share
-        read = (0.0, 0) if share is None else (share * len(answer), len(answer))
-        right, dense_right = ((logits.argmax(-1) == answer).sum() for logits in (gazed, densely))
-        rows.append([*read, *map(float, (agreed(gazed, densely), distill(gazed, densely), right, dense_right))])
-    return torch.tensor(rows, dtype=torch.float64), len(answer)
-
-
-def _score(budget: float | int, sums: Sequence[float], tokens: int, whole: int) -> Score:
-    """Of one budget, from the sums of `_follow` over all conversations."""
-    shares, with_images, *others = sums
-    agreement, divergence, right, dense_right = (value / max(1, tokens) for value in others)
-    read_share = shares / with_images if with_images else None
-    return Score(budget, read_share, agreement, divergence, right, dense_right, tokens, whole)
+        of_budget.add(gazed, densely, answer, 1.0 if whole and reads.share is None else reads.share)
 
 
 def _whole(model: Any, batch: Mapping[str, Any], least: int) -> bool:

@@ -105,14 +105,13 @@ def test_what_the_kernels_write_is_not_copied(case: Case) -> None:
 
 
 @torch.no_grad()
-def test_steps_on_a_dynamic_cache(case: Case) -> None:
+def test_a_step_on_a_dynamic_cache(case: Case) -> None:
     compiled = torch.compile(case.model.forward, backend="eager", dynamic=True)
     with patched(case.model, QUARTER):
         caches = DynamicCache(), DynamicCache()
         for cache in caches:
             case.model(**case.inputs, past_key_values=cache)
-        for token in ([[5]], [[6]]):
-            of_cache = zip((case.model, compiled), caches, strict=True)
-            steps = [run(input_ids=torch.tensor(token), past_key_values=cache).logits for run, cache in of_cache]
-            torch.testing.assert_close(*steps)
-        assert stats(case.model).steps == 2
+        of_cache = zip((case.model, compiled), caches, strict=True)
+        steps = [run(input_ids=torch.tensor([[5]]), past_key_values=cache).logits for run, cache in of_cache]
+        torch.testing.assert_close(*steps)
+        assert stats(case.model).steps == 1 and not caches[1].gaze.broken

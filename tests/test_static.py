@@ -82,6 +82,20 @@ def test_statistics_are_of_the_cache_that_was_used_last(case: Case) -> None:
             assert stats(case.model).steps == steps and 0 < stats(case.model).read_share < 1
 
 
+@torch.no_grad()
+def test_rows_that_are_left_without_an_image_count_nothing(case: Case) -> None:
+    image = case.inputs["input_ids"]
+    inputs = {"input_ids": torch.cat([image, torch.full_like(image, 11)]), "pixel_values": case.inputs["pixel_values"]}
+    with patched(case.model, QUARTER):
+        cache = static(case)
+        case.model(**inputs, past_key_values=cache)
+        case.model(input_ids=torch.tensor([[5], [5]]), past_key_values=cache)
+        counted = stats(case.model)
+        cache.batch_select_indices(torch.tensor([1, 1]))
+        case.model(input_ids=torch.tensor([[5], [5]]), past_key_values=cache)
+        assert stats(case.model) == counted and counted.steps == 1
+
+
 def test_beams(case: Case) -> None:
     pair = batch(case)
     with patched(case.model, QUARTER):

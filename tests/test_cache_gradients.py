@@ -29,8 +29,8 @@ def gradients(case: Case, kept: Sequence[bool]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     "kept",
-    [(True,) * 4, (False, True, True, True), (False, False, True)],
-    ids=["from the prompt", "from the first step", "from the second step"],
+    [(True,) * 4, (False, True, True, True), (False, False, True), (True, True, False, True)],
+    ids=["from the prompt", "from the first step", "from the second step", "but for a step"],
 )
 @pytest.mark.parametrize("name", ["llava", "llava_latent"])
 def test_gradients_of_several_steps(name: str, kept: Sequence[bool]) -> None:

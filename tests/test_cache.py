@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache, StaticCache
 from gazepatch.caches.layer import GazeLayer
 from gazepatch.config import GazeConfig
 from gazepatch.errors import CacheError
-from gazepatch.patch import apply, patched, restore, stats
+from gazepatch.patch import apply, patched, restore, set_budget, stats
 from gazepatch.running import attention, prompt
 from gazepatch.running.call import Call
 
@@ -252,6 +252,17 @@ def test_reset_makes_a_cache_that_starts_again(case: Case) -> None:
         cache.reset()
         assert cache.get_seq_length() == 0
         assert torch.equal(generate(case, past_key_values=cache), first)
+
+
+@torch.no_grad()
+def test_a_filled_cache_keeps_its_budget(case: Case) -> None:
+    with patched(case.model, QUARTER, prefill="gaze"):
+        caches = DynamicCache(), DynamicCache()
+        for cache in caches:
+            case.model(**case.inputs, past_key_values=cache)
+        expected = case.model(**TEXT, past_key_values=caches[0]).logits
+        set_budget(case.model, 1.0)
+        assert torch.equal(case.model(**TEXT, past_key_values=caches[1]).logits, expected)
 
 
 def test_a_cache_filled_while_patched_belongs_to_the_patch(case: Case) -> None:

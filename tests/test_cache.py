@@ -265,6 +265,19 @@ def test_a_filled_cache_keeps_its_budget(case: Case) -> None:
         assert torch.equal(case.model(**TEXT, past_key_values=caches[1]).logits, expected)
 
 
+@pytest.mark.parametrize("name", ["llava", "mllama"])
+@torch.no_grad()
+def test_a_cache_that_was_reset_takes_a_new_budget(name: str) -> None:
+    case = tiny(name)
+    cache = DynamicCache(config=case.model.config.get_text_config())
+    with patched(case.model, QUARTER):
+        for budget in (0.25, 1.0):
+            set_budget(case.model, budget)
+            cache.reset()
+            generate(case, past_key_values=cache)
+            assert stats(case.model).read_share == pytest.approx(budget, abs=0.05)
+
+
 def test_a_cache_filled_while_patched_belongs_to_the_patch(case: Case) -> None:
     cache = DynamicCache()
     token = {"input_ids": torch.tensor([[5]]), "past_key_values": cache}

@@ -181,6 +181,22 @@ def test_crop_forgets_text_but_no_image(case: Case) -> None:
             cache.crop(-(cache.get_seq_length() - case.spans[-1].start))
 
 
+@torch.no_grad()
+def test_a_crop_by_a_number_in_a_tensor(case: Case) -> None:
+    def run(*crops: Any) -> Tensor:
+        cache = DynamicCache()
+        case.model(**case.inputs, past_key_values=cache)
+        for crop in crops:
+            cache.crop(crop)
+            ids = torch.tensor([[5, 6]])
+            logits = case.model(input_ids=ids, past_key_values=cache).logits
+        assert type(cache.get_seq_length()) is int
+        return logits
+
+    with patched(case.model, QUARTER):
+        assert torch.equal(run(torch.tensor(-1), -1, torch.tensor(-2), -1), run(-1, -1, -2, -1))
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "broken"),
     [("llava", {"dense_layers": (0,)}, False), ("gemma3", {}, True)],

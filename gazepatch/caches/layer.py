@@ -233,7 +233,8 @@ class GazeLayer(DynamicLayer):
 
     def _to_crop(self, tokens_to_remove: int) -> int:
         """How many tokens to forget, all of which can be; the first layer to be asked refuses for all."""
-        tokens = -tokens_to_remove if tokens_to_remove <= 0 else max(self.get_seq_length() - tokens_to_remove, 0)
+        number = int(tokens_to_remove)  # assisted generation has it in a tensor
+        tokens = -number if number <= 0 else max(self.get_seq_length() - number, 0)
         if tokens and self._slots == self.state.length:  # the layer that leads did not forget them yet
             self.state.check_crop(tokens)
         return tokens

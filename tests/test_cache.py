@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache, StaticCache
 from gazepatch.caches.layer import GazeLayer
 from gazepatch.config import GazeConfig
 from gazepatch.errors import CacheError
-from gazepatch.patch import apply, patched, restore, stats
+from gazepatch.patch import apply, patched, restore, set_budget, stats
 from gazepatch.running import attention, prompt
 from gazepatch.running.call import Call
 
@@ -181,6 +181,22 @@ def test_crop_forgets_text_but_no_image(case: Case) -> None:
             cache.crop(-(cache.get_seq_length() - case.spans[-1].start))
 
 
+@torch.no_grad()
+def test_a_crop_by_a_number_in_a_tensor(case: Case) -> None:
+    def run(*crops: Any) -> Tensor:
+        cache = DynamicCache()
+        case.model(**case.inputs, past_key_values=cache)
+        for crop in crops:
+            cache.crop(crop)
+            ids = torch.tensor([[5, 6]])
+            logits = case.model(input_ids=ids, past_key_values=cache).logits
+        assert type(cache.get_seq_length()) is int
+        return logits
+
+    with patched(case.model, QUARTER):
+        assert torch.equal(run(torch.tensor(-1), -1, torch.tensor(-2), -1), run(-1, -1, -2, -1))
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "broken"),
     [("llava", {"dense_layers": (0,)}, False), ("gemma3", {}, True)],
@@ -252,6 +268,30 @@ def test_reset_makes_a_cache_that_starts_again(case: Case) -> None:
         cache.reset()
         assert cache.get_seq_length() == 0
         assert torch.equal(generate(case, past_key_values=cache), first)
+
+
+@torch.no_grad()
+def test_a_filled_cache_keeps_its_budget(case: Case) -> None:
+    with patched(case.model, QUARTER, prefill="gaze"):
+        caches = DynamicCache(), DynamicCache()
+        for cache in caches:
+            case.model(**case.inputs, past_key_values=cache)
+        expected = case.model(**TEXT, past_key_values=caches[0]).logits
+        set_budget(case.model, 1.0)
+        assert torch.equal(case.model(**TEXT, past_key_values=caches[1]).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["llava", "mllama"])
+@torch.no_grad()
+def test_a_cache_that_was_reset_takes_a_new_budget(name: str) -> None:
+    case = tiny(name)
+    cache = DynamicCache(config=case.model.config.get_text_config())
+    with patched(case.model, QUARTER):
+        for budget in (0.25, 1.0):
+            set_budget(case.model, budget)
+            cache.reset()
+            generate(case, past_key_values=cache)
+            assert stats(case.model).read_share == pytest.approx(budget, abs=0.05)
 
 
 def test_a_cache_filled_while_patched_belongs_to_the_patch(case: Case) -> None:

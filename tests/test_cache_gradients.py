@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -14,28 +15,29 @@ from transformers import DynamicCache
 from gazepatch.patch import patched
 
 
-def loss(case: Case, prompt: bool) -> Tensor:
-    """Of three steps, with a graph from the prompt on, or from the first step on."""
-    cache = DynamicCache(config=case.model.config)
-    with torch.set_grad_enabled(prompt):
-        case.model(**case.inputs, past_key_values=cache)
-    logits = [case.model(input_ids=torch.tensor([[t]]), past_key_values=cache).logits for t in (5, 6, 7)]
-    return torch.cat(logits).float().pow(2).mean()
+def gradients(case: Case, kept: Sequence[bool]) -> dict[str, Tensor]:
+    """Of the logits of steps, behind a prompt; `kept` says which of these forwards, the prompt first, have a graph."""
+    case.model.zero_grad()
+    cache, logits = DynamicCache(config=case.model.config), []
+    for number, graph in enumerate(kept):
+        inputs = {"input_ids": torch.tensor([[4 + number]])} if number else case.inputs
+        with torch.set_grad_enabled(graph):
+            logits.append(case.model(**inputs, past_key_values=cache).logits)
+    torch.cat(logits[1:]).float().pow(2).mean().backward()
+    return {n: p.grad.clone() for n, p in case.model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("prompt", [True, False], ids=["from the prompt", "from the first step"])
+@pytest.mark.parametrize(
+    "kept",
+    [(True,) * 4, (False, True, True, True), (False, False, True), (True, True, False, True)],
+    ids=["from the prompt", "from the first step", "from the second step", "but for a step"],
+)
 @pytest.mark.parametrize("name", ["llava", "llava_latent"])
-def test_gradients_of_several_steps(name: str, prompt: bool) -> None:
+def test_gradients_of_several_steps(name: str, kept: Sequence[bool]) -> None:
     case = tiny(name)
-
-    def gradients() -> dict[str, Tensor]:
-        case.model.zero_grad()
-        loss(case, prompt).backward()
-        return {n: p.grad.clone() for n, p in case.model.named_parameters() if p.grad is not None}
-
-    dense = gradients()
+    dense = gradients(case, kept)
     with patched(case.model, WHOLE):
-        found = gradients()
+        found = gradients(case, kept)
     assert found.keys() == dense.keys()
     for parameter, gradient in dense.items():
         torch.testing.assert_close(found[parameter], gradient, rtol=1e-3, atol=1e-6, msg=parameter)

@@ -324,6 +324,19 @@ def test_dense_layers_stay_dense(ran: Case) -> None:
         assert list(stats(ran.model).layers) == [0]
 
 
+@pytest.mark.parametrize("prefill", ["dense", "gaze"])
+@pytest.mark.parametrize("name", ["llava", "llava_latent"])
+def test_autocast_casts_as_it_does_unpatched(name: str, prefill: str) -> None:
+    # Keys are in single precision there, as rotation is, and values are not.
+    case, settings = tiny(name), {"max_new_tokens": 4, "min_new_tokens": 4}
+    settings |= {"return_dict_in_generate": True, "output_logits": True}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        dense = case.model.generate(**case.inputs, **settings)
+        with patched(case.model, SMALL, budget=1.0, prefill=prefill):
+            found = case.model.generate(**case.inputs, **settings)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(dense.logits), rtol=0.1, atol=0.1)
+
+
 def test_statistics_start_again_with_every_prompt(ran: Case) -> None:
     with patched(ran.model, SMALL):
         generate_logits(ran.model, ran.inputs, 5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -67,6 +68,32 @@ def test_a_second_turn(case: Case, turn: str, late: bool) -> None:
             assert stats(case.model) == counted
             if config is WHOLE:
                 assert_same(actual, dense)
+
+
+@torch.no_grad()
+def test_statistics_are_of_the_cache_that_was_used_last(case: Case) -> None:
+    prefix = static(case)
+    with patched(case.model, QUARTER):
+        case.model(**case.inputs, past_key_values=prefix)
+        for steps in (1, 2):
+            twin = copy.deepcopy(prefix)
+            for _ in range(steps):
+                case.model(input_ids=torch.tensor([[5]]), past_key_values=twin)
+            assert stats(case.model).steps == steps and 0 < stats(case.model).read_share < 1
+
+
+@torch.no_grad()
+def test_rows_that_are_left_without_an_image_count_nothing(case: Case) -> None:
+    image = case.inputs["input_ids"]
+    inputs = {"input_ids": torch.cat([image, torch.full_like(image, 11)]), "pixel_values": case.inputs["pixel_values"]}
+    with patched(case.model, QUARTER):
+        cache = static(case)
+        case.model(**inputs, past_key_values=cache)
+        case.model(input_ids=torch.tensor([[5], [5]]), past_key_values=cache)
+        counted = stats(case.model)
+        cache.batch_select_indices(torch.tensor([1, 1]))
+        case.model(input_ids=torch.tensor([[5], [5]]), past_key_values=cache)
+        assert stats(case.model) == counted and counted.steps == 1
 
 
 def test_beams(case: Case) -> None:

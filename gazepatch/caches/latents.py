@@ -81,10 +81,11 @@ class LatentLayer(GazeLayer):
 
     def expansion(self, expand: Expand) -> Expansion:
         """The matrices of the layer's module, made once a sequence: as keys of other caches, they are not made anew."""
-        made = self._expansion
+        kept = not torch.is_grad_enabled()  # a graph is gone after the first backward
+        made = self._expansion if kept else None
         if made is None:
             made = Expansion.of(expand, *self._parts(self._others()[0]))
-            if not torch.is_grad_enabled():  # a graph is gone after the first backward
+            if kept:
                 self._expansion = made
         return made
 

@@ -133,6 +133,9 @@ class GazeLayer(DynamicLayer):
         if self._other is None or self._used > self._other[0].shape[-2] or self._lent or _locked(self._other[0]):
             room = max(LEAST_ROOM, self._used // 8)
             self._other = _grown(self._other, start, self._used + room, new)
+        if self._lent and not torch.is_grad_enabled() and self._visual is not None and self._means is not None:
+            # What came before an entry without gradients gets none, as in transformers' caches.
+            self._visual, self._means = (tuple(x.detach() for x in stores) for stores in (self._visual, self._means))
         self._lent = torch.is_grad_enabled()
 
     def _append_visual(self, new: Stores, chunk: Chunk) -> None:
@@ -230,7 +233,8 @@ class GazeLayer(DynamicLayer):
 
     def _to_crop(self, tokens_to_remove: int) -> int:
         """How many tokens to forget, all of which can be; the first layer to be asked refuses for all."""
-        tokens = -tokens_to_remove if tokens_to_remove <= 0 else max(self.get_seq_length() - tokens_to_remove, 0)
+        number = int(tokens_to_remove)  # assisted generation has it in a tensor
+        tokens = -number if number <= 0 else max(self.get_seq_length() - number, 0)
         if tokens and self._slots == self.state.length:  # the layer that leads did not forget them yet
             self.state.check_crop(tokens)
         return tokens

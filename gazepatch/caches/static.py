@@ -165,6 +165,7 @@ class StaticState(GazeState):
         super().select_rows(rows)
         if self.ready:
             self.counters.fold()
+            self.counters.each.clear()  # nothing at all, where the rows that are left have no image
             self._make_ready()
 
 

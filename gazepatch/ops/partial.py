@@ -45,7 +45,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scores: Scores, bias: Tens
     ):
         # Not in float16, where ABSENT is -inf, for which the operator gives a weight of 0 (a share of 1).
         mask = None if bias is None else bias.to(at_least_single(query.dtype))
-        dense = (x if x.stride(-1) == 1 else x.contiguous() for x in tensors)  # it does not ask, and reads nonsense
+        # Autocast, which casts for all other operators, does not know this one.
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+        cast = (x.to(dtype) for x in tensors)
+        dense = (x if x.stride(-1) == 1 else x.contiguous() for x in cast)  # it does not ask, and reads nonsense
         return Part(*_FLASH_CPU(*dense, 0.0, False, attn_mask=mask, scale=scores.scale))
     logits = scores.of(torch.matmul(query, key.transpose(-1, -2)))
     if bias is not None:

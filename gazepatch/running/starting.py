@@ -24,7 +24,7 @@ logger = logging.getLogger("gazepatch")
 def start_step(runtime: Runtime, state: StaticState, cache: Cache, rows: int) -> None:
     """A decode step on a static cache starts. No Python value here may differ from one step to the next."""
     state.step()
-    running = runtime.running
+    runtime.counters, running = state.counters, runtime.running
     forward = running.forward = Forward(state, cache, -1, 1)
     if running.trace is not None:
         running.trace.follow(state, rows, False)

@@ -103,7 +103,8 @@ def _check_empty(cache: Cache) -> None:
 def _check_kinds(kinds: list[type], wanted: tuple[int, ...], fit: list[int]) -> None:
     if missing := sorted(set(wanted) - set(fit)):
         raise CacheError(
-            f"layers {missing} were to gaze, but the cache keeps them as {[kinds[i].__name__ for i in missing]}"
+            f"layers {missing} were to gaze, but the cache keeps them as {[kinds[i].__name__ for i in missing]}: "
+            "generate with cache_implementation='dynamic', or pass past_key_values=DynamicCache(config=model.config)"
         )
 
 

@@ -69,6 +69,8 @@ class GazeLayer(DynamicLayer):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self._lent and not torch.is_grad_enabled():
+            self._cut_off()
         first = self._slots == 0
         self._slots += key_states.shape[-2]
         new = self._stored(key_states, value_states)
@@ -133,10 +135,12 @@ class GazeLayer(DynamicLayer):
         if self._other is None or self._used > self._other[0].shape[-2] or self._lent or _locked(self._other[0]):
             room = max(LEAST_ROOM, self._used // 8)
             self._other = _grown(self._other, start, self._used + room, new)
-        if self._lent and not torch.is_grad_enabled() and self._visual is not None and self._means is not None:
-            # What came before an entry without gradients gets none, as in transformers' caches.
-            self._visual, self._means = (tuple(x.detach() for x in stores) for stores in (self._visual, self._means))
         self._lent = torch.is_grad_enabled()
+
+    def _cut_off(self) -> None:
+        # An entry without gradients ends those of all before it, as in transformers' caches. Others are copied anyway.
+        if self._visual is not None and self._means is not None:
+            self._visual, self._means = (tuple(x.detach() for x in stores) for stores in (self._visual, self._means))
 
     def _append_visual(self, new: Stores, chunk: Chunk) -> None:
         config = self.state.config

@@ -10,8 +10,8 @@ import click
 
 from gazepatch.cli.output import bar_of, json_option, print_json
 from gazepatch.cli.settings import config_from, options_of
+from gazepatch.cli.usage import bad_usage
 from gazepatch.config import GazeConfig
-from gazepatch.errors import ConfigError
 
 
 @click.command("convert")
@@ -84,10 +84,8 @@ def _check_push(repo: str, model: str, full: bool) -> None:
     """Refuse what could not be pushed, before anything is written."""
     from gazepatch.artefact.pushing import check_base, check_repo_id
 
-    try:
+    with bad_usage():
         check_repo_id(repo)
-    except ConfigError as error:
-        raise click.UsageError(str(error), click.get_current_context()) from error
     if not full:
         check_base(os.path.abspath(model) if os.path.isdir(model) else model)
 

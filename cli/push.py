@@ -8,7 +8,7 @@ from logging import ERROR
 import click
 
 from gazepatch.cli.output import json_option, print_json, print_table
-from gazepatch.errors import ConfigError
+from gazepatch.cli.usage import bad_usage
 
 UNCHANGED = "Nothing to do: the repository holds just that."
 
@@ -36,10 +36,8 @@ def command(
     if not sys.stderr.isatty():  # bars and notices of retries are for people
         disable_progress_bars()
         logging.set_verbosity(ERROR)
-    try:
+    with bad_usage():
         done = gazepatch.push(folder, repo, private=private, revision=revision, create_pr=create_pr, dry_run=dry_run)
-    except ConfigError as error:
-        raise click.UsageError(str(error), click.get_current_context()) from error
     if as_json:
         print_json(done)
         return

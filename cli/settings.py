@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
+from gazepatch.cli.usage import bad_usage
 from gazepatch.config import Block, GazeConfig
-from gazepatch.errors import ConfigError
 
 Command = Callable[..., Any]
 Settings = typing.TypeVar("Settings", bound=Any)
@@ -59,10 +59,8 @@ def config_from(settings: Mapping[str, Any], defaults: Settings) -> Settings:
     given = {name: value for name, value in settings.items() if value is not None}
     # `--window none` cannot be None before this point: None is an option that was not given.
     given = {name: None if value is _NONE else value for name, value in given.items()}
-    try:
+    with bad_usage():
         return dataclasses.replace(defaults, **given)
-    except ConfigError as error:
-        raise click.UsageError(str(error), click.get_current_context()) from error
 
 
 def _parsed_by(parse: Callable[[str], object], metavar: str) -> Callable[..., object]:

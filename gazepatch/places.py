@@ -1,4 +1,4 @@
-"""Memory that stays where it is from prompt to prompt: a CUDA graph writes to nothing else."""
+"""Memory that is written to again: where it lies from prompt to prompt, as CUDA graphs ask, and when it may be."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ def settled(memory: Tensor) -> Tensor:
     if not torch.compiler.is_compiling():
         torch._dynamo.mark_static_address(memory)
     return memory
+
+
+def locked(memory: Tensor) -> bool:
+    """Whether memory that was taken in inference mode is used outside of it, where torch lets nobody write to it."""
+    return memory.is_inference() and not torch.is_inference_mode_enabled()
 
 
 class Places:

@@ -70,8 +70,7 @@ def adopt(cache: object, owner: object, config: GazeConfig, layers: Layers) -> G
             "this cache was filled by another model, or before the model was restored and patched again: "
             "start with a new cache"
         )
-    elif state.length == 0:
-        state.config = config  # it was reset
+    state.take_settings(config)
     if isinstance(state, StaticState):
         state.catch_up()
     return state

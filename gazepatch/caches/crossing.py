@@ -153,8 +153,7 @@ def state_of_images(
     held = [cache.layers[i] for i in layers]
     if isinstance(first := held[0], CrossLayer):
         assert isinstance(first.state, CrossState)
-        if first.state.length == 0:
-            first.state.config = config  # it was reset
+        first.state.take_settings(config)
         return first.state
     if others := sorted({type(layer).__name__ for layer in held if type(layer) is not DynamicLayer}):
         raise CacheError(f"expected DynamicLayer for keys of images, got {', '.join(others)}: start with a new cache")

@@ -18,6 +18,7 @@ from gazepatch.errors import CacheError
 from gazepatch.ops.decode import Entries
 from gazepatch.ops.late import Late
 from gazepatch.ops.plan import means_of
+from gazepatch.places import locked
 from gazepatch.regions import Chunk, take
 
 #: Room for new entries: an eighth of what is held, at least this many. Rare copies, and little memory held in vain.
@@ -132,7 +133,7 @@ class GazeLayer(DynamicLayer):
 
     def _make_room(self, start: int, new: Stores) -> None:
         """Have a store of other entries with room for all that are used; the first `start` of them are held."""
-        if self._other is None or self._used > self._other[0].shape[-2] or self._lent or _locked(self._other[0]):
+        if self._other is None or self._used > self._other[0].shape[-2] or self._lent or locked(self._other[0]):
             room = max(LEAST_ROOM, self._used // 8)
             self._other = _grown(self._other, start, self._used + room, new)
         self._lent = torch.is_grad_enabled()
@@ -279,11 +280,6 @@ class GazeLayer(DynamicLayer):
 
 def _joined(held: Stores, new: Stores) -> Stores:
     return tuple(torch.cat(pair, 2) for pair in zip(held, new, strict=True))
-
-
-def _locked(store: Tensor) -> bool:
-    """Whether a store that was made in inference mode is read outside of it, where torch lets nobody write to it."""
-    return store.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def _grown(held: Stores | None, used: int, room: int, like: Stores) -> Stores:

@@ -61,6 +61,11 @@ class GazeState:
         self._other: Tensor | None = None  # [b, T] position of each other entry up to `other_end`, -1 for padding
         self._devices: dict[tuple[str, torch.device], Any] = {}
 
+    def take_settings(self, config: GazeConfig) -> None:
+        """Take the settings that are in force now, unless the sequence has begun with others."""
+        if self.length == 0:
+            self.config = config
+
     # ---- one forward
 
     def seen(self, slots: int) -> int:
@@ -311,6 +316,7 @@ def _on(table: Any, device: torch.device) -> Any:
 
 
 def same_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """`[b, X]` and `[b, Y]`, both with as many rows as the one that has more: a single row stands for all."""
     rows = max(len(a), len(b))
     return a.expand(rows, -1), b.expand(rows, -1)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from gazepatch.config import GazeConfig
 from gazepatch.ops.late import Late
 from gazepatch.ops.partial import Part, attend, combine, sink
-from gazepatch.places import Places
+from gazepatch.places import Places, locked
 from gazepatch.regions import ABSENT, Regions
 from gazepatch.scores import Scores, added
 from gazepatch.selection import region_scores, select, window_logits
@@ -137,8 +137,7 @@ class DecodePlan:
             return source.index_select(0, rows).view(groups, -1, dim)
         size = len(rows) * source.shape[1]
         scratch = self._scratch.get(which)
-        fits = scratch is not None and scratch.numel() >= size and scratch.dtype == store.dtype
-        if scratch is None or not fits or scratch.is_inference() != torch.is_inference_mode_enabled():
+        if scratch is None or scratch.numel() < size or scratch.dtype != store.dtype or locked(scratch):
             scratch = self._scratch[which] = store.new_empty(size)
         out = scratch[:size].view(len(rows), -1)
         return torch.index_select(source, 0, rows, out=out).view(groups, -1, dim)

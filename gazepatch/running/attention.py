@@ -109,7 +109,7 @@ class GazeAttention:
         if gazes and forward.routed is not None:
             refuse_unsupported(call.options)
             scores = scores_of(self.original, call.query, call.options)
-            output = gaze(call, scores, forward, store, forward.state.config, output, self.runtime.running.reads)
+            output = gaze(call, scores, forward, store, output, self.runtime.running.reads)
         return output, weights
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from gazepatch.caches.latents import Expansion
-from gazepatch.config import GazeConfig
 from gazepatch.insertion import OwnImage
 from gazepatch.ops.prefill import Keys, Queries, gaze_prefill
 from gazepatch.running.call import Call, implementation
@@ -48,7 +47,6 @@ def gaze(
     scores: Scores,
     forward: Forward,
     store: int,
-    config: GazeConfig,
     dense: Tensor,
     reads: PromptReads | None = None,
 ) -> Tensor:
@@ -59,11 +57,10 @@ def gaze(
         scores: What becomes of its dot products.
         forward: It has `routed` queries.
         store: Index of the layer of the cache that has the keys.
-        config: Settings.
         dense: `[B, S, H, D_v]` what the model's own attention made of all queries.
         reads: Counts what they read.
     """
-    columns, rows, first = _routed(call, forward)
+    (columns, rows, first), config = _routed(call, forward), forward.state.config
     if not len(columns):
         return dense
     expansion, (key, value) = None, (call.key, call.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 import transformers
 from tiny import Case, tiny
 from torch import Tensor
-from transformers import CompileConfig, StaticCache
+from transformers import Cache, CompileConfig, StaticCache
 
 from gazepatch.config import GazeConfig
+from gazepatch.patch import patched, stats
 
 WHOLE = GazeConfig(region=(3, 3, 1), window=(1, 3, 1), budget=1.0, periphery=False, min_visual_tokens=0)
 QUARTER = dataclasses.replace(WHOLE, budget=0.25)
@@ -66,3 +68,14 @@ def longer(case: Case, tokens: int) -> dict[str, Tensor]:
 def assert_same(actual: Any, expected: Any) -> None:
     assert torch.equal(actual.sequences, expected.sequences)
     torch.testing.assert_close(torch.stack(actual.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-4)
+
+
+def assert_statistics_of_copies(case: Case, prefix: Cache) -> None:
+    """Steps on copies of a cache that has the prompt are counted each for itself."""
+    with patched(case.model, QUARTER):
+        case.model(**case.inputs, past_key_values=prefix)
+        for steps in (1, 2):
+            twin = copy.deepcopy(prefix)
+            for _ in range(steps):
+                case.model(input_ids=torch.tensor([[5]]), past_key_values=twin)
+            assert stats(case.model).steps == steps and 0 < stats(case.model).read_share < 1

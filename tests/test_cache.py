@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from stepping import assert_statistics_of_copies
 from tiny import Case, batch, tiny
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
@@ -240,14 +241,7 @@ def test_guesses_of_image_tokens_are_words(case: Case) -> None:
 
 @torch.no_grad()
 def test_statistics_are_of_the_cache_that_was_used_last(case: Case) -> None:
-    prefix = DynamicCache()
-    with patched(case.model, QUARTER):
-        case.model(**case.inputs, past_key_values=prefix)
-        for steps in (1, 2):
-            twin = copy.deepcopy(prefix)
-            for _ in range(steps):
-                case.model(input_ids=torch.tensor([[5]]), past_key_values=twin)
-            assert stats(case.model).steps == steps and 0 < stats(case.model).read_share < 1
+    assert_statistics_of_copies(case, DynamicCache())
 
 
 def test_a_copy_goes_its_own_way(case: Case) -> None:

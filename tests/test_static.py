@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from typing import Any
 
 import pytest
 import torch
-from stepping import QUARTER, SETTINGS, WHOLE, assert_same, compiled, generate, static, supported
+from stepping import (
+    QUARTER,
+    SETTINGS,
+    WHOLE,
+    assert_same,
+    assert_statistics_of_copies,
+    compiled,
+    generate,
+    static,
+    supported,
+)
 from tiny import Case, batch, tiny
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -72,14 +81,7 @@ def test_a_second_turn(case: Case, turn: str, late: bool) -> None:
 
 @torch.no_grad()
 def test_statistics_are_of_the_cache_that_was_used_last(case: Case) -> None:
-    prefix = static(case)
-    with patched(case.model, QUARTER):
-        case.model(**case.inputs, past_key_values=prefix)
-        for steps in (1, 2):
-            twin = copy.deepcopy(prefix)
-            for _ in range(steps):
-                case.model(input_ids=torch.tensor([[5]]), past_key_values=twin)
-            assert stats(case.model).steps == steps and 0 < stats(case.model).read_share < 1
+    assert_statistics_of_copies(case, static(case))
 
 
 @torch.no_grad()

@@ -54,35 +54,35 @@ def gaze_reference(
 
     Source: https://arxiv.org/abs/2605.13080.
     """
-    query, key, value = query.float(), key.float(), value.float()
-    score = functools.partial(_score, scale=scale, softcap=softcap)
-    bias = torch.zeros(len(query), key.shape[1]) if bias is None else bias.float()
-    regions = _regions(spans, config)
     per_key = len(query) // len(key)
     group = len(query) // (key_heads or len(key))
+    query, key, value = query.float(), *(x.float().repeat_interleave(per_key, 0) for x in (key, value))
+    score = functools.partial(_score, scale=scale, softcap=softcap)
+    bias = torch.zeros(key.shape[:2]) if bias is None else bias.float()
+    regions = _regions(spans, config)
+    logits = score(query, key) + bias
+    window_logits = [[_window_logit(query, key, w, score, bias) for w in windows] for windows in regions]
+    scores = _region_scores(window_logits, len(query))
     whole = sum(span.tokens for span in spans) < config.min_visual_tokens
     outputs, kept = [], []
-    for first in range(0, len(query), group):
-        heads = range(first, first + group)
-        scores = torch.stack([_region_scores(query[h], key[h // per_key], regions, score, bias[h]) for h in heads])
-        for h in heads:
-            k = h // per_key
-            of_head = scores[h - first] if config.head_reduce == "none" else _agree(scores, config.head_reduce)
-            chosen = set(range(len(regions))) if whole else _best(of_head, config.budget_regions(len(regions)))
-            read = visible.clone()
-            for number, windows in enumerate(regions):
-                if number not in chosen:
-                    read[torch.cat(windows)] = False
-            kept.append(read)
-            logits, values = score(query[h], key[k][read]) + bias[h][read], value[k][read]
-            if config.periphery:
-                far = [w for number, windows in enumerate(regions) if number not in chosen for w in windows]
-                logits = torch.cat([logits, *(_window_logit(query[h], key[k], w, score, bias[h])[None] for w in far)])
-                values = torch.cat([values, *(value[k][w].mean(0, keepdim=True) for w in far)])
-            if sinks is not None:
-                logits = torch.cat([logits, sinks[h].float()[None]])
-                values = torch.cat([values, values.new_zeros(1, values.shape[1])])
-            outputs.append(logits.softmax(0) @ values)
+    for h in range(len(query)):
+        of_group = scores[h // group * group :][:group]
+        of_head = scores[h] if config.head_reduce == "none" else _agree(of_group, config.head_reduce)
+        chosen = set(range(len(regions))) if whole else _best(of_head, config.budget_regions(len(regions)))
+        far = [number for number in range(len(regions)) if number not in chosen]
+        read = visible.clone()
+        for number in far:
+            read[torch.cat(regions[number])] = False
+        kept.append(read)
+        weights, values = [logits[h][read]], [value[h][read]]
+        if config.periphery:
+            for number in far:
+                weights += [logit[h : h + 1] for logit in window_logits[number]]
+                values += [value[h][window].mean(0, keepdim=True) for window in regions[number]]
+        if sinks is not None:
+            weights.append(sinks[h : h + 1].float())
+            values.append(value.new_zeros(1, value.shape[2]))
+        outputs.append(torch.cat(weights).softmax(0) @ torch.cat(values))
     return Attended(torch.stack(outputs), torch.stack(kept))
 
 
@@ -100,22 +100,21 @@ def _regions(spans: Sequence[Span], config: GazeConfig) -> list[list[Tensor]]:
 
 
 def _score(query: Tensor, keys: Tensor, scale: float, softcap: float) -> Tensor:
-    scores = scale * keys @ query
+    """`[H, n]` for `[H, D]` and `[H, n, D]`."""
+    scores = scale * (keys @ query[:, :, None])[:, :, 0]
     return scores if softcap == math.inf else softcap * torch.tanh(scores / softcap)
 
 
 def _window_logit(query: Tensor, key: Tensor, window: Tensor, score: Score, bias: Tensor) -> Tensor:
+    """`[H]`."""
     # Without biases that is the score of the mean key + log n.
-    return (score(query, key[window].mean(0)) + bias[window]).logsumexp(0)
+    return (score(query, key[:, window].mean(1, keepdim=True)) + bias[:, window]).logsumexp(1)
 
 
-def _region_scores(query: Tensor, key: Tensor, regions: list[list[Tensor]], score: Score, bias: Tensor) -> Tensor:
-    if not regions:
-        return torch.zeros(0)
-    logits = [
-        torch.stack([_window_logit(query, key, w, score, bias) for w in windows]).logsumexp(0) for windows in regions
-    ]
-    return torch.stack(logits).softmax(0)
+def _region_scores(window_logits: list[list[Tensor]], heads: int) -> Tensor:
+    """`[H, R]`."""
+    logits = [torch.stack(of_region).logsumexp(0) for of_region in window_logits]
+    return torch.stack(logits, 1).softmax(1) if logits else torch.zeros(heads, 0)
 
 
 def _agree(scores: Tensor, head_reduce: str) -> Tensor:

@@ -44,7 +44,8 @@ MOST_SHARED = {"cuda80": 99 << 10, "cuda90": 99 << 10, "gfx942": 64 << 10}
 DTYPES = {"fp16": 2, "bf16": 2, "fp32": 4}
 DIMS = (64, 80, 96, 128, 256)
 KERNELS = ("decode", "select", "means", "prefill", "query_gradient", "key_gradient")
-GROUP, WINDOWS, REGIONS, TOKENS = 7, 4, 4096, 64
+GROUPS = (1, 4, 7, 16)  # query heads a key head
+WINDOWS, REGIONS, TOKENS = 4, 4096, 64
 
 #: What models and settings may leave out: pointers, and the constants that say so.
 OF_PROMPT = ("bias",), ("HAS_BIAS", "CAPPED")
@@ -65,14 +66,23 @@ OPTIONAL: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 ALIGNED = re.compile(r"(query|(new_)?key|(new_)?value|entry|visual_key|visual_value|mean)_(row|head|token|window)")
 
 
-def build(kernel: str, target: str, dtype: str, dim: int, bare: bool = False) -> dict[str, Any]:
-    """Compile one kernel with everything in it, or `bare` with nothing that may be left out; say what it takes."""
-    function, pointers, constants = globals()[f"_{kernel}"](target, dtype, dim)
+def build(kernel: str, target: str, dtype: str, dim: int, group: int, bare: bool = False) -> dict[str, Any]:
+    """Compile one kernel, as `compiled` does, and say what it takes."""
+    made = compiled(kernel, target, dtype, dim, group, bare)
+    usage = _amd(made.asm["amdgcn"]) if target.startswith("gfx") else _nvidia(made.asm["cubin"])
+    row = {"kernel": kernel, "target": target, "dtype": dtype, "head_dim": dim, "group": group}
+    row |= {"warps": made.metadata.num_warps, "stages": made.metadata.num_stages}
+    return {**row, **usage, "shared_bytes": made.metadata.shared}
+
+
+def compiled(kernel: str, target: str, dtype: str, dim: int, group: int, bare: bool = False) -> Any:
+    """One kernel with everything in it, or `bare` with nothing that may be left out."""
+    function, pointers, constants = globals()[f"_{kernel}"](target, dtype, dim, group)
     if bare:
         absent, off = OPTIONAL[kernel]
         pointers = {name: kind for name, kind in pointers.items() if name not in absent}
         constants |= dict.fromkeys(absent) | dict.fromkeys(off, False)
-    warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in constants}
     signature, attributes = {}, {}
     for i, name in enumerate(function.arg_names):
         scalar = "fp32" if name in ("scale", "softcap") else "i32"
@@ -81,21 +91,18 @@ def build(kernel: str, target: str, dtype: str, dim: int, bare: bool = False) ->
             attributes[(i,)] = [["tt.divisibility", 16]]
     values = {(function.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(function, signature, values, attributes)
-    made = triton.compile(source, target=TARGETS[target], options={"num_warps": warps, "num_stages": stages})
-    usage = _amd(made.asm["amdgcn"]) if target.startswith("gfx") else _nvidia(made.asm["cubin"])
-    row = {"kernel": kernel, "target": target, "dtype": dtype, "head_dim": dim, "warps": warps, "stages": stages}
-    return {**row, **usage, "shared_bytes": made.metadata.shared}
+    return triton.compile(source, target=TARGETS[target], options=options)
 
 
-def _decode(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
+def _decode(target: str, dtype: str, dim: int, group: int) -> tuple[Any, ...]:
     data = f"*{dtype}"
     names = ("query", "key", "value", "visual_key", "visual_value", "mean_values", "output")
     pointers = dict.fromkeys(names, data) | dict.fromkeys(("bias", "logits", "partial", "weights"), "*fp32")
     pointers |= {"runs": "*i32", "taken": "*i8", "arrived": "*i32", "sinks": data}
-    settings = decode_settings(target, GROUP, dim, dim, DTYPES[dtype], TOKENS)
+    settings = decode_settings(target, group, dim, dim, DTYPES[dtype], TOKENS)
     constants = {
         "SELECTIONS": 1,
-        "ROWS": GROUP,
+        "ROWS": group,
         "DIM": dim,
         "VALUE_DIM": dim,
         "WINDOWS": WINDOWS,
@@ -108,14 +115,14 @@ def _decode(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
     return decode_kernel, pointers, constants | settings | {"EARLY": target == "cuda90"}
 
 
-def _select(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
+def _select(target: str, dtype: str, dim: int, group: int) -> tuple[Any, ...]:
     names = ("query", "mean_keys", "key", "value", "new_key", "new_value")
     pointers = dict.fromkeys(names, f"*{dtype}")
     pointers |= dict.fromkeys(("log_counts", "logits", "region_logits"), "*fp32")
     pointers |= dict.fromkeys(("start", "length", "budget", "runs", "arrived"), "*i32")
     pointers |= {"taken": "*i8", "total": "*i64", "filled": "*i64"}
     constants = {
-        "GROUP": GROUP,
+        "GROUP": group,
         "DIM": dim,
         "VALUE_DIM": dim,
         "WINDOWS": WINDOWS,
@@ -128,33 +135,33 @@ def _select(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
         "BLOCK_V": padded(dim),
         "mean_dim": 1,
     }
-    settings = select_settings(target, GROUP, WINDOWS, REGIONS, dim, DTYPES[dtype])
+    settings = select_settings(target, group, WINDOWS, REGIONS, dim, DTYPES[dtype])
     return select_kernel, pointers, constants | settings | {"EARLY": target == "cuda90"}
 
 
-def _means(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
+def _means(target: str, dtype: str, dim: int, group: int) -> tuple[Any, ...]:
     pointers = {"entries": f"*{dtype}", "means": f"*{dtype}", "start": "*i32", "length": "*i32"}
     sizes = {"DIM": dim, "BLOCK_W": 4, "BLOCK_T": 16, "BLOCK_D": padded(dim)}
     return means_kernel, pointers, sizes | {"num_warps": 4, "num_stages": 3}
 
 
-def _prefill(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
-    return forward_kernel, *_routed(target, dtype, dim, "output")
+def _prefill(target: str, dtype: str, dim: int, group: int) -> tuple[Any, ...]:
+    return forward_kernel, *_routed(target, dtype, dim, group, "output")
 
 
-def _query_gradient(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
-    return query_gradient_kernel, *_routed(target, dtype, dim, "gradient", "query_gradient")
+def _query_gradient(target: str, dtype: str, dim: int, group: int) -> tuple[Any, ...]:
+    return query_gradient_kernel, *_routed(target, dtype, dim, group, "gradient", "query_gradient")
 
 
-def _key_gradient(target: str, dtype: str, dim: int) -> tuple[Any, ...]:
-    return key_gradient_kernel, *_routed(target, dtype, dim, "gradient", "key_gradient", "value_gradient")
+def _key_gradient(target: str, dtype: str, dim: int, group: int) -> tuple[Any, ...]:
+    return key_gradient_kernel, *_routed(target, dtype, dim, group, "gradient", "key_gradient", "value_gradient")
 
 
-def _routed(target: str, dtype: str, dim: int, *more: str) -> tuple[Any, ...]:
+def _routed(target: str, dtype: str, dim: int, group: int, *more: str) -> tuple[Any, ...]:
     pointers = dict.fromkeys(("query", "key", "value", *more), f"*{dtype}")
     pointers |= dict.fromkeys(("bias", "weight", "delta"), "*fp32")
     pointers |= {"region_of": "*i32", "taken": "*i8", "positions": "*i32"}
-    constants = {"GROUP": GROUP, "SELECTIONS": 1, "DIM": dim, "VALUE_DIM": dim, "HAS_BIAS": True, "CAPPED": True}
+    constants = {"GROUP": group, "SELECTIONS": 1, "DIM": dim, "VALUE_DIM": dim, "HAS_BIAS": True, "CAPPED": True}
     return pointers, constants | prefill_settings(target, dim, dim, DTYPES[dtype])
 
 
@@ -187,7 +194,7 @@ def report(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Lines of a table."""
     yield "Registers a thread, bytes spilled to memory, and bytes of shared memory; compiled, not run."
     yield ", ".join(f"{name} {version}" for name, version in versions().items())
-    yield f"decode and select: {GROUP} query heads a key head, soft cap, sinks, bias, periphery, {WINDOWS} windows a"
+    yield f"Group: query heads a key head. decode and select: soft cap, sinks, bias, periphery, {WINDOWS} windows a"
     yield f"region; select: up to {REGIONS} regions. gfx942 counts vector and accumulation registers together."
     yield ""
     cells = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
@@ -203,6 +210,7 @@ def main() -> int:
     parser.add_argument("--target", choices=TARGETS, action="append", help="this one alone; may be repeated")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="this one alone; may be repeated")
     parser.add_argument("--dim", type=int, action="append", help="this head dim alone; may be repeated")
+    parser.add_argument("--group", type=int, action="append", help=f"so many query heads a key head, not {GROUPS}")
     parser.add_argument("--bare", action="store_true", help="without what models and settings may leave out")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
     parser.add_argument("-o", "--out", type=Path, help="write the table to FILE")
@@ -212,6 +220,7 @@ def main() -> int:
         options.target or TARGETS,
         options.dtype or DTYPES,
         options.dim or DIMS,
+        options.group or GROUPS,
         [options.bare],
     )
     with ProcessPoolExecutor(options.jobs) as pool:

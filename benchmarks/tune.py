@@ -1,6 +1,6 @@
 """Measure launch settings of the decode kernel on this GPU: `python benchmarks/tune.py [--write] [--seconds S]`.
 
-Every candidate runs a small and a large step in a CUDA graph; the best by the geometric mean of both is kept. First
+Every candidate runs small steps and a large one in a CUDA graph; the best by the geometric mean is kept. First
 tiles, warps and stages with as many programs as the table has now, the present settings before all others; then other
 numbers of programs for the best of these; then the best of those launched early. A candidate compiles for two to four
 seconds, so head dim 128 in bfloat16 takes some two minutes; when `--seconds` are over, the best so far counts.
@@ -30,8 +30,8 @@ from gazepatch.ops.decode import DecodePlan
 from gazepatch.scores import Scores
 
 CONFIG = GazeConfig(region=(8, 8, 1), window=None, budget=0.1, periphery=False, min_visual_tokens=0)
-#: Rows and frames of 24 x 24 tokens
-CASES = ((1, 57), (8, 228))
+#: Rows, frames of 24 x 24 tokens, heads and key heads: with few of these, more programs share what one of them reads.
+CASES = ((1, 57, 32, 8), (1, 57, 28, 4), (8, 228, 32, 8))
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 #: As in `gazepatch.kernels.launches.Launch`.
 Settings = tuple[int, int, int, int, bool]
@@ -80,9 +80,9 @@ def tune(dim: int, size: int, device: torch.device, seconds: float) -> Ran:
     like = torch.empty(0, dtype=DTYPES[size], device=device)
     key = (architecture(device), dim, size)
     cases = []
-    for batch, frames in CASES:
-        grid, shape = (frames, 24, 24), (batch, 32, 8, dim)
-        read = (one := Layers(grid, CONFIG, (1, 32, 8, dim), 1, like)).bytes_read(one.plan(DecodePlan))
+    for batch, frames, heads, key_heads in CASES:
+        grid, shape = (frames, 24, 24), (batch, heads, key_heads, dim)
+        read = (one := Layers(grid, CONFIG, (1, *shape[1:]), 1, like)).bytes_read(one.plan(DecodePlan))
         count = layers_needed(batch * (read["selected"] + read["mean_keys"]), 2 * batch * read["dense"], device, 0.2)
         cases.append(Layers(grid, CONFIG, shape, count, like))
 

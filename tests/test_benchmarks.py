@@ -256,7 +256,7 @@ def test_what_is_asked_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_settings_are_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(tune, "CASES", ((1, 1), (2, 1)))
+    monkeypatch.setattr(tune, "CASES", ((1, 1, 32, 8), (2, 1, 4, 2)))
     monkeypatch.setattr(tuned, "DECODE", dict(tuned.DECODE))
     ran = tune.tune(64, 4, DEVICE, 0.0)
     assert [settings for _, settings in ran] == [tuple(decode_launch(architecture(DEVICE), 64, 4))]

@@ -12,6 +12,7 @@ import torch
 from on_kernels import DEVICE, GPU, KERNELS, Selection, assert_runs, decode_arguments
 from sequences import BASE
 
+from gazepatch.kernels import launches
 from gazepatch.kernels.ops import decode, select, window_means
 from gazepatch.layout import Span
 from gazepatch.ops.plan import means_of
@@ -41,6 +42,15 @@ def test_splits_do_not_matter(longest: int, splits: int) -> None:
     )
     torch.testing.assert_close(decode(*arguments), expected[:, :, 0], atol=1e-5, rtol=0)
     assert not rest[8].any()
+
+
+def test_results_are_combined_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = decode_arguments(9)
+    at_once = decode(*arguments)
+    monkeypatch.setattr(launches, "HELD", 1)  # four results of 2 heads and 16 numbers, on 4 warps
+    launches.forget()
+    torch.testing.assert_close(decode(*arguments), at_once, atol=1e-6, rtol=0)
+    launches.forget()
 
 
 @pytest.mark.skipif(GPU, reason="a GPU has an order of its own")
@@ -86,9 +96,9 @@ def test_operators_are_traced() -> None:
 @pytest.mark.parametrize(("kernel", "bare"), [("decode", False), ("select", True), ("prefill", True)])
 def test_a_kernel_compiles_without_a_gpu(kernel: str, bare: bool) -> None:
     script = Path(__file__).parents[1] / "benchmarks" / "compile_kernels.py"
-    arguments = ["--kernel", kernel, "--target", "cuda90", "--dtype", "bf16", "--dim", "128", "--json", "--jobs", "1"]
+    arguments = ["--kernel", kernel, "--target", "cuda90", "--dtype", "bf16", "--dim", "128", "--group", "4"]
     arguments += ["--bare"] if bare else []
-    run = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, script, *arguments, "--json", "--jobs", "1"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     (row,) = json.loads(run.stdout)["kernels"]
     assert row["spilled_bytes"] == 0 and 32 <= row["registers"] <= 255 and 0 < row["shared_bytes"] <= 227 * 1024

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gazepatch.backend import MOST_DIM
 from gazepatch.kernels.tuned import DECODE
 
 #: Bytes of mean keys that a program of the selection scores at a time.
@@ -17,6 +18,8 @@ SCORED_BYTES = 1 << 15
 INTERPRETED = 4
 #: Regions from which on a program of the selection has twice the warps, and a multiprocessor no room for a second one.
 MANY_REGIONS = 2048
+#: Of a multiprocessor of NVIDIA's.
+REGISTERS = 1 << 16
 #: Numbers that a thread holds at a time where a program waits for many of them at once.
 HELD = 64
 
@@ -39,13 +42,12 @@ class Launch(NamedTuple):
 
 
 def decode_launch(architecture: str, dim: int, bytes_per_element: int) -> Launch:
-    """The row of the table, for the next larger head dim of the next older architecture that it has."""
-    if architecture not in {key[0] for key in DECODE}:
-        known = "cuda90" if architecture.startswith("cuda") and int(architecture[4:]) > 90 else "cuda80"
-        architecture = "gfx942" if architecture.startswith("gfx") else known
-    dims = sorted(key[1] for key in DECODE if key[0] == architecture and key[2] == max(bytes_per_element, 2))
-    fitting = next(known for known in dims if known >= min(padded(dim), dims[-1]))
-    return Launch(*DECODE[architecture, fitting, max(bytes_per_element, 2)])
+    """The row of the table, for the next larger head dim of the architecture, or of the next older one that has it."""
+    older = ["cuda90", "cuda80"] if architecture.startswith("cuda") and int(architecture[4:]) > 90 else ["cuda80"]
+    known = [architecture, *(["gfx942"] if architecture.startswith("gfx") else older)]
+    dim, size = min(padded(dim), MOST_DIM), max(bytes_per_element, 2)
+    fitting = (key for one in known for key in sorted(DECODE) if key[::2] == (one, size) and key[1] >= dim)
+    return Launch(*DECODE[next(fitting)])
 
 
 # ---- settings of the kernels, by name; worked out once, not in every layer and step
@@ -59,6 +61,7 @@ def decode_settings(
     launch = decode_launch(architecture, max(dim, value_dim), bytes_per_element)
     return {
         "EARLY": launch.early,
+        "WAITS": _waits(architecture),
         "PER_TILE": regions_per_tile(longest, launch.block),
         "BLOCK_M": padded(rows),
         "BLOCK_N": launch.block,
@@ -71,6 +74,7 @@ def decode_settings(
         "num_warps": launch.warps,
         "num_stages": launch.stages,
         **({"launch_pdl": True} if launch.early else {}),
+        **({"maxnreg": _registers(launch)} if architecture.startswith("cuda") else {}),
     }
 
 
@@ -82,6 +86,7 @@ def select_settings(
     warps, block_all = 8 if regions > MANY_REGIONS else 4, max(16, power(regions))
     return {
         "EARLY": decode_launch(architecture, dim, bytes_per_element).early,
+        "WAITS": _waits(architecture),
         # So many heads' scores of all regions are held at a time.
         "HEADS": max(1, min(power(group), HELD * 32 * warps // block_all)),
         "BLOCK_M": padded(group),
@@ -108,6 +113,16 @@ def prefill_settings(architecture: str, dim: int, value_dim: int, bytes_per_elem
 def _stages(architecture: str) -> int:
     """On NVIDIA's, with fewer than 3, entries are asked for only when those before them are done with."""
     return 2 if architecture.startswith("gfx") else 3
+
+
+def _registers(launch: Launch) -> int:
+    """Most that a thread may have for so many programs to run on a multiprocessor: ptxas by itself may spill before."""
+    return min(255, REGISTERS // (32 * launch.warps * launch.programs))
+
+
+def _waits(architecture: str) -> bool:
+    """Whether waves have to wait for their stores before they arrive: on GCN and CDNA."""
+    return architecture.startswith("gfx9")
 
 
 def forget() -> None:
@@ -186,6 +201,14 @@ def multiprocessors(device: torch.device) -> int:
 def most_splits(groups: int, programs: int) -> int:
     """Programs of one of `groups` so that there are `programs` in all, or one each."""
     return max(1, -(-programs // groups))
+
+
+def balanced_splits(tiles: int, results: int) -> int:
+    """Programs that share out `tiles`, each of which is as long to read as `results` of them are for the last one.
+
+    A program reads `tiles / n`, and the last one `n` results behind that: together least where both are the same.
+    """
+    return max(1, int((tiles * results) ** 0.5))  # not `math.isqrt`, which torch.compile cannot trace
 
 
 def even_splits(tiles: int, most: int) -> int:

@@ -256,7 +256,7 @@ def window_means(entries: Tensor, start: Tensor, length: Tensor, longest: int) -
     tokens = min(power(longest), 16)
     block = 64 // tokens
     with on(entries.device):
-        means_kernel[batch * heads, -(-windows // block)](
+        means_kernel[-(-windows // block), batch * heads](
             entries,
             start,
             length,

@@ -13,6 +13,7 @@ from gazepatch.config import GazeConfig
 from gazepatch.errors import UnsupportedModelError
 from gazepatch.kernels.launches import (
     architecture,
+    balanced_splits,
     decode_launch,
     even_splits,
     most_splits,
@@ -31,6 +32,8 @@ from gazepatch.scores import Scores
 #: One program holds the scores of all regions of a row in its registers.
 MOST_REGIONS = 8192
 MOST_WINDOWS = 64  # of a region
+#: Query heads of a key head: a program holds them all, in registers and shared memory.
+MOST_GROUP = 32
 
 
 class Share(NamedTuple):
@@ -41,6 +44,7 @@ class Share(NamedTuple):
         block: Entries of a tile.
         tiles: Tiles that the visual entries make.
         most: Most programs of the decode kernel that a selection has.
+        results: As many of what such a program leaves are as large as a tile.
         partial, weights: Where these leave what they found, `[.., most, heads, D_v]` and `[.., most, heads, 2]`.
     """
 
@@ -48,6 +52,7 @@ class Share(NamedTuple):
     block: int
     tiles: int
     most: int
+    results: int
     partial: Tensor
     weights: Tensor
 
@@ -190,7 +195,7 @@ class KernelPlan(DecodePlan):
             scores.scale,
             scores.softcap,
             self.longest,
-            even_splits(tiles, share.most),
+            even_splits(tiles, min(share.most, balanced_splits(tiles, share.results))),
         )
         return output
 
@@ -210,9 +215,11 @@ class KernelPlan(DecodePlan):
         tiles = tiles_of(self.runs.shape[3], self.longest, launch.block)
         groups = self.pairs * self.selections
         most = most_splits(groups, launch.programs * self.programs)
-        shape = (groups, most, self.shape[0] * self.heads // groups)
+        heads = self.shape[0] * self.heads // groups
+        results = launch.block * (dim + value_dim) * bytes_per_element // (heads * value_dim * 4)
         empty = self.log_counts.new_empty  # float32, on the device
-        return Share(scoring, launch.block, tiles, most, empty(*shape, value_dim), empty(*shape, 2))
+        partial, weights = empty(groups, most, heads, value_dim), empty(groups, most, heads, 2)
+        return Share(scoring, launch.block, tiles, most, max(results, 1), partial, weights)
 
     def unfit(self, query: Tensor, entries: Entries, scores: Scores, late: Late | None = None) -> str | None:
         """Why the kernels cannot take this step, or None."""
@@ -225,6 +232,8 @@ class KernelPlan(DecodePlan):
         if not kernels_fit(dtypes, *dims):
             wanted = f"one type among {_names(DTYPES)}, head dims up to {MOST_DIM}"
             return f"needs {wanted}, got {_names(dtypes)}, {dims}"
+        if (group := self.heads // self.shape[1]) > MOST_GROUP:
+            return f"takes up to {MOST_GROUP} query heads a key head, got {group}"
         if not self.whole and self.regions.start.shape[1] > MOST_REGIONS:
             return f"selects among up to {MOST_REGIONS} regions, got {self.regions.start.shape[1]}"
         if not self.whole and self.regions.windows > MOST_WINDOWS:

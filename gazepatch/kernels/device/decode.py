@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gazepatch.kernels.device.arrival import arrive
 from gazepatch.kernels.device.scores import LOG2E, LOWEST, in_powers_of_two, scores_of
 
 
@@ -70,6 +71,7 @@ def decode_kernel(
     HAS_SINKS: tl.constexpr,
     CAPPED: tl.constexpr,
     EARLY: tl.constexpr,
+    WAITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -157,8 +159,7 @@ def decode_kernel(
         tl.store(of_weights + split * (ROWS * 2) + rows * 2, top, mask=rows < ROWS)
         tl.store(of_weights + split * (ROWS * 2) + rows * 2 + 1, weight, mask=rows < ROWS)
         tl.store(of_partial + split * (ROWS * VALUE_DIM) + of_rows, acc, mask=inside)
-        tl.debug_barrier()  # all stores of this program come before its arrival
-        if tl.atomic_add(arrived + group, 1, sem="acq_rel") == splits - 1:
+        if arrive(arrived + group, WAITS) == splits - 1:
             tl.store(arrived + group, 0)
             _combine(of_partial, of_weights, splits, of_output, ROWS, VALUE_DIM, BLOCK_G, BLOCK_V, BLOCK_S)
 

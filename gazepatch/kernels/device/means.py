@@ -24,9 +24,9 @@ def means_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    pair = tl.program_id(0)
+    pair = tl.program_id(1)  # of windows there may be more than the second axis of a grid takes
     batch, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
-    window, dims = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W), tl.arange(0, BLOCK_D)
+    window, dims = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W), tl.arange(0, BLOCK_D)
     there = window < windows
     first = tl.load(start + batch * table_row + window, mask=there, other=0).to(tl.int64)
     tokens = tl.load(length + batch * table_row + window, mask=there, other=0)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gazepatch.kernels.device.arrival import arrive
 from gazepatch.kernels.device.scores import LOWEST, scores_of
 
 #: Above the bits of every share, which is below 2.
@@ -71,6 +72,7 @@ def select_kernel(
     CAPPED: tl.constexpr,
     APPENDS: tl.constexpr,
     EARLY: tl.constexpr,
+    WAITS: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -118,8 +120,7 @@ def select_kernel(
         inside = (rows < GROUP)[:, None] & (numbers < regions)[None, :]
         # Of each region by itself, so that equal regions weigh the same to the bit, wherever they are scored.
         tl.store(of_regions, _log_sum_exp(x, BLOCK_M, BLOCK_R, BLOCK_C) if BLOCK_C > 1 else x, mask=inside)
-    tl.debug_barrier()  # all stores of this program come before its arrival
-    if tl.atomic_add(arrived + pair, 1, sem="acq_rel") == splits - 1:
+    if arrive(arrived + pair, WAITS) == splits - 1:
         tl.store(arrived + pair, 0)
         number = tl.arange(0, BLOCK_ALL)
         there = number < regions
@@ -211,7 +212,7 @@ def _take(
     if PERIPHERY:
         tl.store(taken + group.to(tl.int64) * regions + number, take.to(tl.int8), mask=number < regions)
     if COUNTS:
-        tl.atomic_add(total, tl.sum(tl.where(take, tokens, 0), 0).to(tl.int64))
+        tl.atomic_add(total, tl.sum(tl.where(take, tokens, 0), 0).to(tl.int64), sem="relaxed")
 
 
 @triton.jit

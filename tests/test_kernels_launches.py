@@ -1,0 +1,65 @@
+"""Launch settings, and the machine code that comes of them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+from gazepatch.kernels import tuned
+from gazepatch.kernels.launches import balanced_splits, decode_launch, decode_settings, even_splits, forget
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def test_what_an_architecture_lacks_is_that_of_an_older_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured, table = (128, 8, 2, 1, True), tuned.DECODE
+    monkeypatch.setitem(table, ("cuda100", 128, 2), measured)
+    assert decode_launch("cuda100", 72, 2) == measured
+    assert decode_launch("cuda100", 128, 4) == table["cuda90", 128, 4]
+    assert decode_launch("cuda100", 256, 2) == table["cuda90", 256, 2]
+    assert decode_launch("cuda86", 40, 2) == table["cuda80", 64, 2]
+    assert decode_launch("gfx950", 128, 2) == table["gfx942", 128, 2]
+    for architecture, dim, size in list(table):
+        assert decode_launch(architecture, dim, size) == table[architecture, dim, size]
+
+
+def test_programs_run_side_by_side() -> None:
+    forget()
+    for architecture, dim, size in tuned.DECODE:
+        settings = decode_settings(architecture, 4, dim, dim, size, 64)
+        if architecture.startswith("cuda"):
+            threads = 32 * settings["num_warps"] * decode_launch(architecture, dim, size).programs
+            assert 128 <= settings["maxnreg"] <= 255 and settings["maxnreg"] * threads <= 65536
+        else:
+            assert "maxnreg" not in settings and settings["WAITS"]
+
+
+@pytest.mark.parametrize("tiles", [1, 7, 60, 900])
+@pytest.mark.parametrize("results", [1, 4, 9])
+def test_the_last_program_has_as_much_to_read_as_the_others(tiles: int, results: int) -> None:
+    def time(programs: int) -> float:
+        return tiles / programs + programs / results
+
+    balanced = balanced_splits(tiles, results)
+    assert time(balanced) <= 1.1 * min(map(time, range(1, tiles * results + 1)))
+    shared = even_splits(tiles, balanced)
+    assert 1 <= shared <= balanced and -(-tiles // shared) == -(-tiles // balanced)
+
+
+@pytest.mark.parametrize("kernel", ["decode", "select"])
+def test_waves_wait_for_their_stores_before_they_arrive(kernel: str) -> None:
+    # On CDNA alone a barrier does not, and whoever comes last would combine what is not there yet.
+    code = f"import compile_kernels as c; print(c.compiled({kernel!r}, 'gfx942', 'bf16', 128, 4, True).asm['amdgcn'])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=BENCHMARKS)
+    assert run.returncode == 0, run.stderr
+    instructions = [line.split("//")[0].strip() for line in run.stdout.splitlines()]
+    instructions = [line for line in instructions if re.match(r"[a-z]+_\w+", line)]
+    release = next(i for i, line in enumerate(instructions) if line.startswith("buffer_wbl2"))
+    barrier = max(i for i, line in enumerate(instructions[:release]) if line == "s_barrier")
+    waits = max(i for i, line in enumerate(instructions[:barrier]) if re.match(r"s_waitcnt.*vmcnt\(0\)", line))
+    assert not any(re.match(r"(global|buffer|flat)_store", line) for line in instructions[waits:release])

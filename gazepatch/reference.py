@@ -1,4 +1,4 @@
-"""The definition of gaze attention, in float32 and one query at a time. Every fast path is compared with it."""
+"""The definition of gaze attention, in float64 and one query at a time. Every fast path is compared with it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Score = Callable[[Tensor, Tensor], Tensor]
 
 
 class Attended(NamedTuple):
-    """`output` `[H, D_v]`, and whether each query head reads each entry, `kept` `[H, L]` bool."""
+    """`output` `[H, D_v]` float32, and whether each query head reads each entry, `kept` `[H, L]` bool."""
 
     output: Tensor
     kept: Tensor
@@ -56,9 +56,9 @@ def gaze_reference(
     """
     per_key = len(query) // len(key)
     group = len(query) // (key_heads or len(key))
-    query, key, value = query.float(), *(x.float().repeat_interleave(per_key, 0) for x in (key, value))
+    query, key, value = query.double(), *(x.double().repeat_interleave(per_key, 0) for x in (key, value))
     score = functools.partial(_score, scale=scale, softcap=softcap)
-    bias = torch.zeros(key.shape[:2]) if bias is None else bias.float()
+    bias = key.new_zeros(key.shape[:2]) if bias is None else bias.double()
     regions = _regions(spans, config)
     logits = score(query, key) + bias
     window_logits = [[_window_logit(query, key, w, score, bias) for w in windows] for windows in regions]
@@ -80,10 +80,10 @@ def gaze_reference(
                 weights += [logit[h : h + 1] for logit in window_logits[number]]
                 values += [value[h][window].mean(0, keepdim=True) for window in regions[number]]
         if sinks is not None:
-            weights.append(sinks[h : h + 1].float())
+            weights.append(sinks[h : h + 1].double())
             values.append(value.new_zeros(1, value.shape[2]))
         outputs.append(torch.cat(weights).softmax(0) @ torch.cat(values))
-    return Attended(torch.stack(outputs), torch.stack(kept))
+    return Attended(torch.stack(outputs).float(), torch.stack(kept))
 
 
 def _regions(spans: Sequence[Span], config: GazeConfig) -> list[list[Tensor]]:
@@ -112,9 +112,9 @@ def _window_logit(query: Tensor, key: Tensor, window: Tensor, score: Score, bias
 
 
 def _region_scores(window_logits: list[list[Tensor]], heads: int) -> Tensor:
-    """`[H, R]`."""
+    """`[H, R]` float32: shares that are too small for it are equal, whoever computes them."""
     logits = [torch.stack(of_region).logsumexp(0) for of_region in window_logits]
-    return torch.stack(logits, 1).softmax(1) if logits else torch.zeros(heads, 0)
+    return torch.stack(logits, 1).softmax(1).float() if logits else torch.zeros(heads, 0)
 
 
 def _agree(scores: Tensor, head_reduce: str) -> Tensor:

@@ -18,8 +18,8 @@ SCORED_BYTES = 1 << 15
 INTERPRETED = 4
 #: Regions from which on a program of the selection has twice the warps, and a multiprocessor no room for a second one.
 MANY_REGIONS = 2048
-#: Of a multiprocessor of NVIDIA's.
-REGISTERS = 1 << 16
+#: Of a thread of NVIDIA's, 65,536 of which are those of a multiprocessor.
+MOST_REGISTERS = 255
 #: Numbers that a thread holds at a time where a program waits for many of them at once.
 HELD = 64
 
@@ -74,7 +74,7 @@ def decode_settings(
         "num_warps": launch.warps,
         "num_stages": launch.stages,
         **({"launch_pdl": True} if launch.early else {}),
-        **({"maxnreg": _registers(launch)} if architecture.startswith("cuda") else {}),
+        **({"maxnreg": MOST_REGISTERS} if _has_all_registers(architecture, launch) else {}),
     }
 
 
@@ -115,9 +115,10 @@ def _stages(architecture: str) -> int:
     return 2 if architecture.startswith("gfx") else 3
 
 
-def _registers(launch: Launch) -> int:
-    """Most that a thread may have for so many programs to run on a multiprocessor: ptxas by itself may spill before."""
-    return min(255, REGISTERS // (32 * launch.warps * launch.programs))
+def _has_all_registers(architecture: str, launch: Launch) -> bool:
+    """Whether threads may have all they can: ptxas may spill some to make room for programs that nobody launches."""
+    threads = 32 * launch.warps * launch.programs
+    return architecture.startswith("cuda") and (1 << 16) // threads > MOST_REGISTERS
 
 
 def _waits(architecture: str) -> bool:

@@ -20,6 +20,7 @@ from gazepatch.ops.late import Late
 from gazepatch.ops.plan import means_of
 from gazepatch.places import locked
 from gazepatch.regions import Chunk, take
+from gazepatch.untraced import untraced
 
 #: Room for new entries: an eighth of what is held, at least this many. Rare copies, and little memory held in vain.
 LEAST_ROOM = 128
@@ -57,6 +58,7 @@ class GazeLayer(DynamicLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
+    @untraced
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append `[B, H_kv, S, D]` keys and values; returns what the attention of this forward reads.
 

@@ -31,7 +31,7 @@ class Reader:
         self.page_tokens = int(images[-1]) + 1
         page = {name: value[:, : self.page_tokens] for name, value in inputs.items() if name != "pixel_values"}
         with torch.no_grad():
-            out = model(**page, pixel_values=inputs["pixel_values"], use_cache=True)
+            out = model(**page, pixel_values=inputs["pixel_values"], use_cache=True, logits_to_keep=1)
         self.cache = out.past_key_values
 
     def ask(self, question: str) -> Answer:

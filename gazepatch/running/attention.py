@@ -23,6 +23,7 @@ from gazepatch.running.masks import as_4d, block_mask, by_position, of_keys
 from gazepatch.running.prompt import gaze, see_own_image
 from gazepatch.running.runtime import Runtime
 from gazepatch.scores import Scores
+from gazepatch.untraced import untraced
 
 #: Of the names under which transformers knows patched attention: free of the words that it looks for in names.
 PREFIX = "gazepatch_"
@@ -61,14 +62,23 @@ class GazeAttention:
             return self.dense(module, query, key, value, attention_mask, **kwargs)
         if forward.state.slots.inserted and getattr(module, "attn_temperature_tuning", False) and not module.use_rope:
             query = tempered(module, query, forward)
-        layer = getattr(module, "layer_idx", -1)
+        call = Call(module, query, key, value, attention_mask, kwargs, latents)
+        if isinstance(forward.state, StaticState) and forward.state.ready:
+            return self.within(forward, call)
+        return self.untraced(forward, call)
+
+    def within(self, forward: Forward, call: Call) -> Attended:
+        """`attend` within a forward of the decoder."""
+        layer = getattr(call.module, "layer_idx", -1)
         if forward.across is not None and layer in self.runtime.cross_layers:
             forward = forward.across
         if forward.state.decoding and layer in self.runtime.gaze_layers:
-            refuse_unsupported(kwargs)
-            scores = scores_of(self.original, query, kwargs)
-            return self.decode(forward, layer, module, query, scores, attention_mask), None
-        return self.read(forward, layer, Call(module, query, key, value, attention_mask, kwargs, latents))
+            refuse_unsupported(call.options)
+            scores = scores_of(self.original, call.query, call.options)
+            return self.decode(forward, layer, call.module, call.query, scores, call.mask), None
+        return self.read(forward, layer, call)
+
+    untraced = untraced(within)
 
     def dense(self, module: nn.Module, *args: Any, **kwargs: Any) -> Attended:
         """The model's own attention."""

@@ -18,6 +18,7 @@ from gazepatch.running.forward import Forward
 from gazepatch.running.runtime import Runtime
 from gazepatch.running.starting import start, start_step
 from gazepatch.splice import lengthen, lengthen_step, shorten
+from gazepatch.untraced import untraced
 
 #: The decoder's parameter that holds the embeddings of the context tokens.
 CONTEXT_TOKENS = "gaze_context_tokens"
@@ -32,9 +33,6 @@ class DecoderHooks:
     def __init__(self, runtime: Runtime, decoder: nn.Module, attention: str) -> None:
         self.runtime, self.attention = runtime, attention
         self.signature = inspect.signature(decoder.forward)
-        # Looking for visual tokens is work of the host. Where torch.compile finds that out half-way, it drops which
-        # forward is running (torch 2.13).
-        self._started = torch.compiler.disable(self._started)  # type: ignore[method-assign]
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward starts; returns the arguments to call the decoder with, or None to leave them."""
@@ -68,6 +66,7 @@ class DecoderHooks:
         forward.finish(completed=output is not None)
         return output if output is None or forward.insertion is None else shorten(output, forward.insertion)
 
+    @untraced  # where a compiler gives up half-way, it drops which forward is running (torch 2.13)
     def _started(self, decoder: nn.Module, call: dict[str, Any], hidden: Tensor) -> dict[str, Any]:
         """Start any forward but a step on a static cache; returns the arguments of the decoder."""
         runtime, (rows, tokens) = self.runtime, hidden.shape[:2]

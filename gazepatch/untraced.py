@@ -1,0 +1,26 @@
+"""Methods that `torch.compile` leaves as they are.
+
+What a prompt and a step on a cache that grows do on the host follows from numbers that are others in every call: tracing
+them takes long, and finds half-way that it cannot. Steps on static caches do nothing of that kind.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
+
+import torch
+
+P, R, S = ParamSpec("P"), TypeVar("R"), TypeVar("S")
+
+
+def untraced(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    """The method, at which a compiler breaks its graph; without one it costs a look at a flag."""
+    opaque = torch.compiler.disable(method)
+
+    @functools.wraps(method)
+    def called(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
+        return (opaque if torch.compiler.is_compiling() else method)(self, *args, **kwargs)
+
+    return called

@@ -1,7 +1,7 @@
 """Methods that `torch.compile` leaves as they are.
 
-What a prompt and a step on a cache that grows do on the host follows from numbers that are others in every call: tracing
-them takes long, and finds half-way that it cannot. Steps on static caches do nothing of that kind.
+What prompts, and steps on caches that grow, do on the host follows from numbers that are others in every call: tracing
+it takes long, and finds half-way that it cannot. Steps on static caches do nothing of that kind.
 """
 
 from __future__ import annotations

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
-P, R, S = ParamSpec("P"), TypeVar("R"), TypeVar("S")
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def untraced(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+def untraced(method: Method) -> Method:
     """The method, at which a compiler breaks its graph; without one it costs a look at a flag."""
     opaque = torch.compiler.disable(method)
 
     @functools.wraps(method)
-    def called(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
-        return (opaque if torch.compiler.is_compiling() else method)(self, *args, **kwargs)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return (opaque if torch.compiler.is_compiling() else method)(*args, **kwargs)
 
-    return called
+    return cast(Method, called)

@@ -129,12 +129,11 @@ def without_data(cache: DynamicCache) -> None:
             if (held := getattr(layer, name)) is not None:
                 setattr(layer, name, tuple(x.to("meta") for x in held))
     first = next(layer for layer in cache.layers if isinstance(layer, CrossLayer))
-    for (name, _), plan in list(first.state._devices.items()):
-        if name.startswith("plan"):  # which needs data to be made
-            plan.regions, plan.on_cpu, plan._scratch = plan.regions.to(torch.device("meta")), False, {}
-            for key, value in vars(plan).items():
-                setattr(plan, key, value.to("meta") if isinstance(value, Tensor) else value)
-            first.state._devices[name, torch.device("meta")] = plan
+    for (*shape, _), plan in list(first.state._plans.items()):  # which need data to be made
+        plan.regions, plan.on_cpu, plan._scratch = plan.regions.to(torch.device("meta")), False, {}
+        for key, value in vars(plan).items():
+            setattr(plan, key, value.to("meta") if isinstance(value, Tensor) else value)
+        first.state._plans[(*shape, torch.device("meta"))] = plan
 
 
 @pytest.mark.parametrize("name", ["the last of two images", "different numbers of images"])

@@ -81,7 +81,7 @@ def test_a_step_stays_on_its_device(name: str) -> None:
         for key, value in vars(plan).items():
             setattr(plan, key, value.to(device) if isinstance(value, Tensor) else value)
         plan.regions, plan.on_cpu = state.regions.to(device), False
-        state._devices["plan 2 8 2", device] = plan
+        state._plans[2, 8, 2, device] = plan
     query, entries = torch.empty(2, 8, 50, 16, device=device), torch.empty(2, 2, 50, 16, device=device)
     layer.update(entries, entries)
     state.expect(0, query, entries, entries)
@@ -146,7 +146,7 @@ def test_nothing_moves_from_step_to_step(name: str) -> None:
             if step:  # the first one takes the scratch memory of the torch backend
                 assert now == before
             before = now
-        assert len(before) > 50 and any("_devices[('plan" in name for name in before)
+        assert len(before) > 50 and any("_plans[(" in name for name in before)
         assert int(cache.get_seq_length()) == int(cache.gaze.filled) == mask.shape[1]
 
 

@@ -76,7 +76,7 @@ class CrossState(GazeState):
 
     def _extend(self, chunk: Chunk, new_tokens: int) -> None:
         super()._extend(chunk, new_tokens)
-        self._forget("last_places")
+        self.tables.forget("last_places")
 
     def _show(self, mask: Tensor | None) -> bool:
         """Note what the last query sees, and return whether that is new; waits for the device."""
@@ -89,8 +89,8 @@ class CrossState(GazeState):
         if _same(shown, self.shown):
             return False
         self.shown = shown
-        self._forget("readable")
-        self._forget("plan")
+        self.tables.forget("readable")
+        self._plans.clear()
         return True
 
     def last_places(self) -> Tensor:

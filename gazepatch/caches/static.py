@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from gazepatch.caches.layer import GazeLayer, Stores
-from gazepatch.caches.state import GazeState, bias_of, same_rows
+from gazepatch.caches.order import same_rows
+from gazepatch.caches.state import GazeState, bias_of
 from gazepatch.config import GazeConfig
 from gazepatch.errors import CacheError
 from gazepatch.insertion import Insertion
@@ -111,8 +112,7 @@ class StaticState(GazeState):
 
     def _make_ready(self) -> None:
         self.ready = True
-        for name in ("other_positions", "logical_order", "slot_positions"):
-            self._forget(name)
+        self.tables.forget("other_positions", "logical_order", "slot_positions")
         for layer, (query, key_heads, value_dim) in self._expected.items():
             (batch, heads), device = query.shape[:2], query.device
             selections = heads if self.config.head_reduce == "none" else key_heads

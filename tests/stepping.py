@@ -1,4 +1,4 @@
-"""Tiny models generating with static caches and compiled steps: settings, calls, and what to compare."""
+"""Tiny models generating, with caches of all kinds and compiled steps: settings, calls, and what to compare."""
 
 from __future__ import annotations
 
@@ -40,6 +40,11 @@ def generate(case: Case, steps: int = 6, **settings: Any) -> Any:
     return case.model.generate(**{**case.inputs, **length, **kept, **settings})
 
 
+def said(case: Case, steps: int = 6, **settings: Any) -> Tensor:
+    """The prompt and what the model says to it."""
+    return generate(case, steps, **settings).sequences
+
+
 def static(case: Case, length: int = 300) -> StaticCache:
     return StaticCache(config=case.model.config, max_cache_len=length)
 
@@ -52,6 +57,17 @@ def supported(name: str) -> Case:
     except IndexError:  # gemma3 in 5.16: the masks of its images are shorter than the cache
         pytest.skip(f"transformers {transformers.__version__} itself cannot make {name} a static cache")
     return case
+
+
+def image_turn(case: Case) -> dict[str, Tensor]:
+    """Another image, of the kind the case's prompt has, with text around it."""
+    first = case.spans[0]
+    image = case.inputs["input_ids"][:, first.start : first.stop]
+    text = torch.tensor([[21, 22, 23]])
+    return {
+        "input_ids": torch.cat([text, image, text], 1),
+        "pixel_values": torch.randn_like(case.inputs["pixel_values"][:1]),
+    }
 
 
 def longer(case: Case, tokens: int) -> dict[str, Tensor]:

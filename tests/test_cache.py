@@ -8,20 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from stepping import assert_statistics_of_copies
+from stepping import QUARTER, WHOLE, assert_statistics_of_copies, image_turn, said
 from tiny import Case, batch, tiny
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
 from gazepatch.caches.layer import GazeLayer
-from gazepatch.config import GazeConfig
 from gazepatch.errors import CacheError
 from gazepatch.patch import apply, patched, restore, set_budget, stats
 from gazepatch.running import attention, prompt
 from gazepatch.running.call import Call
-
-WHOLE = GazeConfig(region=(3, 3, 1), window=(1, 3, 1), budget=1.0, periphery=False, min_visual_tokens=0)
-QUARTER = dataclasses.replace(WHOLE, budget=0.25)
 
 
 @pytest.fixture(params=["llava", "llava_latent"])
@@ -29,14 +25,9 @@ def case(request: pytest.FixtureRequest) -> Case:
     return tiny(request.param)
 
 
-def generate(case: Case, steps: int = 6, **inputs: object) -> Tensor:
-    given = {**case.inputs, **inputs}
-    return case.model.generate(**given, max_new_tokens=steps, min_new_tokens=steps)
-
-
 def two_turns(case: Case, cache: DynamicCache, second: dict[str, Tensor]) -> Tensor:
     """Greedy tokens of a prompt, then of a second one on the same cache."""
-    first = generate(case, past_key_values=cache)
+    first = said(case, past_key_values=cache)
     ids = torch.cat([first, second["input_ids"]], 1)
     images = {name: value for name, value in second.items() if name != "input_ids"}
     return case.model.generate(
@@ -45,17 +36,6 @@ def two_turns(case: Case, cache: DynamicCache, second: dict[str, Tensor]) -> Ten
 
 
 TEXT = {"input_ids": torch.tensor([[11, 12, 13, 14, 15]])}
-
-
-def image_turn(case: Case) -> dict[str, Tensor]:
-    """Another image, of the kind the case's prompt has, with text around it."""
-    first = case.spans[0]
-    image = case.inputs["input_ids"][:, first.start : first.stop]
-    text = torch.tensor([[21, 22, 23]])
-    return {
-        "input_ids": torch.cat([text, image, text], 1),
-        "pixel_values": torch.randn_like(case.inputs["pixel_values"][:1]),
-    }
 
 
 @pytest.mark.parametrize("prefill", ["dense", "gaze"])
@@ -73,7 +53,7 @@ def test_a_sequence_that_gets_enough_visual_tokens_later_is_sorted_then(case: Ca
     dense = two_turns(case, DynamicCache(), second)
     with patched(case.model, WHOLE, min_visual_tokens=enough):
         cache = DynamicCache()
-        generate(case, past_key_values=cache, **settings)
+        said(case, past_key_values=cache, **settings)
         assert cache.gaze.regions is None and stats(case.model).read_share == 1.0
         cache = DynamicCache()
         assert torch.equal(two_turns(case, cache, second), dense)
@@ -96,7 +76,7 @@ def test_an_image_of_a_later_turn_gazes_too(case: Case) -> None:
     with patched(case.model, QUARTER):
         two_turns(case, DynamicCache(), image_turn(case))
         per_step = stats(case.model).visual_entries / stats(case.model).steps
-        generate(case)
+        said(case)
         before = stats(case.model).visual_entries / stats(case.model).steps
     assert per_step > before
 
@@ -105,16 +85,16 @@ def test_an_image_of_a_later_turn_gazes_too(case: Case) -> None:
 def test_the_cache_given_is_the_one_filled(case: Case, with_configuration: bool) -> None:
     cache = DynamicCache(config=case.model.config) if with_configuration else DynamicCache()
     with patched(case.model, QUARTER):
-        generate(case, past_key_values=cache)
+        said(case, past_key_values=cache)
     assert cache.get_seq_length() == case.inputs["input_ids"].shape[1] + 5
     assert all(isinstance(layer, GazeLayer) for layer in cache.layers)
 
 
 def test_keys_and_values_are_in_the_order_of_the_sequence(case: Case) -> None:
     dense, gazing = DynamicCache(), DynamicCache()
-    generate(case, past_key_values=dense)
+    said(case, past_key_values=dense)
     with patched(case.model, WHOLE):
-        generate(case, past_key_values=gazing)
+        said(case, past_key_values=gazing)
     for one, other in zip(dense.layers, gazing.layers, strict=True):
         assert torch.allclose(one.keys, other.keys, atol=1e-5)
         assert torch.allclose(one.values, other.values, atol=1e-5)
@@ -146,99 +126,6 @@ def test_several_answers_at_full_budget_are_dense(case: Case) -> None:
         assert torch.equal(case.model.generate(**case.inputs, **settings), dense)
 
 
-def test_prompt_lookup_crops_and_stays_dense_at_full_budget(case: Case) -> None:
-    settings = {"prompt_lookup_num_tokens": 3, "max_new_tokens": 12}
-    dense = case.model.generate(**case.inputs, **settings)
-    with patched(case.model, WHOLE):
-        assert torch.equal(case.model.generate(**case.inputs, **settings), dense)
-
-
-@pytest.mark.parametrize("name", ["gemma3", "gemma3_short"])
-def test_prompt_lookup_rolls_sliding_windows_among_context_tokens_back(name: str) -> None:
-    case = tiny(name)
-    with patched(case.model, QUARTER, context_tokens=torch.randn(3, 64)):
-        greedy = case.model.generate(**case.inputs, max_new_tokens=30)
-        found = case.model.generate(**case.inputs, max_new_tokens=30, prompt_lookup_num_tokens=3)
-    # A forward of several tokens reads densely, so the answers may part, but not before such a forward.
-    assert found.shape == greedy.shape
-    with patched(case.model, WHOLE, context_tokens=torch.randn(3, 64)):
-        greedy = case.model.generate(**case.inputs, max_new_tokens=30)
-        assert torch.equal(case.model.generate(**case.inputs, max_new_tokens=30, prompt_lookup_num_tokens=3), greedy)
-
-
-def test_crop_forgets_text_but_no_image(case: Case) -> None:
-    cache = DynamicCache()
-    with patched(case.model, QUARTER):
-        once = generate(case, past_key_values=cache)
-        length = cache.get_seq_length()
-        cache.crop(-3)
-        assert cache.get_seq_length() == length - 3
-        ids = once[:, : length - 3 + 1]
-        again = case.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=3
-        )
-        assert torch.equal(again, once[:, : ids.shape[1] + 3][:, : again.shape[1]])
-        with pytest.raises(CacheError, match="only text behind the last image"):
-            cache.crop(-(cache.get_seq_length() - case.spans[-1].start))
-
-
-@torch.no_grad()
-def test_a_crop_by_a_number_in_a_tensor(case: Case) -> None:
-    def run(*crops: Any) -> Tensor:
-        cache = DynamicCache()
-        case.model(**case.inputs, past_key_values=cache)
-        for crop in crops:
-            cache.crop(crop)
-            ids = torch.tensor([[5, 6]])
-            logits = case.model(input_ids=ids, past_key_values=cache).logits
-        assert type(cache.get_seq_length()) is int
-        return logits
-
-    with patched(case.model, QUARTER):
-        assert torch.equal(run(torch.tensor(-1), -1, torch.tensor(-2), -1), run(-1, -1, -2, -1))
-
-
-@pytest.mark.parametrize(
-    ("name", "settings", "broken"),
-    [("llava", {"dense_layers": (0,)}, False), ("gemma3", {}, True)],
-    ids=["a layer of ours before", "a sliding window before"],
-)
-@torch.no_grad()
-def test_a_refused_crop_leaves_no_layer_shorter_than_another(name: str, settings: dict, broken: bool) -> None:
-    case = tiny(name)
-    with patched(case.model, QUARTER, **settings):
-        cache, untouched = (DynamicCache(config=case.model.config.get_text_config()) for _ in range(2))
-        for each in (cache, untouched):
-            each.activate_past_recording()
-            case.model(**case.inputs, past_key_values=each)
-        with pytest.raises(CacheError, match="only text behind the last image"):
-            cache.crop(case.spans[-1].start - cache.get_seq_length())
-        steps = [{"input_ids": torch.tensor([[5]]), "past_key_values": each} for each in (cache, untouched)]
-        if broken:  # transformers' own layer has forgotten the image
-            with pytest.raises(CacheError, match="crop of this cache failed half-way"):
-                case.model(**steps[0])
-        else:
-            assert torch.equal(case.model(**steps[0]).logits, case.model(**steps[1]).logits)
-
-
-@torch.no_grad()
-def test_guesses_of_image_tokens_are_words(case: Case) -> None:
-    """Prompt lookup guesses what followed in the prompt, which may be an image: its tokens come without one."""
-    guess = torch.cat([torch.tensor([[11, 12]]), case.inputs["input_ids"][:, case.spans[0].start :][:, :2]], 1)
-
-    def run() -> list[Tensor]:
-        cache = DynamicCache(config=case.model.config)
-        case.model(**case.inputs, past_key_values=cache)
-        whole = case.model(input_ids=guess, past_key_values=cache).logits
-        cache.crop(-3)
-        return [whole, case.model(input_ids=torch.tensor([[7]]), past_key_values=cache).logits]
-
-    dense = run()
-    with patched(case.model, WHOLE):
-        for found, expected in zip(run(), dense, strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
 @torch.no_grad()
 def test_statistics_are_of_the_cache_that_was_used_last(case: Case) -> None:
     assert_statistics_of_copies(case, DynamicCache())
@@ -258,10 +145,10 @@ def test_a_copy_goes_its_own_way(case: Case) -> None:
 def test_reset_makes_a_cache_that_starts_again(case: Case) -> None:
     cache = DynamicCache()
     with patched(case.model, QUARTER):
-        first = generate(case, past_key_values=cache)
+        first = said(case, past_key_values=cache)
         cache.reset()
         assert cache.get_seq_length() == 0
-        assert torch.equal(generate(case, past_key_values=cache), first)
+        assert torch.equal(said(case, past_key_values=cache), first)
 
 
 @torch.no_grad()
@@ -284,7 +171,7 @@ def test_a_cache_that_was_reset_takes_a_new_budget(name: str) -> None:
         for budget in (0.25, 1.0):
             set_budget(case.model, budget)
             cache.reset()
-            generate(case, past_key_values=cache)
+            said(case, past_key_values=cache)
             assert stats(case.model).read_share == pytest.approx(budget, abs=0.05)
 
 
@@ -347,37 +234,10 @@ def test_a_cache_whose_forward_failed_is_refused(case: Case) -> None:
 
 def test_restore_then_apply_needs_a_new_cache_only(case: Case) -> None:
     apply(case.model, QUARTER)
-    first = generate(case)
+    first = said(case)
     restore(case.model)
     apply(case.model, QUARTER)
-    assert torch.equal(generate(case), first)
-
-
-def test_an_image_behind_cropped_text_of_the_same_length(case: Case) -> None:
-    """The sequence is as long as before, but in another order: nothing may be remembered from before the crop."""
-    second = image_turn(case)
-    generated = second["input_ids"].shape[1]
-
-    def run(cache: DynamicCache) -> Tensor:
-        first = generate(case, steps=generated + 1, past_key_values=cache)
-        cache.crop(-generated)
-        ids = torch.cat([first[:, : cache.get_seq_length()], second["input_ids"]], 1)
-        images = {"pixel_values": second["pixel_values"], "attention_mask": torch.ones_like(ids)}
-        return case.model.generate(input_ids=ids, past_key_values=cache, max_new_tokens=6, **images)
-
-    dense = run(DynamicCache())
-    with patched(case.model, WHOLE):
-        cache = DynamicCache()
-        assert torch.equal(run(cache), dense)
-        assert all(layer.keys is not None for layer in cache.layers)
-
-
-def test_a_cropped_image_does_not_count_any_more(case: Case) -> None:
-    cache, tokens = DynamicCache(), sum(span.tokens for span in case.spans)
-    with torch.no_grad(), patched(case.model, WHOLE, min_visual_tokens=2 * tokens):
-        case.model(**case.inputs, past_key_values=cache)
-        cache.crop(case.spans[0].start - cache.get_seq_length())
-        assert cache.gaze.spans == [] and cache.get_seq_length() == case.spans[0].start
+    assert torch.equal(said(case), first)
 
 
 def test_a_mask_of_padding_only_is_causal_for_queries_that_gaze(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,51 @@
+"""What `verify` promises, notices and refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import Case, tiny
+
+from gazepatch.bench import bench
+from gazepatch.config import GazeConfig
+from gazepatch.errors import ConfigError, UnsupportedModelError
+from gazepatch.patch import is_patched, patched
+from gazepatch.running.attention import GazeAttention
+from gazepatch.verification import verify
+
+SMALL = GazeConfig(region=(3, 3, 1), window=None, budget=0.25, min_visual_tokens=0)
+
+
+@pytest.fixture
+def case() -> Case:
+    return tiny("llava")
+
+
+def test_verify_knows_what_half_precision_costs(case: Case) -> None:
+    case.model.to(torch.bfloat16)
+    inputs = {**case.inputs, "pixel_values": case.inputs["pixel_values"].to(torch.bfloat16)}
+    with patched(case.model, SMALL):
+        report = verify(case.model, inputs)
+        assert is_patched(case.model)
+    assert report.passed, report
+
+
+def test_verify_notices_harm(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = GazeAttention.decode
+    monkeypatch.setattr(GazeAttention, "decode", lambda *arguments: decode(*arguments) * 1.01)
+    failed = {check.name for check in verify(case.model, case.inputs).checks if not check.passed}
+    assert failed == {"dense equivalence", "cached equals uncached"}
+
+
+def test_verify_refuses_what_it_cannot_check(case: Case) -> None:
+    text = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    with pytest.raises(ConfigError, match="expected inputs with at least one image, got none"):
+        verify(case.model, text)
+    assert not is_patched(case.model)
+    with pytest.raises(ConfigError, match="steps must be at least 1, got 0"):
+        verify(case.model, case.inputs, steps=0)
+    with patched(inner := case.model.model, SMALL):
+        for checking in (verify, bench):
+            with pytest.raises(UnsupportedModelError, match="expected a model that generates tokens, got a LlavaModel"):
+                checking(inner, case.inputs)
+        assert is_patched(inner)

@@ -63,6 +63,15 @@ def test_what_the_kernels_do_not_take(sequences: Make) -> None:
         filled.decode(sequence.stops[0])
 
 
+@torch.no_grad()
+def test_many_heads_of_a_key_head_are_left_to_the_twin(sequences: Make) -> None:
+    filled = Filled(on_device(sequences([LAYOUTS["divisible"]], key_heads=1, group=33)), KERNELS)
+    position = filled.sequence.stops[0]
+    filled.read(0, position)
+    with pytest.raises(UnsupportedModelError, match="takes up to 32 query heads a key head, got 33"):
+        filled.decode(position)
+
+
 def test_gradients_are_left_to_the_twin(sequences: Make) -> None:
     filled = Filled(on_device(sequences([LAYOUTS["divisible"]])), KERNELS)
     filled.read(0, filled.sequence.stops[0])

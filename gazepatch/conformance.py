@@ -109,10 +109,9 @@ class AdapterConformance:
     def test_promises_of_verify(self, case: CaseLike) -> None:
         if len(case.inputs["input_ids"]) > 1:
             return  # padding has no logits to compare
-        for settings in (QUARTER, dataclasses.replace(QUARTER, periphery=True, head_reduce="max")):
-            with patched(case.model, settings):
-                report = verify(case.model, case.inputs, steps=2)
-            assert report.passed, report
+        with patched(case.model, QUARTER, periphery=True, head_reduce="max"):
+            report = verify(case.model, case.inputs, steps=2)
+        assert report.passed, report
 
     def test_context_tokens_are_exact_or_refused(self, case: CaseLike) -> None:
         tokens = initial_context_tokens(case.model, 3)

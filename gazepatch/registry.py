@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import os
+import sys
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
@@ -94,7 +97,7 @@ MODULES = {
 
 def known_types() -> list[str]:
     """Model types with an adapter, built in or from another installed package."""
-    return sorted({*MODULES, *(point.name for point in entry_points(group=ENTRY_POINTS))})
+    return sorted({*MODULES, *(point.name for point in _installed())})
 
 
 def adapter_for(model_type: str) -> Adapter:
@@ -106,8 +109,9 @@ def adapter_for(model_type: str) -> Adapter:
     Raises:
         UnsupportedModelError: No adapter knows this type, or it cannot gaze.
     """
-    for point in entry_points(group=ENTRY_POINTS, name=model_type):
-        return _checked(_loaded(point), model_type, _named(point))
+    for point in _installed():
+        if point.name == model_type:
+            return _checked(_loaded(point), model_type, _named(point))
     if model_type in MODULES:
         name = f"gazepatch.adapters.{MODULES[model_type]}"
         for adapter in importlib.import_module(name).ADAPTERS:
@@ -120,6 +124,24 @@ def adapter_for(model_type: str) -> Adapter:
         f"no adapter for model type {model_type!r}; known: {', '.join(known_types())}. "
         f"To add one, subclass gazepatch.adapters.base.Adapter and name it under the entry point group {ENTRY_POINTS!r}"
     )
+
+
+def _installed() -> tuple[EntryPoint, ...]:
+    """Adapters of other packages; looked for anew when something was installed, as every look reads all packages."""
+    return _found(tuple((folder, _changed(folder)) for folder in sys.path))
+
+
+@functools.lru_cache(maxsize=1)
+def _found(_: tuple[tuple[str, int], ...]) -> tuple[EntryPoint, ...]:
+    return tuple(entry_points(group=ENTRY_POINTS))
+
+
+def _changed(folder: str) -> int:
+    """When something was put into a folder or taken from it, or 0 where there is none."""
+    try:
+        return os.stat(folder or ".").st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _loaded(point: EntryPoint) -> object:

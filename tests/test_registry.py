@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,14 @@ def test_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type
     assert type(adapter_for(model_type)).__module__ == "eyes"
     assert model_type in known_types()
     assert type(adapter_for("vipllava")).__module__ == "gazepatch.adapters.squares"
+
+
+def test_what_is_installed_meanwhile_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "foreign" not in known_types()
+    time.sleep(0.02)  # folders know the time of their last change to some milliseconds
+    install(tmp_path, monkeypatch, "foreign = eyes:adapter")
+    assert "foreign" in known_types()
 
 
 @pytest.mark.parametrize(

@@ -57,9 +57,11 @@ def test_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type
 
 def test_what_is_installed_meanwhile_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
+    path = list(sys.path)
     assert "foreign" not in known_types()
     time.sleep(0.02)  # folders know the time of their last change to some milliseconds
     install(tmp_path, monkeypatch, "foreign = eyes:adapter")
+    monkeypatch.setattr(sys, "path", path)
     assert "foreign" in known_types()
 
 

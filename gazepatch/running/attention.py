@@ -106,6 +106,8 @@ class GazeAttention:
         if forward.state.decoding and store in self.runtime.stores:  # the layer it shares keys with did not return all
             call.key, call.value = forward.layer(store).logical()
         call.mask = of_keys(call.mask, call.key)
+        if gazes and forward.trace is not None:
+            forward.reads[layer] = None
         if gazes and isinstance(forward.state, StaticState):
             forward.state.expect(layer, call.query, call.key, call.value)
         elif gazes and forward.state.spans and forward.tokens == 1 and forward.state.regions is None:

@@ -81,7 +81,6 @@ class Forward:
         selections = heads if self.state.config.head_reduce == "none" else key_heads
         entries = selections * sum(span.tokens for span in self.state.spans)
         self.count(layer, heads, key_heads, entries, entries)
-        self.reads[layer] = None
 
     def finish(self, completed: bool) -> None:
         """It is over, or failed."""

@@ -81,6 +81,14 @@ def test_force_replaces_nothing_but_artefacts(base: Path, tmp_path: Path) -> Non
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
+@pytest.mark.parametrize("name", ["file/gaze", "n" * 250])
+def test_a_place_where_nothing_can_be(base: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ArtefactError, match=r"cannot be written: .*; choose another place"):
+        gazepatch.convert(base, tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize("force", [False, True])
 def test_what_comes_into_being_meanwhile_is_not_replaced(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool

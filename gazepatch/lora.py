@@ -40,6 +40,15 @@ def has_lora(model: Any) -> bool:
     return bool(_layers(model))
 
 
+def refuse_prompts(model: Any) -> None:
+    """Raise ArtefactError for a model of PEFT with trained prompts, which are no part of the model inside."""
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ArtefactError(
+            "an artefact holds adapters on the model's layers, got a prompt that PEFT trained: save that with the "
+            "model's own save_pretrained, and the artefact from model.get_base_model()"
+        )
+
+
 def save_lora(model: Any, folder: Path) -> None:
     """Write the active adapter into a folder of its own.
 

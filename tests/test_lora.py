@@ -80,6 +80,14 @@ def test_adapters_that_are_active_together_are_refused(model: Any, tmp_path: Pat
     assert not (tmp_path / "saved").exists()
 
 
+def test_trained_prompts_are_refused(model: Any, tmp_path: Path) -> None:
+    sizes = {"num_virtual_tokens": 2, "token_dim": 64, "num_layers": 2, "num_attention_heads": 4}
+    wrapped = patched(peft.get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", **sizes)))
+    with pytest.raises(ArtefactError, match="got a prompt that PEFT trained"):
+        gazepatch.save(wrapped, tmp_path / "saved")
+    assert gazepatch.save(wrapped.get_base_model(), tmp_path / "saved").is_dir()
+
+
 def test_without_adapters_the_model_is_its_base(case: Case, model: Any) -> None:
     base = logits(model, case)
     assert not has_lora(model)

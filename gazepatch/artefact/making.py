@@ -124,9 +124,10 @@ def save(
         PatchError: The model is not patched.
         ArtefactError: It was not loaded from anywhere, or `out` cannot be written.
     """
-    from gazepatch.lora import has_lora, save_lora
+    from gazepatch.lora import has_lora, refuse_prompts, save_lora
     from gazepatch.patch import context_tokens_of, patch_of, root_model
 
+    refuse_prompts(model)
     root = root_model(model)
     gaze, config = patch_of(model).config, root.config
     if full and has_lora(root):

@@ -36,13 +36,37 @@ def add_lora(model: Any, decoder: nn.Module, rank: int) -> None:
 
 
 def has_lora(model: Any) -> bool:
-    """Whether a model of transformers carries adapters of PEFT."""
-    return bool(getattr(model, "_hf_peft_config_loaded", False))
+    """Whether a model of transformers carries adapters of PEFT, its own or those of a model of PEFT around it."""
+    return bool(_layers(model))
+
+
+def refuse_prompts(model: Any) -> None:
+    """Raise ArtefactError for a model of PEFT with trained prompts, which are no part of the model inside."""
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ArtefactError(
+            "an artefact holds adapters on the model's layers, got a prompt that PEFT trained: save that with the "
+            "model's own save_pretrained, and the artefact from model.get_base_model()"
+        )
 
 
 def save_lora(model: Any, folder: Path) -> None:
-    """Write the adapters into a folder of their own."""
-    model.save_pretrained(folder)
+    """Write the active adapter into a folder of its own.
+
+    Raises:
+        ArtefactError: Several adapters are active together.
+    """
+    active = sorted({name for layer in _layers(model) for name in layer.active_adapters})
+    if len(active) > 1:
+        raise ArtefactError(
+            f"an artefact has one LoRA adapter, got {', '.join(active)}, which are active together: activate one, or "
+            "merge them with PEFT's add_weighted_adapter"
+        )
+    own = model._hf_peft_config_loaded
+    model._hf_peft_config_loaded = True  # of adapters that PEFT put on, transformers would save the layers as weights
+    try:
+        model.save_pretrained(folder)
+    finally:
+        model._hf_peft_config_loaded = own
 
 
 def load_lora(model: Any, folder: Path) -> None:
@@ -70,14 +94,24 @@ def load_lora(model: Any, folder: Path) -> None:
 @contextmanager
 def without_lora(model: Any) -> Iterator[None]:
     """The model without its adapters for the length of a `with` block."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    copies = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    layers = [layer for layer in [*_layers(model), *copies] if not layer.disable_adapters]
     _enable(layers, False)
     try:
         yield
     finally:
         _enable(layers, True)
+
+
+def _layers(model: Any) -> list[Any]:
+    """The layers that adapters are on."""
+    if not getattr(model, "peft_config", None):
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
 def _enable(layers: list[Any], enabled: bool) -> None:

@@ -171,12 +171,12 @@ def dense(model: nn.Module) -> Iterator[None]:
     Raises:
         PatchError: The model is not patched.
     """
-    running = patch_of(model).runtime.running
-    before, running.dense = running.dense, True
+    blocks, block = patch_of(model).runtime.running.dense, object()
+    blocks.add(block)
     try:
         yield
     finally:
-        running.dense = before
+        blocks.discard(block)  # by itself: generators may be left in another order than they were entered
 
 
 @contextmanager

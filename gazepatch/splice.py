@@ -94,22 +94,24 @@ def _step_mask(given: Tensor | None, state: StaticState, hidden: Tensor) -> Tens
     return given.gather(-1, position.clamp(min=0)).masked_fill(position < 0, hides)
 
 
-def shorten(output: Any, insertion: Insertion) -> Any:
-    """The decoder's output by position again: every tensor in it with one entry a slot."""
+def shorten(output: Any, insertion: Insertion, name: str = "") -> Any:
+    """The decoder's output, or its part of this name, by position again: every tensor in it with one entry a slot."""
     slots, shape = insertion.slots, insertion.source.shape
     if torch.is_tensor(output):
-        if output.shape[:2] != shape:
+        # Gemma 3n has several states of every token, stacked in front.
+        stacked = name == "hidden_states" and output.dim() == 4
+        if output.shape[stacked : stacked + 2] != shape:
             return output
         rows = torch.arange(len(slots), device=output.device)[:, None]
-        return output[rows, slots.to(output.device)]
+        return output[(slice(None),) * stacked + (rows, slots.to(output.device))]
     if isinstance(output, Cache):
         return output
     if isinstance(output, Mapping):  # a ModelOutput, whose entries are attributes as well
         for name in list(output):
-            output[name] = shorten(output[name], insertion)  # type: ignore[index]
+            output[name] = shorten(output[name], insertion, name)  # type: ignore[index]
         return output
     if isinstance(output, (tuple, list)):
-        return type(output)(shorten(part, insertion) for part in output)
+        return type(output)(shorten(part, insertion, name) for part in output)
     return output
 
 

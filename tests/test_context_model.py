@@ -41,7 +41,7 @@ def everything(case: Case) -> Any:
     )
 
 
-@pytest.mark.parametrize("name", CORE)
+@pytest.mark.parametrize("name", [*CORE, "gemma3n"])
 @torch.no_grad()
 def test_generation_keeps_its_lengths(name: str) -> None:
     case = batch(tiny(name))

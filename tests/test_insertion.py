@@ -363,6 +363,8 @@ def test_shorten() -> None:
     assert isinstance(short, BaseModelOutputWithPast) and short.past_key_values is cache
     assert torch.equal(short.last_hidden_state, expected) and torch.equal(short["last_hidden_state"], expected)
     assert isinstance(short.hidden_states, tuple) and all(torch.equal(x, expected) for x in short.hidden_states)
+    stacked = shorten({"hidden_states": (torch.stack([hidden, -hidden]), hidden)}, insertion)["hidden_states"]
+    assert torch.equal(stacked[0], torch.stack([expected, -expected])) and torch.equal(stacked[1], expected)
     weights = torch.randn(2, 4, 8, 8)
     assert shorten([hidden, weights, None], insertion)[1] is weights
     assert torch.equal(shorten((hidden,), insertion)[0], expected)

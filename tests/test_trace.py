@@ -123,11 +123,12 @@ def test_context_tokens_move_nothing(name: str, video: bool, rows: str) -> None:
     assert sum(read) == counted.read_entries < counted.visual_entries
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("settings", [{"budget": 1.0}, {"min_visual_tokens": 10_000}], ids=str)
-def test_reading_everything_is_recorded_as_such(settings: dict[str, Any]) -> None:
+def test_reading_everything_is_recorded_as_such(settings: dict[str, Any], cache: str) -> None:
     case = tiny("llava")
     with gazepatch.patched(case.model, SMALL, **settings), gazepatch.trace(case.model) as trace:
-        generate_logits(case.model, case.inputs, 2)
+        case.model.generate(**case.inputs, max_new_tokens=3, min_new_tokens=3, cache_implementation=cache)
     assert trace.steps == [{0: [None], 1: [None]}] * 2
     assert trace.read_share(1) == trace.read_share(1, layer=0) == 1.0
     assert sum(region.tokens for region in trace.regions[0]) == 128

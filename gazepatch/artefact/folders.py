@@ -42,11 +42,17 @@ def complete_folder(out: Path) -> Iterator[Path]:
     """A new folder beside `out` that takes its place when the block ends well, and vanishes when it does not.
 
     What a killed process left behind is cleared away by the next one that writes the same folder.
+
+    Raises:
+        ArtefactError: There can be no folder beside `out`.
     """
     recover(out)
     name = uuid.uuid4().hex[:8]
     new, old = (_beside(out, kind, name) for kind in ("new", "old"))
-    new.mkdir(parents=True)
+    try:
+        new.mkdir(parents=True)
+    except OSError as error:
+        raise ArtefactError(f"{out} cannot be written: {error.strerror}; choose another place") from error
     try:
         with _locked(new):
             yield new

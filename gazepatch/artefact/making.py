@@ -88,7 +88,7 @@ def convert(
     manifest = replace(Manifest.of(model_config, gaze, str(local or source)), processor_geometry=geometry)
     if not full:
         manifest = replace(manifest, key_layout=known_layout(local) if local is not None else None)
-        return _write(out, manifest, tokens, licence=licence_of(local or source))
+        return _write(out, manifest, tokens, force, licence=licence_of(local or source))
 
     checkpoint = local or local_checkpoint(str(source), manifest.base_revision)
     names = checkpoint_files(checkpoint)
@@ -97,7 +97,7 @@ def convert(
         copy_files(checkpoint, folder, names, link=link, progress=progress)
 
     manifest = replace(manifest, full=True, base_model=None if local is not None else manifest.base_model)
-    return _write(out, manifest, tokens, own_files, licence_of(local or source))
+    return _write(out, manifest, tokens, force, own_files, licence_of(local or source))
 
 
 def save(
@@ -124,9 +124,10 @@ def save(
         PatchError: The model is not patched.
         ArtefactError: It was not loaded from anywhere, or `out` cannot be written.
     """
-    from gazepatch.lora import has_lora, save_lora
+    from gazepatch.lora import has_lora, refuse_prompts, save_lora
     from gazepatch.patch import context_tokens_of, patch_of, root_model
 
+    refuse_prompts(model)
     root = root_model(model)
     gaze, config = patch_of(model).config, root.config
     if full and has_lora(root):
@@ -159,7 +160,8 @@ def save(
             if not any(folder.glob(PROCESSORS)):
                 logger.warning("%s has no processor: put it there with processor.save_pretrained(%r)", out, str(out))
 
-    return _write(out, manifest, context_tokens_of(model), own_files, licence_of(source) if source is not None else {})
+    licence = licence_of(source) if source is not None else {}
+    return _write(out, manifest, context_tokens_of(model), force, own_files, licence)
 
 
 def record_fidelity(folder: Path, fidelity: Mapping[str, Any]) -> None:
@@ -190,6 +192,7 @@ def _write(
     out: Path,
     manifest: Manifest,
     tokens: Tensor | None,
+    force: bool,
     own_files: Callable[[Path], None] | None = None,
     licence: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -204,6 +207,7 @@ def _write(
             write_context_tokens(folder / TOKENS_NAME, tokens, manifest.model_type)
         _write_manifest(folder, manifest, licence or {})
         read_artefact(folder)  # what cannot be read back is not handed out
+        check_output(out, None, force)  # again: somebody may have put something there meanwhile
     return out
 
 

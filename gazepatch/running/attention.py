@@ -19,7 +19,7 @@ from gazepatch.running.arguments import refuse_unsupported, scores_of, tempered
 from gazepatch.running.call import Attended, Call, implementation
 from gazepatch.running.checkpointing import OF_FORWARD
 from gazepatch.running.forward import Forward
-from gazepatch.running.masks import as_4d, block_mask, by_position, of_keys
+from gazepatch.running.masks import as_4d, block_mask, by_position, of_keys, within
 from gazepatch.running.prompt import gaze, see_own_image
 from gazepatch.running.runtime import Runtime
 from gazepatch.scores import Scores
@@ -44,9 +44,14 @@ class GazeAttention:
     def mask(self, *args: Any, **kwargs: Any) -> Any:
         """The mask that the original implementation would get."""
         forward = self.runtime.running.forward
-        if forward is not None and forward.state.slots.inserted and kwargs.get("local_size") is not None:
-            device = torch.device(kwargs.get("device", "cpu"))
-            kwargs["mask_function"] = by_position(kwargs["mask_function"], *forward.state.every_slot(device))
+        if forward is not None and forward.state.slots.inserted:
+            visible, packed = kwargs["mask_function"], forward.documents
+            if kwargs.get("local_size") is not None:
+                position, context = forward.state.every_slot(torch.device(kwargs.get("device", "cpu")))
+                visible = by_position(visible, position if packed is None else packed.position, context)
+            if packed is not None:
+                visible, kwargs["allow_is_causal_skip"] = within(visible, packed.number), False
+            kwargs["mask_function"] = visible
         return ALL_MASK_ATTENTION_FUNCTIONS[self.original](*args, **kwargs)
 
     def attend(
@@ -106,6 +111,8 @@ class GazeAttention:
         if forward.state.decoding and store in self.runtime.stores:  # the layer it shares keys with did not return all
             call.key, call.value = forward.layer(store).logical()
         call.mask = of_keys(call.mask, call.key)
+        if gazes and forward.trace is not None:
+            forward.reads[layer] = None
         if gazes and isinstance(forward.state, StaticState):
             forward.state.expect(layer, call.query, call.key, call.value)
         elif gazes and forward.state.spans and forward.tokens == 1 and forward.state.regions is None:

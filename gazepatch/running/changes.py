@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -32,10 +33,12 @@ def put_hooks(root: PreTrainedModel, decoder: nn.Module, attention: GazeAttentio
     """Let a model run through the attention of its patch, and through the hooks that tell this what goes on."""
     runtime = attention.runtime
     attention.register()
-    # A model that is thrown away while patched must not leave its functions behind.
-    finalizer = weakref.finalize(root, unregister, attention.name)
+    known: Undo = [functools.partial(unregister, attention.name)]
+    set_attribute(decoder.config, "_attn_implementation_internal", attention.name, known)
+    # A model that is thrown away while patched must leave behind neither its functions nor, where another model shares
+    # its configuration, their name.
+    finalizer = weakref.finalize(root, take_back, known)
     undo.append(lambda: finalizer() and None)
-    set_attribute(decoder.config, "_attn_implementation_internal", attention.name, undo)
     base, capture, hooks = root.base_model, Capture(runtime), DecoderHooks(runtime, decoder, attention.name)
     for modality in MODALITIES:
         if (function := getattr(base, name := f"get_{modality}_features", None)) is not None:

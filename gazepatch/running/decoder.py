@@ -11,10 +11,12 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from gazepatch.caches.adoption import adopt, stepping
 from gazepatch.caches.state import GazeState
-from gazepatch.errors import PatchError
+from gazepatch.errors import PatchError, UnsupportedModelError
+from gazepatch.insertion import Insertion
 from gazepatch.running.across import start_across
 from gazepatch.running.checkpointing import OF_FORWARD, checkpoints, runs_again
 from gazepatch.running.forward import Forward
+from gazepatch.running.masks import Documents, documents
 from gazepatch.running.runtime import Runtime
 from gazepatch.running.starting import start, start_step
 from gazepatch.splice import lengthen, lengthen_step, shorten
@@ -78,6 +80,8 @@ class DecoderHooks:
         forward = runtime.running.forward = start(runtime, state, cache, rows, tokens)
         if runtime.adapter.across:
             forward.across = start_across(runtime, forward, call, rows)
+        if forward.insertion is not None or forward.routes:
+            forward.documents = self._documents(call, forward.insertion)
         if state.slots.inserted:
             call = lengthen(call, state, forward.insertion, getattr(decoder, CONTEXT_TOKENS), cache)
         if runtime.store_of:
@@ -97,6 +101,15 @@ class DecoderHooks:
             if getattr(self.runtime.text_config, "use_cache", False) if wanted is None else wanted:
                 cache = call["past_key_values"] = DynamicCache(config=self.runtime.text_config)
         return cache
+
+    def _documents(self, call: dict[str, Any], insertion: Insertion | None) -> Documents | None:
+        found = documents(call, self.runtime.flash)
+        if found is not None and self.runtime.flash:
+            raise UnsupportedModelError(
+                "packed sequences need a mask where prompts gaze or have context tokens, and flash attention takes "
+                "none: load the model with attn_implementation='sdpa', or give each sequence a row of its own"
+            )
+        return None if found is None or insertion is None else found.by_slot(insertion)
 
     def _keep_queries(self, call: dict[str, Any], forward: Forward) -> None:
         # Layers that share keys drop all queries but those that logits are asked for, the last ones. Without a mask of

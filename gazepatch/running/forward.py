@@ -12,6 +12,7 @@ from gazepatch.caches.layer import GazeLayer
 from gazepatch.caches.state import GazeState
 from gazepatch.caches.static import StaticState
 from gazepatch.insertion import Insertion, OwnImage
+from gazepatch.running.masks import Documents
 from gazepatch.trace import Trace
 
 
@@ -29,6 +30,7 @@ class Forward:
         routed_rows: `[B, Q]` which rows those are text in.
         trace: Who wants to know what this decode step reads; None: nobody.
         reads: For `trace`: by layer, what `DecodePlan.numbers` says; None where everything was read.
+        documents: Sequences that are packed into its rows, where it has context tokens; None without any.
         across: The same forward as cross-attention layers see it, whose keys are images; None in other families.
     """
 
@@ -41,6 +43,7 @@ class Forward:
     routed_rows: Tensor | None = None
     trace: Trace | None = None
     reads: dict[int, Tensor | None] = field(default_factory=dict)
+    documents: Documents | None = None
     across: Forward | None = None
     _own_images: dict[torch.device, OwnImage] = field(default_factory=dict)
     _bias: tuple[Tensor | None, torch.device, Tensor | None] | None = None
@@ -81,7 +84,6 @@ class Forward:
         selections = heads if self.state.config.head_reduce == "none" else key_heads
         entries = selections * sum(span.tokens for span in self.state.spans)
         self.count(layer, heads, key_heads, entries, entries)
-        self.reads[layer] = None
 
     def finish(self, completed: bool) -> None:
         """It is over, or failed."""

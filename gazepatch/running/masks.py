@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gazepatch.errors import UnsupportedModelError
+from gazepatch.insertion import Insertion
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -23,6 +24,41 @@ def by_position(visible: MaskFunction, position: Tensor, context: Tensor) -> Mas
         return seen & ((key <= query) | ~context[batch, key])
 
     return of_slots
+
+
+class Documents(NamedTuple):
+    """Sequences that are packed into a row: `number` `[b, S]` of that of each token, and `position` `[b, S]` in it."""
+
+    number: Tensor
+    position: Tensor
+
+    def by_slot(self, insertion: Insertion) -> Documents:
+        """The same, `[B, S']`; context tokens are where the last visual token of their image is."""
+        source = insertion.source.clamp(min=0).to(self.number.device)
+        return Documents(*(table.expand(len(source), -1).gather(1, source) for table in self))
+
+
+def documents(call: Mapping[str, Any], flash: bool) -> Documents | None:
+    """The documents of a decoder's call whose position ids start again in the middle of a row; None without any.
+
+    As transformers finds them: without a mask, and without a cache unless attention is `flash`.
+    """
+    position, cache = call.get("position_ids"), call.get("past_key_values")
+    if position is None or call.get("attention_mask") is not None or (cache is not None and not flash):
+        return None
+    if position.dim() == 3:  # of text, then of time, height and width; three alone say nothing of documents
+        position = position[0] if len(position) == 4 else torch.arange(position.shape[2], device=position.device)[None]
+    number = (position.diff(prepend=position[:, :1] - 1) != 1).cumsum(-1)
+    return Documents(number, position) if number.any() else None
+
+
+def within(visible: MaskFunction, number: Tensor) -> MaskFunction:
+    """A mask function that sees nothing of other documents."""
+
+    def of_own(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return visible(batch, head, query, key) & (number[batch, query] == number[batch, key])
+
+    return of_own
 
 
 def block_mask(

@@ -28,7 +28,7 @@ class Running(threading.local):
         encoded: Whether it was called with features that were made before.
         captured: By modality, the arguments that features were made from, until a forward of the decoder takes them.
         capturing: Whether features are being made right now.
-        dense: Whether the model reads densely for a while.
+        dense: Blocks that are on, each of which lets the model read densely.
         forward: The running forward of the decoder.
         last_row: What stands for that of the mask over images, where somebody knows (`gazepatch.running.repeating`).
         latents: What the layer that runs makes its keys and values of (MLA).
@@ -42,7 +42,7 @@ class Running(threading.local):
         self.encoded = False
         self.captured: dict[str, dict[str, Any]] = {}
         self.capturing = False
-        self.dense = False
+        self.dense: set[object] = set()
         self.forward: Forward | None = None
         self.last_row: object | None = None
         self.latents: tuple[Tensor, Tensor] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,6 +79,32 @@ def test_force_replaces_nothing_but_artefacts(base: Path, tmp_path: Path) -> Non
         with pytest.raises(ArtefactError, match="remove it yourself"):
             gazepatch.convert(base, tmp_path / name, force=True)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("name", ["file/gaze", "n" * 250])
+def test_a_place_where_nothing_can_be(base: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ArtefactError, match=r"cannot be written: .*; choose another place"):
+        gazepatch.convert(base, tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_comes_into_being_meanwhile_is_not_replaced(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool
+) -> None:
+    out, card = tmp_path / "gaze", making.card_of
+
+    def slow(*given: Any) -> str:
+        out.mkdir()
+        (out / "thesis.txt").write_text("years of work")
+        return card(*given)
+
+    monkeypatch.setattr(making, "card_of", slow)
+    with pytest.raises(ArtefactError, match="remove it yourself" if force else "exists already"):
+        gazepatch.convert(base, out, force=force)
+    assert (out / "thesis.txt").read_text() == "years of work"
+    assert [path.name for path in tmp_path.iterdir()] == ["gaze"]
 
 
 @pytest.mark.parametrize("where", [".", "gaze", ".."])

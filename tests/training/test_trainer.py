@@ -77,6 +77,17 @@ def test_dense_ends_with_an_error() -> None:
     assert not patch_of(case.model).runtime.running.dense
 
 
+def test_dense_blocks_may_end_in_any_order() -> None:
+    case = tiny("llava")
+    gazepatch.apply(case.model)
+    running, first, second = patch_of(case.model).runtime.running, dense(case.model), dense(case.model)
+    for change in (first.__enter__, second.__enter__, lambda: first.__exit__(None, None, None)):
+        change()
+        assert running.dense
+    second.__exit__(None, None, None)
+    assert not running.dense
+
+
 @torch.no_grad()
 def test_the_budget_can_change_under_an_optimiser() -> None:
     case = tiny("llava")

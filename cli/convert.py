@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ def command(
     if as_json:
         print_json({"path": str(folder), "model": model, "gaze": config.to_dict(), "fidelity": fidelity, "url": url})
     else:
-        click.echo(f"{folder}\nLoad it with gazepatch.load({out!r}), or try: gazepatch ask {out} IMAGE PROMPT")
+        ask = f"gazepatch ask {shlex.quote(out)} IMAGE PROMPT"
+        click.echo(f"{folder}\nLoad it with gazepatch.load({out!r}), or try: {ask}")
         if fidelity is not None:
             click.echo(
                 f"Checked on one image: agrees with dense on {fidelity['agreement']:.1%} of {fidelity['steps']} tokens "

@@ -53,13 +53,18 @@ def save_lora(model: Any, folder: Path) -> None:
     """Write the active adapter into a folder of its own.
 
     Raises:
-        ArtefactError: Several adapters are active together.
+        ArtefactError: Several adapters are active together, or the active one is of a kind that cannot be loaded.
     """
     active = sorted({name for layer in _layers(model) for name in layer.active_adapters})
     if len(active) > 1:
         raise ArtefactError(
             f"an artefact has one LoRA adapter, got {', '.join(active)}, which are active together: activate one, or "
             "merge them with PEFT's add_weighted_adapter"
+        )
+    if any(getattr(model.peft_config[name], "use_dora", False) for name in active):
+        raise ArtefactError(
+            "an artefact holds plain LoRA adapters, got one with DoRA, whose magnitudes transformers does not load: "
+            "merge it with merge_and_unload, and save with full=True"
         )
     own = model._hf_peft_config_loaded
     model._hf_peft_config_loaded = True  # of adapters that PEFT put on, transformers would save the layers as weights

@@ -50,7 +50,8 @@ def test_the_last_program_has_as_much_to_read_as_the_others(tiles: int, results:
 @pytest.mark.parametrize("kernel", ["decode", "select"])
 def test_waves_wait_for_their_stores_before_they_arrive(kernel: str) -> None:
     # On CDNA alone a barrier does not, and whoever comes last would combine what is not there yet.
-    code = f"import compile_kernels as c; print(c.compiled({kernel!r}, 'gfx942', 'bf16', 128, 4, True).asm['amdgcn'])"
+    made = f"compile_kernels.compiled({kernel!r}, 'gfx942', 'bf16', 128, 4, True)"
+    code = f"import checkout, compile_kernels; print({made}.asm['amdgcn'])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=BENCHMARKS)
     assert run.returncode == 0, run.stderr
     instructions = [line.split("//")[0].strip() for line in run.stdout.splitlines()]

@@ -80,6 +80,13 @@ def test_adapters_that_are_active_together_are_refused(model: Any, tmp_path: Pat
     assert not (tmp_path / "saved").exists()
 
 
+def test_adapters_that_would_not_load_are_refused(model: Any, tmp_path: Path) -> None:
+    model.add_adapter(peft.LoraConfig(target_modules=r".*language_model.*q_proj", r=2, use_dora=True))
+    with pytest.raises(ArtefactError, match=r"got one with DoRA.*merge_and_unload"):
+        gazepatch.save(patched(model), tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 def test_trained_prompts_are_refused(model: Any, tmp_path: Path) -> None:
     sizes = {"num_virtual_tokens": 2, "token_dim": 64, "num_layers": 2, "num_attention_heads": 4}
     wrapped = patched(peft.get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", **sizes)))

@@ -49,3 +49,11 @@ def test_verify_refuses_what_it_cannot_check(case: Case) -> None:
             with pytest.raises(UnsupportedModelError, match="expected a model that generates tokens, got a LlavaModel"):
                 checking(inner, case.inputs)
         assert is_patched(inner)
+
+
+def test_verify_blames_no_model_for_what_it_does_unpatched() -> None:
+    case = tiny("qwen2_vl")  # numbers what follows an image that ends the prompt by whether there is a cache
+    stop, length = case.spans[-1].stop, case.inputs["input_ids"].shape[1]
+    ends = {k: v[:, :stop] if v.dim() == 2 and v.shape[1] == length else v for k, v in case.inputs.items()}
+    with patched(case.model, SMALL), pytest.raises(ConfigError, match=r"unpatched, the model differs by .*text"):
+        verify(case.model, ends)

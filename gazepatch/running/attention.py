@@ -69,10 +69,10 @@ class GazeAttention:
             query = tempered(module, query, forward)
         call = Call(module, query, key, value, attention_mask, kwargs, latents)
         if isinstance(forward.state, StaticState) and forward.state.ready:
-            return self.within(forward, call)
+            return self.within_forward(forward, call)
         return self.untraced(forward, call)
 
-    def within(self, forward: Forward, call: Call) -> Attended:
+    def within_forward(self, forward: Forward, call: Call) -> Attended:
         """`attend` within a forward of the decoder."""
         layer = getattr(call.module, "layer_idx", -1)
         if forward.across is not None and layer in self.runtime.cross_layers:
@@ -83,7 +83,7 @@ class GazeAttention:
             return self.decode(forward, layer, call.module, call.query, scores, call.mask), None
         return self.read(forward, layer, call)
 
-    untraced = untraced(within)
+    untraced = untraced(within_forward)
 
     def dense(self, module: nn.Module, *args: Any, **kwargs: Any) -> Attended:
         """The model's own attention."""

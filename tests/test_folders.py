@@ -15,6 +15,7 @@ from tiny import tiny
 import gazepatch
 from gazepatch.artefact.checkpoint import checkpoint_files, copy_files
 from gazepatch.artefact.folders import complete_folder, recover
+from gazepatch.errors import ArtefactError
 
 unix = pytest.mark.skipif(sys.platform == "win32", reason="no kill -9, no locks of folders")
 
@@ -108,4 +109,22 @@ def test_a_living_writer_is_left_alone(tmp_path: Path) -> None:
             (second / "it").write_text("second")
         assert (out / "it").read_text() == "second" and first.exists()
     assert (out / "it").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_writer_at_the_same_moment_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, rename = tmp_path / "out", Path.rename
+    out.mkdir()
+
+    def late(self: Path, target: Path) -> Path:
+        if target == out:  # moved aside by now
+            out.mkdir()
+            (out / "it").write_text("other")
+        return rename(self, target)
+
+    wrong = pytest.raises(ArtefactError, match="written by somebody else")
+    with monkeypatch.context() as patch, wrong, complete_folder(out) as folder:
+        (folder / "it").write_text("own")
+        patch.setattr(Path, "rename", late)
+    assert (out / "it").read_text() == "other"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gazepatch.artefact.manifest import FILE_NAME
@@ -44,7 +45,7 @@ def complete_folder(out: Path) -> Iterator[Path]:
     What a killed process left behind is cleared away by the next one that writes the same folder.
 
     Raises:
-        ArtefactError: There can be no folder beside `out`.
+        ArtefactError: There can be no folder beside `out`, or somebody else wrote `out` at the same moment.
     """
     recover(out)
     name = uuid.uuid4().hex[:8]
@@ -56,18 +57,24 @@ def complete_folder(out: Path) -> Iterator[Path]:
     try:
         with _locked(new):
             yield new
-            if out.exists():
-                out.rename(old)
-            try:
-                new.rename(out)
-            except BaseException:
-                if old.exists():
-                    old.rename(out)
-                raise
+            _replace(out, new, old)
     finally:
         shutil.rmtree(new, ignore_errors=True)
         if out.exists():
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _replace(out: Path, new: Path, old: Path) -> None:
+    with suppress(FileNotFoundError):
+        out.rename(old)
+    try:
+        new.rename(out)
+    except BaseException as error:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise ArtefactError(f"{out} was written by somebody else at the same moment: run this again") from error
+        raise
 
 
 def recover(out: Path) -> None:

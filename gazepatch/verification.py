@@ -96,12 +96,6 @@ def _verify(
     always = dataclasses.replace(settings, min_visual_tokens=0)
     dense, tokens = generate_logits(model, inputs, steps)
     own = _gap(dense, _uncached(model, inputs, tokens))
-    limit = TOLERANCE.get(root_model(model).dtype, 1e-5) * max(1.0, dense.abs().max().item())
-    if own > SLACK * limit:
-        raise ConfigError(
-            f"these inputs cannot be checked: unpatched, the model differs by {own:.2g} between a cache and none, as "
-            "some do where a prompt ends in an image: end it with text"
-        )
     before = fingerprint(model)  # behind the first run, at which transformers sets up hooks of its own
     every = dataclasses.replace(always, budget=1.0, context_tokens=0)
     with patched(model, every):
@@ -110,6 +104,12 @@ def _verify(
             raise ConfigError(
                 "expected inputs with at least one image, got none: without any, nothing gazes to be checked"
             )
+    limit = TOLERANCE.get(root_model(model).dtype, 1e-5) * max(1.0, dense.abs().max().item())
+    if own > SLACK * limit:
+        raise ConfigError(
+            f"these inputs cannot be checked: unpatched, the model differs by {own:.2g} between a cache and none, as "
+            "some do where a prompt ends in an image: end it with text"
+        )
     with patched(model, dataclasses.replace(always, prefill="gaze"), context_tokens=context_tokens):
         cached, _ = generate_logits(model, inputs, steps, tokens)
         uncached = _uncached(model, inputs, tokens)

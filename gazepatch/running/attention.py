@@ -10,7 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    AttentionMaskInterface,
+    and_masks,
+    packed_sequence_mask_function,
+)
 from transformers.modeling_utils import AttentionInterface
 
 from gazepatch.caches.latents import LatentLayer
@@ -19,7 +24,7 @@ from gazepatch.running.arguments import refuse_unsupported, scores_of, tempered
 from gazepatch.running.call import Attended, Call, implementation
 from gazepatch.running.checkpointing import OF_FORWARD
 from gazepatch.running.forward import Forward
-from gazepatch.running.masks import as_4d, block_mask, by_position, of_keys, within
+from gazepatch.running.masks import as_4d, block_mask, by_position, of_keys
 from gazepatch.running.prompt import gaze, see_own_image
 from gazepatch.running.runtime import Runtime
 from gazepatch.scores import Scores
@@ -50,7 +55,8 @@ class GazeAttention:
                 position, context = forward.state.every_slot(torch.device(kwargs.get("device", "cpu")))
                 visible = by_position(visible, position if packed is None else packed.position, context)
             if packed is not None:
-                visible, kwargs["allow_is_causal_skip"] = within(visible, packed.number), False
+                visible = and_masks(visible, packed_sequence_mask_function(packed.number))
+                kwargs["allow_is_causal_skip"] = False
             kwargs["mask_function"] = visible
         return ALL_MASK_ATTENTION_FUNCTIONS[self.original](*args, **kwargs)
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.masking_utils import find_packed_sequence_indices
 
 from gazepatch.errors import UnsupportedModelError
 from gazepatch.insertion import Insertion
@@ -47,18 +48,11 @@ def documents(call: Mapping[str, Any], flash: bool) -> Documents | None:
     if position is None or call.get("attention_mask") is not None or (cache is not None and not flash):
         return None
     if position.dim() == 3:  # of text, then of time, height and width; three alone say nothing of documents
-        position = position[0] if len(position) == 4 else torch.arange(position.shape[2], device=position.device)[None]
-    number = (position.diff(prepend=position[:, :1] - 1) != 1).cumsum(-1)
-    return Documents(number, position) if number.any() else None
-
-
-def within(visible: MaskFunction, number: Tensor) -> MaskFunction:
-    """A mask function that sees nothing of other documents."""
-
-    def of_own(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return visible(batch, head, query, key) & (number[batch, query] == number[batch, key])
-
-    return of_own
+        if len(position) != 4:
+            return None
+        position = position[0]
+    number = find_packed_sequence_indices(position)
+    return None if number is None else Documents(number, position)
 
 
 def block_mask(

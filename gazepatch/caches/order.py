@@ -61,9 +61,8 @@ class Order:
         return int(self.visual.max()) if self.visual.numel() else -1
 
     def crop(self, reach: int) -> None:
-        """Only that many slots are left; none behind them was visual."""
-        if reach < self.end:
-            self.other, self.end = self.other[:, : reach - self.end], reach
+        """Only so many slots are left, fewer than were sorted; none behind them was visual."""
+        self.other, self.end = self.other[:, : reach - self.end], reach
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep the rows with these numbers, in this order."""

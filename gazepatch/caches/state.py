@@ -251,10 +251,11 @@ class GazeState:
         """Forget the last `tokens` tokens, after `check_crop`."""
         self.length -= tokens
         self.slots.crop(self.length)
-        self.tables.forget("recorded", "sorted_others")
+        self.tables.forget("recorded")
         self.spans = [span for span in self.spans if span.stop <= self.length]
-        if self.order is not None:
+        if self.order is not None and self.length < self.order.end:
             self.order.crop(self.length)
+            self.tables.forget("sorted_others")
 
     def check_crop(self, tokens: int) -> None:
         """Raise CacheError unless the last `tokens` tokens, none of which may be visual, can be forgotten."""

@@ -76,7 +76,7 @@ class GazeAttention:
         call = Call(module, query, key, value, attention_mask, kwargs, latents)
         if isinstance(forward.state, StaticState) and forward.state.ready:
             return self.within_forward(forward, call)
-        return self.untraced(forward, call)
+        return self.outside_graphs(forward, call)
 
     def within_forward(self, forward: Forward, call: Call) -> Attended:
         """`attend` within a forward of the decoder."""
@@ -89,7 +89,7 @@ class GazeAttention:
             return self.decode(forward, layer, call.module, call.query, scores, call.mask), None
         return self.read(forward, layer, call)
 
-    untraced = untraced(within_forward)
+    outside_graphs = untraced(within_forward)
 
     def dense(self, module: nn.Module, *args: Any, **kwargs: Any) -> Attended:
         """The model's own attention."""

@@ -20,8 +20,10 @@ INTERPRETED = 4
 MANY_REGIONS = 2048
 #: Of a thread of NVIDIA's, 65,536 of which are those of a multiprocessor.
 MOST_REGISTERS = 255
+#: Numbers that are counted at a time in a selection.
+COUNTED = 8192
 #: Numbers that a thread holds at a time where a program waits for many of them at once.
-HELD = 64
+HELD = 128
 
 
 class Launch(NamedTuple):
@@ -63,13 +65,16 @@ def decode_settings(
         "EARLY": launch.early,
         "WAITS": _waits(architecture),
         "PER_TILE": regions_per_tile(longest, launch.block),
-        "BLOCK_M": padded(rows),
+        "BLOCK_M": max(8 if architecture.startswith("cuda") else 16, power(rows)),
         "BLOCK_N": launch.block,
         "BLOCK_D": padded(dim),
         "BLOCK_V": padded(value_dim),
         "BLOCK_G": power(rows),
         # So many results of programs are combined at a time.
         "BLOCK_S": max(1, HELD * 32 * launch.warps // (power(rows) * padded(value_dim))),
+        # Warps that attend each by itself hold all that products take: as much as registers hold.
+        "PARTS": launch.warps if padded(max(dim, value_dim)) * bytes_per_element <= 256 else 1,
+        "PRECISION": "tf32x3" if architecture.startswith("cuda") else "ieee",
         "STAGES": launch.stages,
         "num_warps": launch.warps,
         "num_stages": launch.stages,
@@ -94,6 +99,8 @@ def select_settings(
         "BLOCK_C": power(windows),
         "BLOCK_D": padded(dim),
         "BLOCK_ALL": block_all,
+        # Parts of a range are counted at a time, more where each costs less.
+        "WAYS": max(4, min(16, COUNTED // block_all)),
         "num_warps": warps,
         "num_stages": _stages(architecture),
     }
@@ -200,8 +207,11 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def most_splits(groups: int, programs: int) -> int:
-    """Programs of one of `groups` so that there are `programs` in all, or one each."""
-    return max(1, -(-programs // groups))
+    """Programs of one of `groups` so that there are up to `programs` in all, which run at the same time, or one each.
+
+    With more, some would begin when others have ended, and all would wait for those.
+    """
+    return max(1, programs // groups)
 
 
 def balanced_splits(tiles: int, results: int) -> int:

@@ -8,22 +8,22 @@ from __future__ import annotations
 
 #: (architecture, head dim, bytes) -> `gazepatch.kernels.launches.Launch`
 DECODE: dict[tuple[str, int, int], tuple[int, int, int, int, bool]] = {
-    ("cuda80", 64, 2): (64, 4, 3, 2, False),
+    ("cuda80", 64, 2): (64, 4, 4, 2, False),
     ("cuda80", 128, 2): (64, 4, 3, 2, False),
     ("cuda80", 256, 2): (32, 4, 3, 2, False),
-    ("cuda80", 64, 4): (32, 4, 3, 2, False),
+    ("cuda80", 64, 4): (64, 4, 3, 2, False),
     ("cuda80", 128, 4): (32, 8, 2, 2, False),
     ("cuda80", 256, 4): (16, 8, 2, 2, False),
     ("cuda90", 64, 2): (64, 4, 4, 2, False),
     ("cuda90", 128, 2): (64, 4, 3, 2, False),
     ("cuda90", 256, 2): (32, 4, 3, 2, False),
-    ("cuda90", 64, 4): (32, 4, 3, 2, False),
+    ("cuda90", 64, 4): (64, 4, 3, 2, False),
     ("cuda90", 128, 4): (32, 8, 2, 2, False),
     ("cuda90", 256, 4): (16, 8, 2, 2, False),
     ("gfx942", 64, 2): (64, 4, 2, 2, False),
     ("gfx942", 128, 2): (64, 4, 2, 2, False),
     ("gfx942", 256, 2): (32, 4, 2, 2, False),
-    ("gfx942", 64, 4): (32, 4, 2, 2, False),
+    ("gfx942", 64, 4): (64, 4, 2, 2, False),
     ("gfx942", 128, 4): (32, 4, 2, 2, False),
     ("gfx942", 256, 4): (16, 4, 2, 2, False),
 }

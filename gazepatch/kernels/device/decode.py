@@ -1,8 +1,9 @@
 """One query token per row over all other entries, the selected regions and the periphery. One launch.
 
-A program holds the query heads that share a selection in the rows of its products, and reads a share of the tiles that
-the three kinds of entries make. The last one of a selection to finish combines what all of them found, by their
-log-sum-exps.
+A program holds the query heads that share a selection in the columns of its products, and reads a share of the tiles that
+the three kinds of entries make. Each of its warps attends by itself to a part of every tile, with a softmax of its own,
+so that none waits for another before all have read theirs; then they are put together. The last program of a selection
+to finish combines what all of them found. Both by their log-sum-exps.
 
 Source: split-KV as in FlashDecoding; the combination as in https://arxiv.org/abs/2310.01889.
 """
@@ -78,6 +79,8 @@ def decode_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     if EARLY:
@@ -85,20 +88,23 @@ def decode_kernel(
     group, split = tl.program_id(0), tl.program_id(1)
     pair = group // SELECTIONS
     batch, head = (pair // key_heads).to(tl.int64), (pair % key_heads).to(tl.int64)
-    rows, cells = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    rows, parts = tl.arange(0, BLOCK_M), tl.arange(0, PARTS)
+    cells = parts[:, None] * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)[None, :]
     dims, value_dims = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
-    in_dim, in_value = (dims < DIM)[:, None], (value_dims < VALUE_DIM)[None, :]
+    in_dim, in_value = (dims < DIM)[None, None, :], (value_dims < VALUE_DIM)[None, :, None]
     heads = (pair % key_heads) * (SELECTIONS * ROWS) + (group % SELECTIONS) * ROWS + rows
-    of_query = query + batch * query_row + heads[:, None] * query_head + dims[None, :]
-    q = tl.load(of_query, mask=(rows < ROWS)[:, None] & (dims < DIM)[None, :], other=0.0)
+    of_query = query + batch * query_row + heads[None, :] * query_head + dims[:, None]
+    q = tl.load(of_query, mask=(rows < ROWS)[None, :] & (dims < DIM)[:, None], other=0.0)
+    q = tl.broadcast_to(q[None, :, :], [PARTS, BLOCK_D, BLOCK_M])
     scale, softcap = in_powers_of_two(scale, softcap, CAPPED)
-    top = tl.full([BLOCK_M], LOWEST, tl.float32)
-    weight = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    if HAS_SINKS:  # keys whose value is zero, of the first program
+    top = tl.full([PARTS, BLOCK_M], LOWEST, tl.float32)
+    weight = tl.zeros([PARTS, BLOCK_M], tl.float32)
+    acc = tl.zeros([PARTS, BLOCK_V, BLOCK_M], tl.float32)
+    if HAS_SINKS:  # keys whose value is zero, of the first warp of the first program
         sink = tl.load(sinks + batch * sink_row + heads * sink_head, mask=rows < ROWS, other=0.0)
-        top = tl.where(split == 0, sink.to(tl.float32) * LOG2E, top)
-        weight = tl.where(split == 0, 1.0, weight)
+        first = (split + parts == 0)[:, None]
+        top = tl.where(first, sink.to(tl.float32)[None, :] * LOG2E, top)
+        weight = tl.where(first, 1.0, weight)
 
     # All tiles, one kind behind the other, shared out as evenly as they can be.
     to_others = tl.cdiv(others, BLOCK_N)
@@ -107,52 +113,54 @@ def decode_kernel(
     tiles = to_runs + (tl.cdiv(windows, BLOCK_N) if PERIPHERY else 0)
     begin, end = split * tiles // splits, (split + 1) * tiles // splits
 
-    of_keys = key + batch * key_row + head * key_head + dims[:, None]
-    of_values = value + batch * value_row + head * value_head + value_dims[None, :]
+    of_keys = key + batch * key_row + head * key_head + dims[None, None, :]
+    of_values = value + batch * value_row + head * value_head + value_dims[None, :, None]
     for tile in range(begin, tl.minimum(end, to_others)):
         token = tile * BLOCK_N + cells
         there = token < others
         of_token = token.to(tl.int64)
-        k = tl.load(of_keys + of_token[None, :] * key_token, mask=there[None, :] & in_dim, other=0.0)
-        v = tl.load(of_values + of_token[:, None] * value_token, mask=there[:, None] & in_value, other=0.0)
-        x = scores_of(tl.dot(q, k, input_precision="ieee"), scale, softcap, CAPPED)
+        k = tl.load(of_keys + of_token[:, :, None] * key_token, mask=there[:, :, None] & in_dim, other=0.0)
+        v = tl.load(of_values + of_token[:, None, :] * value_token, mask=there[:, None, :] & in_value, other=0.0)
+        x = scores_of(_product(k, q, PARTS, PRECISION), scale, softcap, CAPPED)
         if HAS_BIAS:
-            x += (tl.load(bias + batch * bias_row + token, mask=there, other=0.0) * LOG2E)[None, :]
-        top, weight, acc = _attend(tl.where(there[None, :], x, -float("inf")), v, top, weight, acc)
+            x += (tl.load(bias + batch * bias_row + token, mask=there, other=0.0) * LOG2E)[:, :, None]
+        top, weight, acc = _attend(tl.where(there[:, :, None], x, -float("inf")), v, top, weight, acc, PARTS, PRECISION)
 
     if HAS_RUNS:
-        of_keys = visual_key + batch * visual_key_row + head * visual_key_head + dims[:, None]
-        of_values = visual_value + batch * visual_value_row + head * visual_value_head + value_dims[None, :]
+        of_keys = visual_key + batch * visual_key_row + head * visual_key_head + dims[None, None, :]
+        of_values = visual_value + batch * visual_value_row + head * visual_value_head + value_dims[None, :, None]
         of_runs = runs + group.to(tl.int64) * places * 2
         # Stages are shared out among loads and the loads they depend on: with as many as elsewhere, entries would be
         # asked for only when those before them are done with.
         for tile in tl.range(tl.maximum(begin, to_others), tl.minimum(end, to_runs), num_stages=2 * STAGES - 1):
             slot, there = _slots(of_runs, tile - to_others, cells, places, pieces, PER_TILE, BLOCK_N)
-            k = tl.load(of_keys + slot[None, :] * DIM, mask=there[None, :] & in_dim, other=0.0)
-            v = tl.load(of_values + slot[:, None] * VALUE_DIM, mask=there[:, None] & in_value, other=0.0)
-            x = scores_of(tl.dot(q, k, input_precision="ieee"), scale, softcap, CAPPED)
-            top, weight, acc = _attend(tl.where(there[None, :], x, -float("inf")), v, top, weight, acc)
+            k = tl.load(of_keys + slot[:, :, None] * DIM, mask=there[:, :, None] & in_dim, other=0.0)
+            v = tl.load(of_values + slot[:, None, :] * VALUE_DIM, mask=there[:, None, :] & in_value, other=0.0)
+            x = scores_of(_product(k, q, PARTS, PRECISION), scale, softcap, CAPPED)
+            top, weight, acc = _attend(tl.where(there[:, :, None], x, -float("inf")), v, top, weight, acc, PARTS, PRECISION)
 
     first_row = pair.to(tl.int64) * (SELECTIONS * ROWS) + (group % SELECTIONS) * ROWS
     if PERIPHERY:
-        of_values = mean_values + batch * mean_row + head * mean_head + value_dims[None, :]
-        of_logits = logits + (first_row + rows)[:, None] * windows
+        of_values = mean_values + batch * mean_row + head * mean_head + value_dims[None, :, None]
+        of_logits = logits + ((first_row + rows) * windows)[None, None, :]
         of_taken = taken + group.to(tl.int64) * (windows // WINDOWS)
         for tile in tl.range(tl.maximum(begin, to_runs), end, num_stages=2):  # more would spill registers
             window = (tile - to_runs) * BLOCK_N + cells
             inside = window < windows
             # What is read anyway is loaded all the same: a load that waits for no other is worth more.
             read = tl.load(of_taken + window // WINDOWS, mask=inside, other=1)
-            x = tl.load(of_logits + window[None, :], mask=(rows < ROWS)[:, None] & inside[None, :], other=0.0) * LOG2E
-            of_window = of_values + window.to(tl.int64)[:, None] * VALUE_DIM
-            v = tl.load(of_window, mask=inside[:, None] & in_value, other=0.0)
-            top, weight, acc = _attend(tl.where((read == 0)[None, :], x, -float("inf")), v, top, weight, acc)
+            shown = (rows < ROWS)[None, None, :] & inside[:, :, None]
+            x = tl.load(of_logits + window[:, :, None], mask=shown, other=0.0) * LOG2E
+            of_window = of_values + window.to(tl.int64)[:, None, :] * VALUE_DIM
+            v = tl.load(of_window, mask=inside[:, None, :] & in_value, other=0.0)
+            top, weight, acc = _attend(tl.where((read == 0)[:, :, None], x, -float("inf")), v, top, weight, acc, PARTS, PRECISION)
 
+    top, weight, acc = _together(top, weight, acc)
     of_output = output + first_row * VALUE_DIM
-    of_rows = rows[:, None] * VALUE_DIM + value_dims[None, :]
-    inside = (rows < ROWS)[:, None] & in_value
+    of_rows = rows[None, :] * VALUE_DIM + value_dims[:, None]
+    inside = (rows < ROWS)[None, :] & (value_dims < VALUE_DIM)[:, None]
     if splits == 1:
-        tl.store(of_output + of_rows, (acc / weight[:, None]).to(output.dtype.element_ty), mask=inside)
+        tl.store(of_output + of_rows, (acc / weight[None, :]).to(output.dtype.element_ty), mask=inside)
     else:
         of_weights = weights + group.to(tl.int64) * splits * (ROWS * 2)
         of_partial = partial + group.to(tl.int64) * splits * (ROWS * VALUE_DIM)
@@ -203,26 +211,45 @@ def _combine(
     acc = tl.zeros([BLOCK_G, BLOCK_V], tl.float32)
     for at in range(0, splits, BLOCK_S):
         split = at + tl.arange(0, BLOCK_S)
-        of_split = of_weights + split[:, None] * (ROWS * 2) + rows[None, :] * 2
-        known = (split < splits)[:, None] & (rows < ROWS)[None, :]
+        of_split = of_weights + split[None, :] * (ROWS * 2) + rows[:, None] * 2
+        known = (split < splits)[None, :] & (rows < ROWS)[:, None]
         tops = tl.load(of_split, mask=known, other=LOWEST, cache_modifier=".cg")
         weights = tl.load(of_split + 1, mask=known, other=0.0, cache_modifier=".cg")
-        of_found = of_partial + split[:, None, None] * (ROWS * VALUE_DIM) + of_rows[None, :, :]
-        among = (split < splits)[:, None, None] & inside[None, :, :]
+        of_found = of_partial + split[None, :, None] * (ROWS * VALUE_DIM) + of_rows[:, None, :]
+        among = (split < splits)[None, :, None] & inside[:, None, :]
         found = tl.load(of_found, mask=among, other=0.0, cache_modifier=".cg")
-        highest = tl.maximum(top, tl.max(tops, 0))
-        share, keep = tl.exp2(tops - highest[None, :]), tl.exp2(top - highest)
-        acc = acc * keep[:, None] + tl.sum(found * share[:, :, None], 0)
-        weight = weight * keep + tl.sum(weights * share, 0)
+        highest = tl.maximum(top, tl.max(tops, 1))
+        share, keep = tl.exp2(tops - highest[:, None]), tl.exp2(top - highest)
+        acc = acc * keep[:, None] + tl.sum(found * share[:, :, None], 1)
+        weight = weight * keep + tl.sum(weights * share, 1)
         top = highest
     result = acc / tl.where(rows < ROWS, weight, 1.0)[:, None]
     tl.store(of_output + of_rows, result.to(of_output.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _attend(x, v, top, weight, acc):
-    """Take scores `x` `[M, N]`, in powers of two, and their values `[N, D_v]` into a running softmax."""
+def _attend(x, v, top, weight, acc, PARTS: tl.constexpr, PRECISION: tl.constexpr):
+    """Take scores `x` `[P, N, M]`, in powers of two, and their values `[P, D_v, N]` into running softmaxes."""
     highest = tl.maximum(top, tl.max(x, 1))
-    p, keep = tl.exp2(x - highest[:, None]), tl.exp2(top - highest)
-    acc = acc * keep[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    p, keep = tl.exp2(x - highest[:, None, :]), tl.exp2(top - highest)
+    acc = acc * keep[:, None, :] + _product(v, p.to(v.dtype), PARTS, PRECISION)
     return highest, weight * keep + tl.sum(p, 1), acc
+
+
+@triton.jit
+def _product(x, y, PARTS: tl.constexpr, PRECISION: tl.constexpr):
+    """`x @ y`, each warp a part of its own; where there is but one part, warps share it."""
+    if PARTS > 1:
+        product = tl.dot(x, y, input_precision=PRECISION)
+    else:
+        flat_x, flat_y = tl.reshape(x, [x.shape[1], x.shape[2]]), tl.reshape(y, [y.shape[1], y.shape[2]])
+        product = tl.dot(flat_x, flat_y, input_precision=PRECISION)[None, :, :]
+    return product
+
+
+@triton.jit
+def _together(top, weight, acc):
+    """One softmax of the first axis."""
+    highest = tl.max(top, 0)
+    share = tl.exp2(top - highest[None, :])
+    return highest, tl.sum(weight * share, 0), tl.sum(acc * share[:, None, :], 0)

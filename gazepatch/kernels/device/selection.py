@@ -80,9 +80,8 @@ def select_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_ALL: tl.constexpr,
+    WAYS: tl.constexpr,
 ):
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
     pair, split = tl.program_id(0), tl.program_id(1)
     if CAPPED:
         scale = scale / softcap
@@ -104,13 +103,16 @@ def select_kernel(
     of_query = query + batch.to(tl.int64) * query_row + (key_head * GROUP + rows)[:, None] * query_head + dims[None, :]
     q = tl.load(of_query, mask=(rows < GROUP)[:, None] & (dims < DIM)[None, :], other=0.0)
     of_pair = mean_keys + batch.to(tl.int64) * mean_row + key_head.to(tl.int64) * mean_head
+    of_counts = log_counts + batch * count_row
+    size = _sizes(of_counts, split, cells, regions, WINDOWS, BLOCK_R, BLOCK_C)
     for tile in range(split, tl.cdiv(regions, BLOCK_R), splits):
         region, column = tile * BLOCK_R + cells // BLOCK_C, cells % BLOCK_C
         there = (region < regions) & (column < WINDOWS)
         window = region * WINDOWS + column
+        # Asked for a tile ahead: what no product takes is not loaded early by itself.
+        next_size = _sizes(of_counts, tile + splits, cells, regions, WINDOWS, BLOCK_R, BLOCK_C)
         of_window = of_pair + window.to(tl.int64)[None, :] * mean_window + dims[:, None].to(tl.int64) * mean_dim
         mean = tl.load(of_window, mask=there[None, :] & (dims < DIM)[:, None], other=0.0)
-        size = tl.load(log_counts + batch * count_row + window, mask=there, other=-1e30)
         x = scores_of(tl.dot(q, mean, input_precision="ieee"), scale, softcap, CAPPED) + size[None, :]
         if PERIPHERY:
             of_logits = logits + (first_head + rows).to(tl.int64)[:, None] * (regions * WINDOWS) + window[None, :]
@@ -120,7 +122,15 @@ def select_kernel(
         inside = (rows < GROUP)[:, None] & (numbers < regions)[None, :]
         # Of each region by itself, so that equal regions weigh the same to the bit, wherever they are scored.
         tl.store(of_regions, _log_sum_exp(x, BLOCK_M, BLOCK_R, BLOCK_C) if BLOCK_C > 1 else x, mask=inside)
-    if arrive(arrived + pair, WAITS) == splits - 1:
+        size = next_size
+    if EARLY:  # not before, as programs that wait take the room of those that have something to do
+        tl.extra.cuda.gdc_launch_dependents()
+    before = splits - 1
+    if splits > 1:
+        before = arrive(arrived + pair, WAITS)
+    else:
+        tl.debug_barrier()
+    if before == splits - 1:
         tl.store(arrived + pair, 0)
         number = tl.arange(0, BLOCK_ALL)
         there = number < regions
@@ -133,7 +143,20 @@ def select_kernel(
                 share = tl.sum(_shares(of_scores, head, regions, number, GROUP, 1), 0)
                 group = first_head + head
                 _take(
-                    share, number, first, tokens, wanted, regions, places, group, runs, taken, total, PERIPHERY, COUNTS
+                    share,
+                    number,
+                    first,
+                    tokens,
+                    wanted,
+                    regions,
+                    places,
+                    group,
+                    runs,
+                    taken,
+                    total,
+                    PERIPHERY,
+                    COUNTS,
+                    WAYS,
                 )
         else:
             score = tl.zeros([BLOCK_ALL], tl.float32)
@@ -142,7 +165,22 @@ def select_kernel(
                 score = tl.maximum(score, tl.max(shares, 0)) if BY_MAX else score + tl.sum(shares, 0)
             if not BY_MAX:
                 score = score / GROUP
-            _take(score, number, first, tokens, wanted, regions, places, pair, runs, taken, total, PERIPHERY, COUNTS)
+            _take(
+                score,
+                number,
+                first,
+                tokens,
+                wanted,
+                regions,
+                places,
+                pair,
+                runs,
+                taken,
+                total,
+                PERIPHERY,
+                COUNTS,
+                WAYS,
+            )
 
 
 @triton.jit
@@ -150,6 +188,14 @@ def _copy(source, target, dim, BLOCK: tl.constexpr):
     dims = tl.arange(0, BLOCK)
     x = tl.load(source + dims, mask=dims < dim)
     tl.store(target + dims, x.to(target.dtype.element_ty), mask=dims < dim)
+
+
+@triton.jit
+def _sizes(of_counts, tile, cells, regions, WINDOWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Logarithms of the tokens of a tile's windows."""
+    region, column = tile * BLOCK_R + cells // BLOCK_C, cells % BLOCK_C
+    there = (region < regions) & (column < WINDOWS)
+    return tl.load(of_counts + region * WINDOWS + column, mask=there, other=-1e30)
 
 
 @triton.jit
@@ -192,13 +238,13 @@ def _take(
     total,
     PERIPHERY: tl.constexpr,
     COUNTS: tl.constexpr,
+    WAYS: tl.constexpr,
 ):
     """Store the `wanted` best regions; of equal ones those with the lower number, like `gazepatch.selection.select`."""
     bits = tl.where(score < 2.0, score.to(tl.int32, bitcast=True), TOP - 1)  # NaN is above all, as in the twin
     bits = tl.where(tokens > 0, bits, -1)
-    threshold, width, above = _threshold(bits, wanted, regions)
-    over = bits >= threshold + width
-    among = (bits >= threshold) & (bits < threshold + width)
+    threshold, top, above = _threshold(bits, wanted, regions, WAYS)
+    over, among = bits >= top, (bits >= threshold) & (bits < top)
     before = tl.cumsum(over.to(tl.int32) + (among.to(tl.int32) << 16), 0)
     rest = wanted - above
     take = over | (among & ((before >> 16) <= rest))
@@ -216,26 +262,22 @@ def _take(
 
 
 @triton.jit
-def _threshold(bits, wanted, regions):
-    """Where the `wanted` largest begin: `threshold`, `width` and how many are at least their sum, `above`.
+def _threshold(bits, wanted, regions, WAYS: tl.constexpr):
+    """Where the `wanted` largest begin: `threshold`, `top` and how many are at least that, `above`.
 
-    All of these are among the wanted, and the others are within the width: all that are, or those with the lowest
-    numbers where the width is 1. The bits of a positive float grow with its value, so they are found two at a time, by
-    counting.
+    All of these are among the wanted, and the others lie between the two: all that do, or those with the lowest numbers
+    where only one value does. The bits of a positive float grow with its value, so they are found by counting: of the
+    range that they are in, in WAYS parts, the one where the last of them is.
     """
-    threshold, above, held, width = wanted * 0, wanted * 0, wanted * 0 + regions, wanted * 0 + TOP
-    while (held > wanted) & (width > 1):
-        width = width >> 2
-        low = tl.where(bits >= threshold + 2 * width, 0x10001, (bits >= threshold + width).to(tl.int32))
-        high = (bits >= threshold + 3 * width).to(tl.int64)
-        counts = tl.sum(low.to(tl.int64) + (high << 32), 0)
-        one, two, three = (
-            (counts & 0xFFFF).to(tl.int32),
-            ((counts >> 16) & 0xFFFF).to(tl.int32),
-            (counts >> 32).to(tl.int32),
-        )
-        digit = (one >= wanted).to(tl.int32) + (two >= wanted).to(tl.int32) + (three >= wanted).to(tl.int32)
-        above = tl.where(digit == 0, one, tl.where(digit == 1, two, tl.where(digit == 2, three, above)))
-        held = tl.where(digit == 0, held, tl.where(digit == 1, one, tl.where(digit == 2, two, three)))
-        threshold += digit * width
-    return threshold, width, above
+    threshold, top = tl.min(tl.where(bits >= 0, bits, TOP), 0), tl.max(bits, 0) + 1
+    above, held = wanted * 0, wanted * 0 + regions
+    ways, by_region = tl.arange(0, WAYS), bits[:, None]
+    while (held > wanted) & (top - threshold > 1):
+        width = (top - threshold + WAYS - 1) // WAYS
+        counts = tl.sum((by_region >= (threshold + ways * width)[None, :]).to(tl.int32), 0)
+        enough = counts >= wanted
+        above = tl.maximum(above, tl.max(tl.where(enough, 0, counts), 0))
+        held = tl.min(tl.where(enough, counts, TOP), 0)
+        threshold += (tl.sum(enough.to(tl.int32), 0) - 1) * width
+        top = tl.minimum(top, threshold + width)
+    return threshold, top, above

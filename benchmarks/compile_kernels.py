@@ -45,7 +45,7 @@ DTYPES = {"fp16": 2, "bf16": 2, "fp32": 4}
 DIMS = (64, 80, 96, 128, 256)
 KERNELS = ("decode", "select", "means", "prefill", "query_gradient", "key_gradient")
 GROUPS = (4, 7)  # query heads a key head: Llama 3 and Qwen2.5, say
-WINDOWS, REGIONS, TOKENS = 4, 4096, 64
+WINDOWS, REGIONS, TOKENS = 1, 2052, 64
 
 #: What models and settings may leave out: pointers, and the constants that say so.
 OF_PROMPT = ("bias",), ("HAS_BIAS", "CAPPED")
@@ -63,7 +63,7 @@ OPTIONAL: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 #: Arguments whose values are multiples of 16 wherever a head dim is: pointers, and strides but for those of tables.
-ALIGNED = re.compile(r"(query|(new_)?key|(new_)?value|entry|visual_key|visual_value|mean)_(row|head|token|window)")
+ALIGNED = re.compile(r"(query|(new_)?key|(new_)?value|entry|visual_key|visual_value|mean)_(row|head|token|window)|padded")
 
 
 def build(kernel: str, target: str, dtype: str, dim: int, group: int, bare: bool = False) -> dict[str, Any]:
@@ -119,8 +119,8 @@ def _select(target: str, dtype: str, dim: int, group: int) -> tuple[Any, ...]:
     names = ("query", "mean_keys", "key", "value", "new_key", "new_value")
     pointers = dict.fromkeys(names, f"*{dtype}")
     pointers |= dict.fromkeys(("log_counts", "logits", "region_logits"), "*fp32")
-    pointers |= dict.fromkeys(("start", "length", "budget", "runs", "arrived"), "*i32")
-    pointers |= {"taken": "*i8", "total": "*i64", "filled": "*i64"}
+    pointers |= {"budget": "*i32", "arrived": "*i32", "taken": "*i8"}
+    pointers |= dict.fromkeys(("table", "runs", "total", "filled"), "*i64")
     constants = {
         "GROUP": group,
         "DIM": dim,

@@ -16,6 +16,7 @@ from gazepatch.selection import region_scores, window_logits
 from gazepatch.selection import select as torch_select
 
 pytest.importorskip("triton")
+from gazepatch.kernels.launches import padded_regions
 from gazepatch.kernels.ops import select
 
 GPU = torch.cuda.is_available()
@@ -57,9 +58,10 @@ class Selection:
         rows, key_heads = self.shape
         heads, whole = key_heads * self.group, {"dtype": torch.int32, "device": DEVICE}
         return (
-            *(self.query, self.mean_keys, self.log_counts, self.start, self.length, torch.tensor(budget, **whole)),
+            *(self.query, self.mean_keys, self.log_counts, torch.stack([self.start, self.length], -1)),
+            torch.tensor(budget, **whole),
             torch.empty(rows, heads, self.regions * self.windows, device=DEVICE),
-            torch.empty(rows, heads, self.regions, device=DEVICE),
+            torch.empty(rows, heads, padded_regions(self.regions), device=DEVICE),
             torch.empty(rows, key_heads, selections, max(budget), 2, **whole),
             torch.empty(rows, key_heads, selections, self.regions, dtype=torch.int8, device=DEVICE),
             torch.tensor([5], device=DEVICE),
@@ -72,7 +74,7 @@ class Selection:
         """Runs, taken regions and tokens that were counted."""
         arguments = self.arguments(budget, head_reduce, splits)
         select(*arguments)
-        logits, _, runs, taken, total, arrived = arguments[6:12]
+        logits, _, runs, taken, total, arrived = arguments[5:11]
         assert not arrived.any()
         torch.testing.assert_close(logits, self.logits().flatten(1, 2), atol=1e-5, rtol=0)
         return runs, taken, int(total) - 5

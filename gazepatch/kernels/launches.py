@@ -154,8 +154,13 @@ def padded(dim: int) -> int:
 
 def scored_regions(windows: int, dim: int, bytes_per_element: int) -> int:
     """Regions that a program of the selection scores at a time: a power of two, for at least 16 windows."""
-    cells = max(16, min(64, SCORED_BYTES // (padded(dim) * bytes_per_element)))
+    cells = max(16, min(128, SCORED_BYTES // (padded(dim) * bytes_per_element)))
     return max(1, cells // power(windows))
+
+
+def padded_regions(regions: int) -> int:
+    """Numbers of a row of what the selection finds of regions, so that it can be loaded 16 bytes at a time."""
+    return -(-regions // 16) * 16
 
 
 def regions_per_tile(longest: int, block: int) -> int:

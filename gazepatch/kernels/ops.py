@@ -6,6 +6,7 @@ can be captured in a CUDA graph. What they need between launches is handed in (`
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from gazepatch.kernels.device.decode import decode_kernel
@@ -16,7 +17,7 @@ from gazepatch.kernels.library import fake, operator
 
 
 @operator(
-    "select(Tensor query, Tensor mean_keys, Tensor log_counts, Tensor start, Tensor length, Tensor budget, "
+    "select(Tensor query, Tensor mean_keys, Tensor log_counts, Tensor table, Tensor budget, "
     "Tensor(a!) logits, Tensor(b!) region_logits, Tensor(c!) runs, Tensor(d!) taken, Tensor(e!)? total, "
     "Tensor(f!) arrived, Tensor(g!)? key, Tensor(h!)? value, Tensor? new_key, Tensor? new_value, Tensor? filled, "
     "int offset, float scale, float? softcap, bool by_max, bool periphery, int splits) -> ()",
@@ -25,8 +26,7 @@ def select(
     query: Tensor,
     mean_keys: Tensor,
     log_counts: Tensor,
-    start: Tensor,
-    length: Tensor,
+    table: Tensor,
     budget: Tensor,
     logits: Tensor,
     region_logits: Tensor,
@@ -52,10 +52,10 @@ def select(
         query: `[B, H, D]`.
         mean_keys: `[B, H_kv, R * C, D]`, any strides.
         log_counts: `[b, R * C]` float32; `b` is 1 or B, here and below.
-        start, length: `[b, R]` int32, of the regions.
+        table: `[b, R, 2]` int32, contiguous: first slot and tokens of the regions.
         budget: `[b]` int32, regions that a query of the row reads.
         logits: Out, `[B, H, R * C]` float32: of the windows; written with `periphery`.
-        region_logits: Out, `[B, H, R]` float32.
+        region_logits: Out, `[B, H, padded_regions(R)]` float32.
         runs: Out, `[B, H_kv, g, S, 2]` int32: start and length of the selected regions by their number, zeros behind
             them. With `g` = G every query head selects for itself.
         taken: Out, `[B, H_kv, g, R]` int8: which regions are selected; written with `periphery`.
@@ -71,22 +71,21 @@ def select(
         splits: Programs a (row, key head) pair.
     """
     batch, heads, dim = query.shape
-    key_heads, regions = mean_keys.shape[1], length.shape[1]
+    key_heads, regions = mean_keys.shape[1], table.shape[1]
     group, windows = heads // key_heads, log_counts.shape[1] // max(regions, 1)
     settings = select_settings(architecture(query.device), group, windows, regions, dim, query.element_size())
     new_key, new_value = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (new_key, new_value))
     value_dim = 0 if value is None else value.shape[3]
     with on(query.device):
-        select_kernel[batch * key_heads, splits](
+        select_kernel[splits, key_heads, batch](
             query,
             mean_keys,
             log_counts,
-            start,
-            length,
+            table.view(torch.int64),
             budget,
             logits,
             region_logits,
-            runs,
+            runs.view(torch.int64),
             taken,
             total,
             arrived,
@@ -98,15 +97,14 @@ def select(
             offset,
             scale,
             1.0 if softcap is None else softcap,
-            key_heads,
             regions,
+            region_logits.shape[2],
             runs.shape[3],
-            splits,
             query.stride(0),
             query.stride(1),
             *mean_keys.stride(),
             row_stride(log_counts),
-            row_stride(length),
+            row_stride(table) // 2,
             row_stride(budget),
             0 if key is None else key.shape[2],
             *((0, 0) if new_key is None else new_key.stride()[:2]),

@@ -18,6 +18,7 @@ from gazepatch.kernels.launches import (
     even_splits,
     most_splits,
     multiprocessors,
+    padded_regions,
     scored_regions,
     scoring_programs,
     tiles_of,
@@ -64,25 +65,24 @@ class KernelPlan(DecodePlan):
         super().__init__(regions, config, batch, heads, key_heads)
         device, group = regions.start.device, heads // key_heads
         self.counts_itself = not (self.whole or regions.even)
-        self.start_table, self.length_table = regions.start.int(), regions.length.int()
+        self.table = torch.stack([regions.start, regions.length], -1).int()
+        count, windows = regions.start.shape[1], regions.log_counts.shape[1]
         self.log_counts = regions.log_counts.float().contiguous()
         self.budget = torch.tensor(regions.budgets(config), dtype=torch.int32, device=device)
         self.pairs, self.selections = batch * key_heads, group if config.head_reduce == "none" else 1
         self.shape = (batch, key_heads, self.selections)
         self.programs = multiprocessors(device)
         self.arrived = torch.zeros(self.pairs * self.selections, dtype=torch.int32, device=device)
-        count, windows = regions.start.shape[1], regions.log_counts.shape[1]
         self.longest = regions.max_length
         if self.whole and min(regions.tokens) == regions.slots:
             self.longest = regions.slots  # one long run
             run = torch.tensor([0, regions.slots], dtype=torch.int32, device=device)
             self.runs = run.expand(*self.shape, 1, 2).contiguous()
         elif self.whole:
-            table = torch.stack([self.start_table, self.length_table], -1)[:, None, None]
-            self.runs = table.expand(*self.shape, -1, -1).contiguous()
+            self.runs = self.table[:, None, None].expand(*self.shape, -1, -1).contiguous()
         else:
             self.runs = torch.empty(*self.shape, self.count, 2, dtype=torch.int32, device=device)
-            self.region_logits = torch.empty(batch, heads, count, device=device)
+            self.region_logits = torch.empty(batch, heads, padded_regions(count), device=device)
             self.logits = torch.empty(batch, heads, windows if config.periphery else 0, device=device)
             self.taken = torch.empty(*self.shape, count if config.periphery else 0, dtype=torch.int8, device=device)
         self._shares: dict[tuple[int, int, int], Share] = {}
@@ -130,7 +130,8 @@ class KernelPlan(DecodePlan):
             return super().numbers(selected)
         start, length = selected.unbind(-1)
         # Regions that only other rows have start nowhere: in a column of their own.
-        first = self.start_table.masked_fill(self.length_table == 0, self.regions.slots).long()
+        slots, tokens = self.table.unbind(-1)
+        first = slots.masked_fill(tokens == 0, self.regions.slots).long()
         region_at = first.new_full((len(first), self.regions.slots + 1), -1)
         region_at.scatter_(1, first, torch.arange(first.shape[1], device=first.device).expand_as(first))
         found = region_at[:, None, None].expand(*self.shape, -1).gather(-1, start.long())
@@ -152,8 +153,7 @@ class KernelPlan(DecodePlan):
             query,
             entries.mean_keys,
             self.log_counts,
-            self.start_table,
-            self.length_table,
+            self.table,
             self.budget,
             self.logits,
             self.region_logits,

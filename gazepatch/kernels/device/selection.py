@@ -14,24 +14,23 @@ import triton
 import triton.language as tl
 
 from gazepatch.kernels.device.arrival import arrive
-from gazepatch.kernels.device.scores import LOWEST, scores_of
+from gazepatch.kernels.device.scores import LOG2E, LOWEST, scores_of
 
 #: Above the bits of every share, which is below 2.
 TOP = tl.constexpr(1 << 30)
 
 
 # What differs from prompt to prompt is not specialised: compiling again would take longer than an answer.
-@triton.jit(do_not_specialize=["offset", "regions", "places", "splits", "count_row", "table_row", "budget_row", "room"])
+@triton.jit(do_not_specialize=["offset", "regions", "places", "count_row", "table_row", "budget_row", "room"])
 def select_kernel(
     query,  # [B, H, D], last axis dense
     mean_keys,  # [B, H_kv, R * C, D], any strides
     log_counts,  # [b, R * C] float32
-    start,  # [b, R] int32 first slot of a region
-    length,  # [b, R] int32 its tokens
+    table,  # [b, R] int64: first slot of a region, and in the upper half its tokens
     budget,  # [b] int32 regions that a query of the row reads
     logits,  # out [B, H, R * C] float32, with periphery
-    region_logits,  # out [B, H, R] float32
-    runs,  # out [B, H_kv, g, S, 2] int32: start and length of the selected regions, by number; then zeros
+    region_logits,  # out [B, H, padded] float32: a multiple of 16, of which those behind R weigh nothing
+    runs,  # out [B, H_kv, g, S] int64, as in the table, of the selected regions by number; then zeros
     taken,  # out [B, H_kv, g, R] int8, with periphery
     total,  # [1] int64, the tokens selected are added to it
     arrived,  # [B * H_kv] int32, zeros before and after
@@ -43,10 +42,9 @@ def select_kernel(
     offset,
     scale,
     softcap,
-    key_heads,
     regions,
+    padded,
     places,
-    splits,
     query_row,
     query_head,
     mean_row,
@@ -82,10 +80,10 @@ def select_kernel(
     BLOCK_ALL: tl.constexpr,
     WAYS: tl.constexpr,
 ):
-    pair, split = tl.program_id(0), tl.program_id(1)
+    split, key_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    splits, pair = tl.num_programs(0), batch * tl.num_programs(1) + key_head
     if CAPPED:
         scale = scale / softcap
-    batch, key_head = pair // key_heads, pair % key_heads
     if APPENDS:
         slot = offset.to(tl.int64)
         if filled is not None:
@@ -102,26 +100,31 @@ def select_kernel(
     rows, dims, cells = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_R * BLOCK_C)
     of_query = query + batch.to(tl.int64) * query_row + (key_head * GROUP + rows)[:, None] * query_head + dims[None, :]
     q = tl.load(of_query, mask=(rows < GROUP)[:, None] & (dims < DIM)[None, :], other=0.0)
-    of_pair = mean_keys + batch.to(tl.int64) * mean_row + key_head.to(tl.int64) * mean_head
-    of_counts = log_counts + batch * count_row
-    size = _sizes(of_counts, split, cells, regions, WINDOWS, BLOCK_R, BLOCK_C)
-    for tile in range(split, tl.cdiv(regions, BLOCK_R), splits):
-        region, column = tile * BLOCK_R + cells // BLOCK_C, cells % BLOCK_C
-        there = (region < regions) & (column < WINDOWS)
-        window = region * WINDOWS + column
-        # Asked for a tile ahead: what no product takes is not loaded early by itself.
-        next_size = _sizes(of_counts, tile + splits, cells, regions, WINDOWS, BLOCK_R, BLOCK_C)
-        of_window = of_pair + window.to(tl.int64)[None, :] * mean_window + dims[:, None].to(tl.int64) * mean_dim
+    of_windows = mean_keys + batch.to(tl.int64) * mean_row + key_head.to(tl.int64) * mean_head
+    region, column = cells // BLOCK_C, cells % BLOCK_C
+    # What differs from tile to tile is one number, which is added to addresses worked out once.
+    of_cells = (region * WINDOWS + column)[None, :] * mean_window + dims[:, None] * mean_dim
+    of_counts, of_logits = log_counts + batch * count_row, logits + (first_head + rows).to(tl.int64)[:, None] * (
+        regions * WINDOWS
+    )
+    of_regions = region_logits + (first_head + rows).to(tl.int64)[:, None] * padded
+    size = _sizes(of_counts, split, region, column, regions, WINDOWS, BLOCK_R)
+    for tile in range(split, tl.cdiv(padded, BLOCK_R), splits):
+        first = tile * BLOCK_R
+        there = (first + region < regions) & (column < WINDOWS)
+        of_window = of_windows + (first * WINDOWS).to(tl.int64) * mean_window + of_cells
         mean = tl.load(of_window, mask=there[None, :] & (dims < DIM)[:, None], other=0.0)
+        # Asked for a tile ahead: what no product takes is not loaded early by itself.
+        next_size = _sizes(of_counts, tile + splits, region, column, regions, WINDOWS, BLOCK_R)
         x = scores_of(tl.dot(q, mean, input_precision="ieee"), scale, softcap, CAPPED) + size[None, :]
         if PERIPHERY:
-            of_logits = logits + (first_head + rows).to(tl.int64)[:, None] * (regions * WINDOWS) + window[None, :]
-            tl.store(of_logits, x, mask=(rows < GROUP)[:, None] & there[None, :])
-        numbers = tile * BLOCK_R + tl.arange(0, BLOCK_R)
-        of_regions = region_logits + (first_head + rows).to(tl.int64)[:, None] * regions + numbers[None, :]
-        inside = (rows < GROUP)[:, None] & (numbers < regions)[None, :]
+            window = (first + region) * WINDOWS + column
+            tl.store(of_logits + window[None, :], x, mask=(rows < GROUP)[:, None] & there[None, :])
+        numbers = first + tl.arange(0, BLOCK_R)
+        inside = (rows < GROUP)[:, None] & (numbers < padded)[None, :]
         # Of each region by itself, so that equal regions weigh the same to the bit, wherever they are scored.
-        tl.store(of_regions, _log_sum_exp(x, BLOCK_M, BLOCK_R, BLOCK_C) if BLOCK_C > 1 else x, mask=inside)
+        of_region = _log_sum_exp(x, BLOCK_M, BLOCK_R, BLOCK_C) if BLOCK_C > 1 else x
+        tl.store(of_regions + numbers[None, :], of_region, mask=inside)
         size = next_size
     if EARLY:  # not before, as programs that wait take the room of those that have something to do
         tl.extra.cuda.gdc_launch_dependents()
@@ -133,54 +136,20 @@ def select_kernel(
     if before == splits - 1:
         tl.store(arrived + pair, 0)
         number = tl.arange(0, BLOCK_ALL)
-        there = number < regions
-        tokens = tl.load(length + batch * table_row + number, mask=there, other=0)
-        first = tl.load(start + batch * table_row + number, mask=there, other=0)
+        entry = tl.load(table + batch * table_row + number, mask=number < regions, other=0)
         wanted = tl.load(budget + batch * budget_row)
-        of_scores = region_logits + first_head.to(tl.int64) * regions
+        of_scores = region_logits + first_head.to(tl.int64) * padded
         if PER_HEAD:
             for head in range(GROUP):
-                share = tl.sum(_shares(of_scores, head, regions, number, GROUP, 1), 0)
+                share = tl.sum(_shares(of_scores, head, padded, number, 1.0, GROUP, 1), 0)
                 group = first_head + head
-                _take(
-                    share,
-                    number,
-                    first,
-                    tokens,
-                    wanted,
-                    regions,
-                    places,
-                    group,
-                    runs,
-                    taken,
-                    total,
-                    PERIPHERY,
-                    COUNTS,
-                    WAYS,
-                )
+                _take(share, number, entry, wanted, regions, places, group, runs, taken, total, PERIPHERY, COUNTS, WAYS)
         else:
             score = tl.zeros([BLOCK_ALL], tl.float32)
             for head in range(0, GROUP, HEADS):
-                shares = _shares(of_scores, head, regions, number, GROUP, HEADS)
+                shares = _shares(of_scores, head, padded, number, 1.0 if BY_MAX else 1.0 / GROUP, GROUP, HEADS)
                 score = tl.maximum(score, tl.max(shares, 0)) if BY_MAX else score + tl.sum(shares, 0)
-            if not BY_MAX:
-                score = score / GROUP
-            _take(
-                score,
-                number,
-                first,
-                tokens,
-                wanted,
-                regions,
-                places,
-                pair,
-                runs,
-                taken,
-                total,
-                PERIPHERY,
-                COUNTS,
-                WAYS,
-            )
+            _take(score, number, entry, wanted, regions, places, pair, runs, taken, total, PERIPHERY, COUNTS, WAYS)
 
 
 @triton.jit
@@ -191,11 +160,10 @@ def _copy(source, target, dim, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _sizes(of_counts, tile, cells, regions, WINDOWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+def _sizes(of_counts, tile, region, column, regions, WINDOWS: tl.constexpr, BLOCK_R: tl.constexpr):
     """Logarithms of the tokens of a tile's windows."""
-    region, column = tile * BLOCK_R + cells // BLOCK_C, cells % BLOCK_C
-    there = (region < regions) & (column < WINDOWS)
-    return tl.load(of_counts + region * WINDOWS + column, mask=there, other=-1e30)
+    there = (tile * BLOCK_R + region < regions) & (column < WINDOWS)
+    return tl.load(of_counts + tile * (BLOCK_R * WINDOWS) + region * WINDOWS + column, mask=there, other=-1e30)
 
 
 @triton.jit
@@ -209,26 +177,21 @@ def _log_sum_exp(x, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.co
 
 
 @triton.jit
-def _shares(of_scores, head, regions, number, GROUP: tl.constexpr, HEADS: tl.constexpr):
-    """`[HEADS, R]` softmax over the regions of some heads; 0 for heads that are none."""
+def _shares(of_scores, head, padded, number, whole, GROUP: tl.constexpr, HEADS: tl.constexpr):
+    """`[HEADS, R]` softmax over the regions of some heads, times `whole`; 0 for heads that are none."""
     heads = head + tl.arange(0, HEADS)
-    inside = (heads < GROUP)[:, None] & (number < regions)[None, :]
-    x = tl.load(
-        of_scores + heads[:, None] * regions + number[None, :],
-        mask=inside,
-        other=-float("inf"),
-        cache_modifier=".cg",
-    )
-    weight = tl.exp(x - tl.maximum(tl.max(x, 1), LOWEST)[:, None])
-    return weight / tl.maximum(tl.sum(weight, 1), 1.0)[:, None]  # the largest weighs 1
+    inside = (heads < GROUP)[:, None] & (number < padded)[None, :]
+    of_heads = of_scores + heads[:, None] * padded + number[None, :]
+    x = tl.load(of_heads, mask=inside, other=-float("inf"), cache_modifier=".cg")
+    weight = tl.exp2((x - tl.maximum(tl.max(x, 1), LOWEST)[:, None]) * LOG2E)
+    return weight * (whole / tl.maximum(tl.sum(weight, 1), 1.0))[:, None]  # the largest weighs 1
 
 
 @triton.jit
 def _take(
     score,
     number,
-    first,
-    tokens,
+    entry,
     wanted,
     regions,
     places,
@@ -241,6 +204,7 @@ def _take(
     WAYS: tl.constexpr,
 ):
     """Store the `wanted` best regions; of equal ones those with the lower number, like `gazepatch.selection.select`."""
+    tokens = (entry >> 32).to(tl.int32)
     bits = tl.where(score < 2.0, score.to(tl.int32, bitcast=True), TOP - 1)  # NaN is above all, as in the twin
     bits = tl.where(tokens > 0, bits, -1)
     threshold, top, above = _threshold(bits, wanted, regions, WAYS)
@@ -249,12 +213,10 @@ def _take(
     rest = wanted - above
     take = over | (among & ((before >> 16) <= rest))
     place = (before & 0xFFFF) + tl.minimum(before >> 16, rest) - 1
-    of_group = runs + group.to(tl.int64) * places * 2
-    tl.store(of_group + place * 2, first, mask=take)
-    tl.store(of_group + place * 2 + 1, tokens, mask=take)
-    unused = (number >= wanted) & (number < places)
-    tl.store(of_group + number * 2, 0, mask=unused)
-    tl.store(of_group + number * 2 + 1, 0, mask=unused)
+    of_group = runs + group.to(tl.int64) * places
+    tl.store(of_group + place, entry, mask=take)
+    if wanted < places:
+        tl.store(of_group + number, 0, mask=(number >= wanted) & (number < places))
     if PERIPHERY:
         tl.store(taken + group.to(tl.int64) * regions + number, take.to(tl.int8), mask=number < regions)
     if COUNTS:
@@ -267,17 +229,17 @@ def _threshold(bits, wanted, regions, WAYS: tl.constexpr):
 
     All of these are among the wanted, and the others lie between the two: all that do, or those with the lowest numbers
     where only one value does. The bits of a positive float grow with its value, so they are found by counting: of the
-    range that they are in, in WAYS parts, the one where the last of them is.
+    range that they are in, cut at WAYS places, the part where the last of them is.
     """
     threshold, top = tl.min(tl.where(bits >= 0, bits, TOP), 0), tl.max(bits, 0) + 1
     above, held = wanted * 0, wanted * 0 + regions
-    ways, by_region = tl.arange(0, WAYS), bits[:, None]
+    ways, by_region = tl.arange(0, WAYS) + 1, bits[:, None]
     while (held > wanted) & (top - threshold > 1):
-        width = (top - threshold + WAYS - 1) // WAYS
+        width = (top - threshold + WAYS) // (WAYS + 1)
         counts = tl.sum((by_region >= (threshold + ways * width)[None, :]).to(tl.int32), 0)
         enough = counts >= wanted
         above = tl.maximum(above, tl.max(tl.where(enough, 0, counts), 0))
-        held = tl.min(tl.where(enough, counts, TOP), 0)
-        threshold += (tl.sum(enough.to(tl.int32), 0) - 1) * width
+        held = tl.minimum(held, tl.min(tl.where(enough, counts, TOP), 0))
+        threshold += tl.sum(enough.to(tl.int32), 0) * width
         top = tl.minimum(top, threshold + width)
     return threshold, top, above

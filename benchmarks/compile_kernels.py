@@ -45,7 +45,7 @@ DTYPES = {"fp16": 2, "bf16": 2, "fp32": 4}
 DIMS = (64, 80, 96, 128, 256)
 KERNELS = ("decode", "select", "means", "prefill", "query_gradient", "key_gradient")
 GROUPS = (4, 7)  # query heads a key head: Llama 3 and Qwen2.5, say
-WINDOWS, REGIONS, TOKENS = 1, 2052, 64
+WINDOWS, REGIONS, TOKENS = 4, 4096, 64
 
 #: What models and settings may leave out: pointers, and the constants that say so.
 OF_PROMPT = ("bias",), ("HAS_BIAS", "CAPPED")
@@ -98,7 +98,7 @@ def _decode(target: str, dtype: str, dim: int, group: int) -> tuple[Any, ...]:
     data = f"*{dtype}"
     names = ("query", "key", "value", "visual_key", "visual_value", "mean_values", "output")
     pointers = dict.fromkeys(names, data) | dict.fromkeys(("bias", "logits", "partial", "weights"), "*fp32")
-    pointers |= {"runs": "*i32", "taken": "*i8", "arrived": "*i32", "sinks": data}
+    pointers |= {"runs": "*i64", "taken": "*i8", "arrived": "*i32", "sinks": data}
     settings = decode_settings(target, group, dim, dim, DTYPES[dtype], TOKENS)
     constants = {
         "SELECTIONS": 1,

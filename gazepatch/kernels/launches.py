@@ -65,6 +65,7 @@ def decode_settings(
         "EARLY": launch.early,
         "WAITS": _waits(architecture),
         "PER_TILE": regions_per_tile(longest, launch.block),
+        "IN_PIECES": longest > launch.block,
         "BLOCK_M": max(8 if architecture.startswith("cuda") else 16, power(rows)),
         "BLOCK_N": launch.block,
         "BLOCK_D": padded(dim),

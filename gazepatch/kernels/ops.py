@@ -182,14 +182,14 @@ def decode(
     kind = architecture(query.device)
     settings = decode_settings(kind, rows, dim, value_dim, query.element_size(), longest)
     with on(query.device):
-        decode_kernel[batch * key_heads * selections, splits](
+        decode_kernel[splits, key_heads * selections, batch](
             query,
             key,
             value,
             bias,
             visual_key,
             visual_value,
-            runs,
+            runs.view(torch.int64),
             logits,
             taken,
             mean_values,
@@ -200,12 +200,10 @@ def decode(
             output,
             scale,
             1.0 if softcap is None else softcap,
-            key_heads,
             key.shape[2],
             places,
             longest,
             logits.shape[2] if logits is not None else 0,
-            splits,
             query.stride(0),
             query.stride(1),
             *key.stride()[:3],

@@ -18,7 +18,7 @@ from gazepatch.kernels.device.scores import LOG2E, LOWEST, in_powers_of_two, sco
 
 
 # What differs from prompt to prompt, or step to step, is not specialised: compiling again would take seconds.
-@triton.jit(do_not_specialize=["others", "places", "longest", "windows", "splits", "bias_row", "sink_row", "sink_head"])
+@triton.jit(do_not_specialize=["others", "places", "longest", "windows", "bias_row", "sink_row", "sink_head"])
 def decode_kernel(
     query,  # [B, H, D], last axis dense
     key,  # [B, H_kv, T, D], last axis dense, as are those of all that follow
@@ -26,7 +26,7 @@ def decode_kernel(
     bias,  # [b, T] float32, with HAS_BIAS
     visual_key,  # [B, H_kv, N, D]
     visual_value,  # [B, H_kv, N, D_v]
-    runs,  # [B, H_kv, g, S, 2] int32: first slot and tokens
+    runs,  # [B, H_kv, g, S] int64: first slot, and in the upper half tokens
     logits,  # [B, H, R * C] float32, with periphery
     taken,  # [B, H_kv, g, R] int8, with periphery
     mean_values,  # [B, H_kv, R * C, D_v], with periphery
@@ -37,12 +37,10 @@ def decode_kernel(
     output,  # out [B, H, D_v]
     scale,
     softcap,
-    key_heads,
     others,
     places,
     longest,
     windows,
-    splits,
     query_row,
     query_head,
     key_row,
@@ -68,6 +66,7 @@ def decode_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_RUNS: tl.constexpr,
     PER_TILE: tl.constexpr,
+    IN_PIECES: tl.constexpr,
     PERIPHERY: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     CAPPED: tl.constexpr,
@@ -85,14 +84,16 @@ def decode_kernel(
 ):
     if EARLY:
         tl.extra.cuda.gdc_wait()
-    group, split = tl.program_id(0), tl.program_id(1)
-    pair = group // SELECTIONS
-    batch, head = (pair // key_heads).to(tl.int64), (pair % key_heads).to(tl.int64)
+    split, splits = tl.program_id(0), tl.num_programs(0)
+    # A selection is one of a (row, key head) pair.
+    selection = tl.program_id(1)
+    group = tl.program_id(2) * tl.num_programs(1) + selection
+    batch, head = tl.program_id(2).to(tl.int64), (selection // SELECTIONS).to(tl.int64)
     rows, parts = tl.arange(0, BLOCK_M), tl.arange(0, PARTS)
     cells = parts[:, None] * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)[None, :]
     dims, value_dims = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     in_dim, in_value = (dims < DIM)[None, None, :], (value_dims < VALUE_DIM)[None, :, None]
-    heads = (pair % key_heads) * (SELECTIONS * ROWS) + (group % SELECTIONS) * ROWS + rows
+    heads = selection * ROWS + rows
     of_query = query + batch * query_row + heads[None, :] * query_head + dims[:, None]
     q = tl.load(of_query, mask=(rows < ROWS)[None, :] & (dims < DIM)[:, None], other=0.0)
     q = tl.broadcast_to(q[None, :, :], [PARTS, BLOCK_D, BLOCK_M])
@@ -102,58 +103,70 @@ def decode_kernel(
     acc = tl.zeros([PARTS, BLOCK_V, BLOCK_M], tl.float32)
     if HAS_SINKS:  # keys whose value is zero, of the first warp of the first program
         sink = tl.load(sinks + batch * sink_row + heads * sink_head, mask=rows < ROWS, other=0.0)
-        first = (split + parts == 0)[:, None]
-        top = tl.where(first, sink.to(tl.float32)[None, :] * LOG2E, top)
-        weight = tl.where(first, 1.0, weight)
+        alone = (split + parts == 0)[:, None]
+        top = tl.where(alone, sink.to(tl.float32)[None, :] * LOG2E, top)
+        weight = tl.where(alone, 1.0, weight)
 
     # All tiles, one kind behind the other, shared out as evenly as they can be.
     to_others = tl.cdiv(others, BLOCK_N)
-    pieces = tl.cdiv(longest, BLOCK_N)
+    pieces = tl.cdiv(longest, BLOCK_N) if IN_PIECES else 1
     to_runs = to_others + (tl.cdiv(places, PER_TILE) * pieces if HAS_RUNS else 0)
     tiles = to_runs + (tl.cdiv(windows, BLOCK_N) if PERIPHERY else 0)
-    begin, end = split * tiles // splits, (split + 1) * tiles // splits
+    each = tiles // splits
+    more = tiles - each * splits
+    begin = split * each + tl.minimum(split, more)
+    end = begin + each + (split < more).to(tl.int32)
 
-    of_keys = key + batch * key_row + head * key_head + dims[None, None, :]
-    of_values = value + batch * value_row + head * value_head + value_dims[None, :, None]
-    for tile in range(begin, tl.minimum(end, to_others)):
-        token = tile * BLOCK_N + cells
-        there = token < others
-        of_token = token.to(tl.int64)
-        k = tl.load(of_keys + of_token[:, :, None] * key_token, mask=there[:, :, None] & in_dim, other=0.0)
-        v = tl.load(of_values + of_token[:, None, :] * value_token, mask=there[:, None, :] & in_value, other=0.0)
-        x = scores_of(_product(k, q, PARTS, PRECISION), scale, softcap, CAPPED)
-        if HAS_BIAS:
-            x += (tl.load(bias + batch * bias_row + token, mask=there, other=0.0) * LOG2E)[:, :, None]
-        top, weight, acc = _attend(tl.where(there[:, :, None], x, -float("inf")), v, top, weight, acc, PARTS, PRECISION)
+    # Behind conditions, as what a loop asks for before it begins is long, and most programs have tiles of one kind.
+    if begin < to_others:
+        of_keys = key + batch * key_row + head * key_head + dims[None, None, :]
+        of_values = value + batch * value_row + head * value_head + value_dims[None, :, None]
+        for tile in range(begin, tl.minimum(end, to_others)):
+            token = tile * BLOCK_N + cells
+            there = token < others
+            of_token = token.to(tl.int64)
+            k = tl.load(of_keys + of_token[:, :, None] * key_token, mask=there[:, :, None] & in_dim, other=0.0)
+            v = tl.load(of_values + of_token[:, None, :] * value_token, mask=there[:, None, :] & in_value, other=0.0)
+            x = scores_of(_product(k, q, PARTS, PRECISION), scale, softcap, CAPPED)
+            if HAS_BIAS:
+                x += (tl.load(bias + batch * bias_row + token, mask=there, other=0.0) * LOG2E)[:, :, None]
+            x = tl.where(there[:, :, None], x, -float("inf"))
+            top, weight, acc = _attend(x, v, top, weight, acc, PARTS, PRECISION)
 
     if HAS_RUNS:
-        of_keys = visual_key + batch * visual_key_row + head * visual_key_head + dims[None, None, :]
-        of_values = visual_value + batch * visual_value_row + head * visual_value_head + value_dims[None, :, None]
-        of_runs = runs + group.to(tl.int64) * places * 2
+        of_keys = visual_key + batch * visual_key_row + head * visual_key_head
+        of_values = visual_value + batch * visual_value_row + head * visual_value_head
+        of_runs = runs + group.to(tl.int64) * places
         # Stages are shared out among loads and the loads they depend on: with as many as elsewhere, entries would be
         # asked for only when those before them are done with.
         for tile in tl.range(tl.maximum(begin, to_others), tl.minimum(end, to_runs), num_stages=2 * STAGES - 1):
-            slot, there = _slots(of_runs, tile - to_others, cells, places, pieces, PER_TILE, BLOCK_N)
-            k = tl.load(of_keys + slot[:, :, None] * DIM, mask=there[:, :, None] & in_dim, other=0.0)
-            v = tl.load(of_values + slot[:, None, :] * VALUE_DIM, mask=there[:, None, :] & in_value, other=0.0)
+            first, slot, there = _slots(of_runs, tile - to_others, cells, places, pieces, PER_TILE, IN_PIECES, BLOCK_N)
+            # What differs from tile to tile is one number where it can be, added to addresses worked out once.
+            of_slots = of_keys + first * DIM + (slot[:, :, None] * DIM + dims[None, None, :])
+            k = tl.load(of_slots, mask=there[:, :, None] & in_dim, other=0.0)
+            of_slots = of_values + first * VALUE_DIM + (slot[:, None, :] * VALUE_DIM + value_dims[None, :, None])
+            v = tl.load(of_slots, mask=there[:, None, :] & in_value, other=0.0)
             x = scores_of(_product(k, q, PARTS, PRECISION), scale, softcap, CAPPED)
-            top, weight, acc = _attend(tl.where(there[:, :, None], x, -float("inf")), v, top, weight, acc, PARTS, PRECISION)
+            x = tl.where(there[:, :, None], x, -float("inf"))
+            top, weight, acc = _attend(x, v, top, weight, acc, PARTS, PRECISION)
 
-    first_row = pair.to(tl.int64) * (SELECTIONS * ROWS) + (group % SELECTIONS) * ROWS
+    first_row = group.to(tl.int64) * ROWS
     if PERIPHERY:
-        of_values = mean_values + batch * mean_row + head * mean_head + value_dims[None, :, None]
-        of_logits = logits + ((first_row + rows) * windows)[None, None, :]
-        of_taken = taken + group.to(tl.int64) * (windows // WINDOWS)
-        for tile in tl.range(tl.maximum(begin, to_runs), end, num_stages=2):  # more would spill registers
-            window = (tile - to_runs) * BLOCK_N + cells
-            inside = window < windows
-            # What is read anyway is loaded all the same: a load that waits for no other is worth more.
-            read = tl.load(of_taken + window // WINDOWS, mask=inside, other=1)
-            shown = (rows < ROWS)[None, None, :] & inside[:, :, None]
-            x = tl.load(of_logits + window[:, :, None], mask=shown, other=0.0) * LOG2E
-            of_window = of_values + window.to(tl.int64)[:, None, :] * VALUE_DIM
-            v = tl.load(of_window, mask=inside[:, None, :] & in_value, other=0.0)
-            top, weight, acc = _attend(tl.where((read == 0)[:, :, None], x, -float("inf")), v, top, weight, acc, PARTS, PRECISION)
+        if end > to_runs:
+            of_values = mean_values + batch * mean_row + head * mean_head + value_dims[None, :, None]
+            of_logits = logits + ((first_row + rows) * windows)[None, None, :]
+            of_taken = taken + group.to(tl.int64) * (windows // WINDOWS)
+            for tile in tl.range(tl.maximum(begin, to_runs), end, num_stages=2):  # more would spill registers
+                window = (tile - to_runs) * BLOCK_N + cells
+                inside = window < windows
+                # What is read anyway is loaded all the same: a load that waits for no other is worth more.
+                read = tl.load(of_taken + window // WINDOWS, mask=inside, other=1)
+                shown = (rows < ROWS)[None, None, :] & inside[:, :, None]
+                x = tl.load(of_logits + window[:, :, None], mask=shown, other=0.0) * LOG2E
+                of_window = of_values + window.to(tl.int64)[:, None, :] * VALUE_DIM
+                v = tl.load(of_window, mask=inside[:, None, :] & in_value, other=0.0)
+                x = tl.where((read == 0)[:, :, None], x, -float("inf"))
+                top, weight, acc = _attend(x, v, top, weight, acc, PARTS, PRECISION)
 
     top, weight, acc = _together(top, weight, acc)
     of_output = output + first_row * VALUE_DIM
@@ -173,21 +186,24 @@ def decode_kernel(
 
 
 @triton.jit
-def _slots(of_runs, tile, cells, places, pieces, PER_TILE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Slots of a tile, and which of them are read: of PER_TILE short regions, or one of the `pieces` of a long one.
+def _slots(
+    of_runs, tile, cells, places, pieces, PER_TILE: tl.constexpr, IN_PIECES: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Slots of a tile, as a first one and what comes to it, and which are read.
 
-    Tiles do not cross the ends of regions. What they leave empty costs no reading, and every address follows from few
-    numbers: entries packed one behind the other would need a division each, in all the layouts that products want.
+    A tile is PER_TILE short regions, or one of the `pieces` of a long one. It does not cross the ends of regions: what
+    it leaves empty costs no reading, and every address follows from few numbers.
     """
-    offset = tile % pieces * BLOCK_N + cells % (BLOCK_N // PER_TILE)
     if PER_TILE == 1:
-        place = tile // pieces
-        first, tokens = tl.load(of_runs + 2 * place), tl.load(of_runs + 2 * place + 1)
+        run = tl.load(of_runs + (tile // pieces if IN_PIECES else tile))
+        before = tile % pieces * BLOCK_N if IN_PIECES else 0
+        first, slot, there = (run & 0xFFFFFFFF) + before, cells, cells < (run >> 32).to(tl.int32) - before
     else:
         place = tile * PER_TILE + cells // (BLOCK_N // PER_TILE)
-        first = tl.load(of_runs + 2 * place, mask=place < places, other=0)
-        tokens = tl.load(of_runs + 2 * place + 1, mask=place < places, other=0)
-    return (first + offset).to(tl.int64), offset < tokens
+        run = tl.load(of_runs + place, mask=place < places, other=0)
+        offset = cells % (BLOCK_N // PER_TILE)
+        first, slot, there = 0, (run & 0xFFFFFFFF) + offset, offset < (run >> 32).to(tl.int32)
+    return first, slot, there
 
 
 @triton.jit

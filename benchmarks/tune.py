@@ -25,13 +25,13 @@ from on_gpu import Layers, first_line, free, graph_ms, layers_needed, machine
 
 import gazepatch.kernels.tuned as tuned
 from gazepatch.config import GazeConfig
-from gazepatch.kernels.launches import architecture, decode_launch, forget
+from gazepatch.kernels.launches import apart, architecture, decode_launch, forget
 from gazepatch.ops.decode import DecodePlan
 from gazepatch.scores import Scores
 
 CONFIG = GazeConfig(region=(8, 8, 1), window=None, budget=0.1, periphery=False, min_visual_tokens=0)
 #: Rows, frames of 24 x 24 tokens, heads and key heads: with few of these, more programs share what one of them reads.
-CASES = ((1, 57, 32, 8), (1, 57, 28, 4), (8, 228, 32, 8))
+CASES = ((1, 57, 32, 8), (1, 228, 28, 4), (16, 57, 32, 8))
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 #: As in `gazepatch.kernels.launches.Launch`.
 Settings = tuple[int, int, int, int, bool]
@@ -46,7 +46,9 @@ EARLY = 2
 def candidates(dim: int, size: int, present: Settings) -> list[Settings]:
     """The present settings, and then others that may be good, with as many programs."""
     blocks = [block for block in (16, 32, 64, 128) if 4096 <= block * dim * size <= 32768]
-    others = [(*tile, *present[3:]) for tile in itertools.product(blocks, (4, 8), (2, 3, 4))]
+    tiles = itertools.product(blocks, (2, 4, 8), (3, 2, 4))
+    # A warp has 16 entries of a tile at least.
+    others = [(*tile, *present[3:]) for tile in tiles if tile[0] >= 16 * tile[1] or not apart(dim, size)]
     return [present, *(settings for settings in others if settings != present)]
 
 

@@ -73,8 +73,7 @@ def decode_settings(
         "BLOCK_G": power(rows),
         # So many results of programs are combined at a time.
         "BLOCK_S": max(1, HELD * 32 * launch.warps // (power(rows) * padded(value_dim))),
-        # Warps that attend each by itself hold all that products take: as much as registers hold.
-        "PARTS": launch.warps if padded(max(dim, value_dim)) * bytes_per_element <= 256 else 1,
+        "PARTS": launch.warps if apart(max(dim, value_dim), bytes_per_element) else 1,
         "PRECISION": "tf32x3" if architecture.startswith("cuda") else "ieee",
         "STAGES": launch.stages,
         "num_warps": launch.warps,
@@ -146,6 +145,11 @@ def forget() -> None:
 def power(n: int) -> int:
     """The next power of two."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def apart(dim: int, bytes_per_element: int) -> bool:
+    """Whether each warp of the decode kernel attends by itself: it holds whole rows then, as far as registers do."""
+    return padded(dim) * bytes_per_element <= 256
 
 
 def padded(dim: int) -> int:

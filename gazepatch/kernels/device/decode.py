@@ -119,14 +119,14 @@ def decode_kernel(
 
     # Behind conditions, as what a loop asks for before it begins is long, and most programs have tiles of one kind.
     if begin < to_others:
-        of_keys = key + batch * key_row + head * key_head + dims[None, None, :]
-        of_values = value + batch * value_row + head * value_head + value_dims[None, :, None]
+        of_own_keys = key + batch * key_row + head * key_head + dims[None, None, :]
+        of_own_values = value + batch * value_row + head * value_head + value_dims[None, :, None]
         for tile in range(begin, tl.minimum(end, to_others)):
             token = tile * BLOCK_N + cells
             there = token < others
             of_token = token.to(tl.int64)
-            k = tl.load(of_keys + of_token[:, :, None] * key_token, mask=there[:, :, None] & in_dim, other=0.0)
-            v = tl.load(of_values + of_token[:, None, :] * value_token, mask=there[:, None, :] & in_value, other=0.0)
+            k = tl.load(of_own_keys + of_token[:, :, None] * key_token, mask=there[:, :, None] & in_dim, other=0.0)
+            v = tl.load(of_own_values + of_token[:, None, :] * value_token, mask=there[:, None, :] & in_value, other=0.0)
             x = scores_of(_product(k, q, PARTS, PRECISION), scale, softcap, CAPPED)
             if HAS_BIAS:
                 x += (tl.load(bias + batch * bias_row + token, mask=there, other=0.0) * LOG2E)[:, :, None]
@@ -153,7 +153,7 @@ def decode_kernel(
     first_row = group.to(tl.int64) * ROWS
     if PERIPHERY:
         if end > to_runs:
-            of_values = mean_values + batch * mean_row + head * mean_head + value_dims[None, :, None]
+            of_means = mean_values + batch * mean_row + head * mean_head + value_dims[None, :, None]
             of_logits = logits + ((first_row + rows) * windows)[None, None, :]
             of_taken = taken + group.to(tl.int64) * (windows // WINDOWS)
             for tile in tl.range(tl.maximum(begin, to_runs), end, num_stages=2):  # more would spill registers
@@ -163,7 +163,7 @@ def decode_kernel(
                 read = tl.load(of_taken + window // WINDOWS, mask=inside, other=1)
                 shown = (rows < ROWS)[None, None, :] & inside[:, :, None]
                 x = tl.load(of_logits + window[:, :, None], mask=shown, other=0.0) * LOG2E
-                of_window = of_values + window.to(tl.int64)[:, None, :] * VALUE_DIM
+                of_window = of_means + window.to(tl.int64)[:, None, :] * VALUE_DIM
                 v = tl.load(of_window, mask=inside[:, None, :] & in_value, other=0.0)
                 x = tl.where((read == 0)[:, :, None], x, -float("inf"))
                 top, weight, acc = _attend(x, v, top, weight, acc, PARTS, PRECISION)

@@ -146,7 +146,9 @@ def test_low_precision(settings: str, dtype: torch.dtype, sequences: Make) -> No
 @torch.no_grad()
 def test_a_patched_model(family: str) -> None:
     found = {}
-    for backend, device in (("torch", torch.device("cpu")), ("triton", DEVICE)):
+    # Of a row that sees no image at all, an unpatched mllama makes something else on a GPU, too.
+    twin = DEVICE if family == "mllama" else torch.device("cpu")
+    for backend, device in (("torch", twin), ("triton", DEVICE)):
         torch.manual_seed(0)
         case = batch(tiny(family))
         model = case.model.to(device)

@@ -74,7 +74,8 @@ def decode_settings(
         # So many results of programs are combined at a time.
         "BLOCK_S": max(1, HELD * 32 * launch.warps // (power(rows) * padded(value_dim))),
         "PARTS": launch.warps if apart(max(dim, value_dim), bytes_per_element) else 1,
-        "PRECISION": "tf32x3" if architecture.startswith("cuda") else "ieee",
+        # Of float32: three products of tensor cores are as exact, where registers hold what they take.
+        "PRECISION": "tf32x3" if architecture.startswith("cuda") and padded(dim) * bytes_per_element <= 512 else "ieee",
         "STAGES": launch.stages,
         "num_warps": launch.warps,
         "num_stages": launch.stages,

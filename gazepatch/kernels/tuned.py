@@ -15,7 +15,7 @@ DECODE: dict[tuple[str, int, int], tuple[int, int, int, int, bool]] = {
     ("cuda80", 128, 4): (32, 8, 2, 2, False),
     ("cuda80", 256, 4): (16, 8, 2, 2, False),
     ("cuda90", 64, 2): (64, 4, 4, 2, False),
-    ("cuda90", 128, 2): (64, 4, 3, 2, False),
+    ("cuda90", 128, 2): (64, 4, 3, 1, False),
     ("cuda90", 256, 2): (32, 4, 3, 2, False),
     ("cuda90", 64, 4): (64, 4, 3, 2, False),
     ("cuda90", 128, 4): (32, 8, 2, 2, False),

@@ -63,7 +63,9 @@ OPTIONAL: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 #: Arguments whose values are multiples of 16 wherever a head dim is: pointers, and strides but for those of tables.
-ALIGNED = re.compile(r"(query|(new_)?key|(new_)?value|entry|visual_key|visual_value|mean)_(row|head|token|window)|padded")
+ALIGNED = re.compile(
+    r"(query|(new_)?key|(new_)?value|entry|visual_key|visual_value|mean)_(row|head|token|window)|padded"
+)
 
 
 def build(kernel: str, target: str, dtype: str, dim: int, group: int, bare: bool = False) -> dict[str, Any]:

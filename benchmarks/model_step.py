@@ -5,8 +5,8 @@ are filled directly, as a prompt would fill them. A dense cache and one of ours 
 
 Dense means the same model on transformers' `StaticCache`, with transformers' own sdpa (which reads all the room there
 is through a mask, and may repeat keys and values for the query heads that share them), and with attention that reads
-exactly the entries there are, without a mask, by flash and cuDNN, each as it is fastest: what a dense engine would do at
-best. (sdpa's efficient backend is ten times slower.) Ours at full budget is one more dense way: a split-KV kernel.
+exactly the entries there are, without a mask, by flash and cuDNN, each as it is fastest: what a dense engine would do
+at best. (sdpa's efficient backend is ten times slower.) Ours at full budget is one more dense way: a split-KV kernel.
 """
 
 from __future__ import annotations

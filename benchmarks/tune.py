@@ -2,8 +2,9 @@
 
 Every candidate runs small steps and a large one in a CUDA graph; the best by the geometric mean is kept. First
 tiles, warps and stages with as many programs as the table has now, the present settings before all others; then other
-numbers of programs for the best of these; then the best of those launched early. A candidate compiles for two to four
-seconds, so head dim 128 in bfloat16 takes some two minutes; when `--seconds` are over, the best so far counts.
+numbers of programs for the best of these; then the best of those launched early. All that may be measured is compiled
+before, by as many processes as there are cores: for head dim 128 in bfloat16 a minute or two of one core, and half a
+minute to measure it. When `--seconds` are over, the best so far counts.
 
 `--write` puts them in `gazepatch/kernels/tuned.py`, beside those of other architectures.
 """
@@ -13,10 +14,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import multiprocessing
+import os
 import re
 import sys
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import checkout  # noqa: F401  # before the package
@@ -41,6 +45,8 @@ Ran = list[tuple[float, Settings]]
 FINALISTS = 4
 #: How many of the best after that are launched early, too, or are not.
 EARLY = 2
+#: Processes that compile; each holds a context of the GPU.
+MOST_COMPILERS = 8
 
 
 def candidates(dim: int, size: int, present: Settings) -> list[Settings]:
@@ -77,6 +83,28 @@ def search(present: Settings, dim: int, size: int, measure: Callable[[Settings],
     return ran
 
 
+def compile_ahead(dim: int, size: int, present: Settings) -> None:
+    """Have other processes compile what the search may measure, into the cache that Triton keeps."""
+    settings = [(*launch, early) for *launch, _ in candidates(dim, size, present) for early in (False, True)]
+    jobs = min(MOST_COMPILERS, os.cpu_count() or 1)
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(run_once, *([value] * len(settings) for value in (dim, size)), settings))
+
+
+def run_once(dim: int, size: int, settings: Settings) -> None:
+    """A small step of every number of heads; nothing where these settings do not run, which `tune` will see, too."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tuned.DECODE[architecture(device), dim, size] = settings
+    forget()
+    like = torch.empty(0, dtype=DTYPES[size], device=device)
+    for heads in sorted({case[2:] for case in CASES}):
+        layers = Layers((1, 24, 24), CONFIG, (1, *heads, dim), 1, like)
+        try:
+            layers.plan().decode(layers.queries[0], layers.entries[0], Scores(dim**-0.5))
+        except Exception as error:
+            print(f"  {settings}: {first_line(error)}", file=sys.stderr, flush=True)
+
+
 def tune(dim: int, size: int, device: torch.device, seconds: float) -> Ran:
     """All settings that ran with their mean microseconds, the best first."""
     like = torch.empty(0, dtype=DTYPES[size], device=device)
@@ -101,6 +129,8 @@ def tune(dim: int, size: int, device: torch.device, seconds: float) -> Ran:
         return us
 
     present: Settings = tuple(decode_launch(*key))  # type: ignore[assignment]
+    if seconds > 0:
+        compile_ahead(dim, size, present)
     ran = search(present, dim, size, measure, seconds)
     cases.clear()  # `measure` holds it
     if not ran:

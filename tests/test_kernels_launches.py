@@ -11,7 +11,15 @@ import pytest
 
 pytest.importorskip("triton")
 from gazepatch.kernels import tuned
-from gazepatch.kernels.launches import balanced_splits, decode_launch, decode_settings, even_splits, forget
+from gazepatch.kernels.launches import (
+    apart,
+    balanced_splits,
+    decode_launch,
+    decode_settings,
+    even_splits,
+    forget,
+    most_splits,
+)
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -33,6 +41,16 @@ def test_registers_are_those_that_programs_leave() -> None:
     assert decode_settings("cuda90", 4, 128, 128, 2, 64)["maxnreg"] == 255
     assert "maxnreg" not in decode_settings("cuda90", 4, 128, 128, 4, 64)  # two programs of 256 threads
     assert "maxnreg" not in decode_settings("gfx942", 4, 128, 128, 2, 64)
+
+
+def test_every_part_of_a_tile_is_as_large_as_products_need() -> None:
+    for (architecture, dim, size), (block, warps, *_) in tuned.DECODE.items():
+        assert block >= 16 * warps or not apart(dim, size), (architecture, dim, size)
+
+
+@pytest.mark.parametrize(("groups", "programs", "splits"), [(8, 132, 16), (128, 132, 1), (200, 132, 1), (1, 132, 132)])
+def test_no_program_waits_for_others_to_end(groups: int, programs: int, splits: int) -> None:
+    assert most_splits(groups, programs) == splits
 
 
 @pytest.mark.parametrize("tiles", [1, 7, 60, 900])

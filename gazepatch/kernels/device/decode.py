@@ -1,9 +1,12 @@
 """One query token per row over all other entries, the selected regions and the periphery. One launch.
 
-A program holds the query heads that share a selection in the columns of its products, and reads a share of the tiles that
-the three kinds of entries make. Each of its warps attends by itself to a part of every tile, with a softmax of its own,
-so that none waits for another before all have read theirs; then they are put together. The last program of a selection
-to finish combines what all of them found. Both by their log-sum-exps.
+A program holds the query heads that share a selection in the columns of its products, and reads a share of the tiles
+that the three kinds of entries make. Each of its warps attends by itself to a part of every tile, with a softmax of its
+own, so that none waits for another until all have read theirs; then these are put together. The last program of a
+selection to finish combines what all of them found. Both go by log-sum-exps.
+
+Where little is read, what takes long is not reading but one instruction behind the other, in few warps: so there are no
+divisions but one, loops that have no tiles are jumped over, and addresses differ from tile to tile by one number.
 
 Source: split-KV as in FlashDecoding; the combination as in https://arxiv.org/abs/2310.01889.
 """
@@ -117,16 +120,16 @@ def decode_kernel(
     begin = split * each + tl.minimum(split, more)
     end = begin + each + (split < more).to(tl.int32)
 
-    # Behind conditions, as what a loop asks for before it begins is long, and most programs have tiles of one kind.
+    # Most programs have tiles of one kind, and what a loop does before it begins is long.
     if begin < to_others:
-        of_own_keys = key + batch * key_row + head * key_head + dims[None, None, :]
-        of_own_values = value + batch * value_row + head * value_head + value_dims[None, :, None]
+        own_keys = key + batch * key_row + head * key_head + dims[None, None, :]
+        own_values = value + batch * value_row + head * value_head + value_dims[None, :, None]
         for tile in range(begin, tl.minimum(end, to_others)):
             token = tile * BLOCK_N + cells
             there = token < others
             of_token = token.to(tl.int64)
-            k = tl.load(of_own_keys + of_token[:, :, None] * key_token, mask=there[:, :, None] & in_dim, other=0.0)
-            v = tl.load(of_own_values + of_token[:, None, :] * value_token, mask=there[:, None, :] & in_value, other=0.0)
+            k = tl.load(own_keys + of_token[:, :, None] * key_token, mask=there[:, :, None] & in_dim, other=0.0)
+            v = tl.load(own_values + of_token[:, None, :] * value_token, mask=there[:, None, :] & in_value, other=0.0)
             x = scores_of(_product(k, q, PARTS, PRECISION), scale, softcap, CAPPED)
             if HAS_BIAS:
                 x += (tl.load(bias + batch * bias_row + token, mask=there, other=0.0) * LOG2E)[:, :, None]
@@ -141,7 +144,6 @@ def decode_kernel(
         # asked for only when those before them are done with.
         for tile in tl.range(tl.maximum(begin, to_others), tl.minimum(end, to_runs), num_stages=2 * STAGES - 1):
             first, slot, there = _slots(of_runs, tile - to_others, cells, places, pieces, PER_TILE, IN_PIECES, BLOCK_N)
-            # What differs from tile to tile is one number where it can be, added to addresses worked out once.
             of_slots = of_keys + first * DIM + (slot[:, :, None] * DIM + dims[None, None, :])
             k = tl.load(of_slots, mask=there[:, :, None] & in_dim, other=0.0)
             of_slots = of_values + first * VALUE_DIM + (slot[:, None, :] * VALUE_DIM + value_dims[None, :, None])
@@ -152,9 +154,9 @@ def decode_kernel(
 
     first_row = group.to(tl.int64) * ROWS
     if PERIPHERY:
+        of_means = mean_values + batch * mean_row + head * mean_head + value_dims[None, :, None]
+        of_logits = logits + ((first_row + rows) * windows)[None, None, :]
         if end > to_runs:
-            of_means = mean_values + batch * mean_row + head * mean_head + value_dims[None, :, None]
-            of_logits = logits + ((first_row + rows) * windows)[None, None, :]
             of_taken = taken + group.to(tl.int64) * (windows // WINDOWS)
             for tile in tl.range(tl.maximum(begin, to_runs), end, num_stages=2):  # more would spill registers
                 window = (tile - to_runs) * BLOCK_N + cells

@@ -102,12 +102,10 @@ def select_kernel(
     q = tl.load(of_query, mask=(rows < GROUP)[:, None] & (dims < DIM)[None, :], other=0.0)
     of_windows = mean_keys + batch.to(tl.int64) * mean_row + key_head.to(tl.int64) * mean_head
     region, column = cells // BLOCK_C, cells % BLOCK_C
-    # What differs from tile to tile is one number, which is added to addresses worked out once.
     of_cells = (region * WINDOWS + column)[None, :] * mean_window + dims[:, None] * mean_dim
-    of_counts, of_logits = log_counts + batch * count_row, logits + (first_head + rows).to(tl.int64)[:, None] * (
-        regions * WINDOWS
-    )
-    of_regions = region_logits + (first_head + rows).to(tl.int64)[:, None] * padded
+    of_heads = (first_head + rows).to(tl.int64)[:, None]
+    of_counts, of_logits = log_counts + batch * count_row, logits + of_heads * (regions * WINDOWS)
+    of_regions = region_logits + of_heads * padded
     size = _sizes(of_counts, split, region, column, regions, WINDOWS, BLOCK_R)
     for tile in range(split, tl.cdiv(padded, BLOCK_R), splits):
         first = tile * BLOCK_R

@@ -18,6 +18,8 @@ from gazepatch.kernels.device.scores import LOG2E, LOWEST, scores_of
 
 #: Above the bits of every share, which is below 2.
 TOP = tl.constexpr(1 << 30)
+#: The logit of a region that is not there, or less.
+ABSENT = tl.constexpr(-1e30)
 
 
 # What differs from prompt to prompt is not specialised: compiling again would take longer than an answer.
@@ -134,20 +136,33 @@ def select_kernel(
     if before == splits - 1:
         tl.store(arrived + pair, 0)
         number = tl.arange(0, BLOCK_ALL)
+        of_scores = region_logits + first_head.to(tl.int64) * padded
+        # Of one head: those of what is not there are the same for all.
+        logit = tl.load(of_scores + number, mask=number < padded, other=ABSENT, cache_modifier=".cg")
         entry = tl.load(table + batch * table_row + number, mask=number < regions, other=0)
         wanted = tl.load(budget + batch * budget_row)
-        of_scores = region_logits + first_head.to(tl.int64) * padded
-        if PER_HEAD:
-            for head in range(GROUP):
-                share = tl.sum(_shares(of_scores, head, padded, number, 1.0, GROUP, 1), 0)
-                group = first_head + head
-                _take(share, number, entry, wanted, regions, places, group, runs, taken, total, PERIPHERY, COUNTS, WAYS)
-        else:
+        # Every head for itself, or all of them together.
+        SELECTIONS: tl.constexpr = GROUP if PER_HEAD else 1
+        AT_ONCE: tl.constexpr = 1 if PER_HEAD else HEADS
+        whole = 1.0 if BY_MAX else 1.0 * SELECTIONS / GROUP
+        for selection in range(SELECTIONS):
             score = tl.zeros([BLOCK_ALL], tl.float32)
-            for head in range(0, GROUP, HEADS):
-                shares = _shares(of_scores, head, padded, number, 1.0 if BY_MAX else 1.0 / GROUP, GROUP, HEADS)
+            for head in range(selection, selection + GROUP // SELECTIONS, AT_ONCE):
+                shares = _shares(of_scores, head, padded, number, whole, GROUP, AT_ONCE)
                 score = tl.maximum(score, tl.max(shares, 0)) if BY_MAX else score + tl.sum(shares, 0)
-            _take(score, number, entry, wanted, regions, places, pair, runs, taken, total, PERIPHERY, COUNTS, WAYS)
+            bits = tl.where(score < 2.0, score.to(tl.int32, bitcast=True), TOP - 1)  # NaN is above all, as in the twin
+            bits = tl.where(logit < ABSENT / 2, -1, bits)
+            place = _places(bits, wanted, regions, WAYS, BLOCK_ALL)
+            group = (pair * SELECTIONS + selection).to(tl.int64)
+            of_group = runs + group * places
+            tl.store(of_group + place, entry, mask=place >= 0)
+            if wanted < places:
+                tl.store(of_group + number, 0, mask=(number >= wanted) & (number < places))
+            if PERIPHERY:
+                tl.store(taken + group * regions + number, (place >= 0).to(tl.int8), mask=number < regions)
+            if COUNTS:
+                tokens = tl.where(place >= 0, (entry >> 32).to(tl.int32), 0)
+                tl.atomic_add(total, tl.sum(tokens, 0).to(tl.int64), sem="relaxed")
 
 
 @triton.jit
@@ -161,7 +176,7 @@ def _copy(source, target, dim, BLOCK: tl.constexpr):
 def _sizes(of_counts, tile, region, column, regions, WINDOWS: tl.constexpr, BLOCK_R: tl.constexpr):
     """Logarithms of the tokens of a tile's windows."""
     there = (tile * BLOCK_R + region < regions) & (column < WINDOWS)
-    return tl.load(of_counts + tile * (BLOCK_R * WINDOWS) + region * WINDOWS + column, mask=there, other=-1e30)
+    return tl.load(of_counts + tile * (BLOCK_R * WINDOWS) + region * WINDOWS + column, mask=there, other=ABSENT)
 
 
 @triton.jit
@@ -186,39 +201,22 @@ def _shares(of_scores, head, padded, number, whole, GROUP: tl.constexpr, HEADS: 
 
 
 @triton.jit
-def _take(
-    score,
-    number,
-    entry,
-    wanted,
-    regions,
-    places,
-    group,
-    runs,
-    taken,
-    total,
-    PERIPHERY: tl.constexpr,
-    COUNTS: tl.constexpr,
-    WAYS: tl.constexpr,
-):
-    """Store the `wanted` best regions; of equal ones those with the lower number, like `gazepatch.selection.select`."""
-    tokens = (entry >> 32).to(tl.int32)
-    bits = tl.where(score < 2.0, score.to(tl.int32, bitcast=True), TOP - 1)  # NaN is above all, as in the twin
-    bits = tl.where(tokens > 0, bits, -1)
+def _places(bits, wanted, regions, WAYS: tl.constexpr, BLOCK_ALL: tl.constexpr):
+    """Of each region among the `wanted` best, by number; -1 for others. The first of equal ones, as in the twin."""
     threshold, top, above = _threshold(bits, wanted, regions, WAYS)
     over, among = bits >= top, (bits >= threshold) & (bits < top)
-    before = tl.cumsum(over.to(tl.int32) + (among.to(tl.int32) << 16), 0)
+    before = _running_sum(over.to(tl.int32) + (among.to(tl.int32) << 16), BLOCK_ALL)
     rest = wanted - above
     take = over | (among & ((before >> 16) <= rest))
-    place = (before & 0xFFFF) + tl.minimum(before >> 16, rest) - 1
-    of_group = runs + group.to(tl.int64) * places
-    tl.store(of_group + place, entry, mask=take)
-    if wanted < places:
-        tl.store(of_group + number, 0, mask=(number >= wanted) & (number < places))
-    if PERIPHERY:
-        tl.store(taken + group.to(tl.int64) * regions + number, take.to(tl.int8), mask=number < regions)
-    if COUNTS:
-        tl.atomic_add(total, tl.sum(tl.where(take, tokens, 0), 0).to(tl.int64), sem="relaxed")
+    return tl.where(take, (before & 0xFFFF) + tl.minimum(before >> 16, rest) - 1, -1)
+
+
+@triton.jit
+def _running_sum(x, SIZE: tl.constexpr):
+    """Of 4 numbers at a time: as many as a thread holds side by side, which it adds up without asking others."""
+    fours = tl.reshape(x, [SIZE // 4, 4])
+    sums = tl.sum(fours, 1)
+    return tl.reshape(tl.cumsum(fours, 1) + (tl.cumsum(sums, 0) - sums)[:, None], [SIZE])
 
 
 @triton.jit

@@ -49,7 +49,8 @@ class Kept:
             self.said = f"the results that were there are of {was}, this is {now}: they are now {self._put_aside()}"
         elif held["kernels"] != kernels:
             self.tables = {name: rows for name, rows in held["tables"].items() if name in OF_OTHERS}
-            self.said = f"the kernels have changed: what they measured until now is in {self._put_aside()}"
+            if self.tables.keys() != held["tables"].keys():
+                self.said = f"the kernels have changed: what they measured until now is in {self._put_aside()}"
         else:
             self.tables = held["tables"]
 

@@ -182,6 +182,9 @@ def test_kernels_that_changed_are_measured_anew(tmp_path: Path) -> None:
         kept.add(name, {"batch": 1}, {"us": 1.0})
     kept = Kept(tmp_path, H100, "k2")
     assert set(kept.tables) == {"dense"} and "decode_gpu.before-1.json" in str(kept.said)
+    kept.add("dense", {"batch": 2}, {"us": 1.0})
+    kept = Kept(tmp_path, H100, "k3")  # nothing of the kernels' own is lost
+    assert len(kept.tables["dense"]) == 2 and kept.said is None
     folder = tmp_path / "package" / "kernels" / "device"
     folder.mkdir(parents=True)
     (folder / "a.py").write_text("one = 1\n")

@@ -5,8 +5,8 @@ are filled directly, as a prompt would fill them. A dense cache and one of ours 
 
 Dense means the same model on transformers' `StaticCache`, with transformers' own sdpa (which reads all the room there
 is through a mask, and may repeat keys and values for the query heads that share them), and with attention that reads
-exactly the entries there are, without a mask, by flash and cuDNN, each as it is fastest: what a dense engine would do
-at best. (sdpa's efficient backend is ten times slower.) Ours at full budget is one more dense way: a split-KV kernel.
+exactly the entries there are, without a mask, by flash and cuDNN: what a dense engine would do at best. (sdpa's
+efficient backend takes ten times as long.) Ours at full budget is one more dense way: a split-KV kernel.
 """
 
 from __future__ import annotations
@@ -128,19 +128,14 @@ def rewind(cache: StaticCache, tokens: int) -> None:
 
 
 @contextmanager
-def reading(model: Any, entries: int, grouped: bool = True) -> Iterator[None]:
-    """Let an unpatched model read the first `entries` of its cache, without a mask.
-
-    With the heads of a key head as rows of one product if `grouped`, and else as sdpa has them.
-    """
+def reading(model: Any, entries: int) -> Iterator[None]:
+    """Let an unpatched model read the first `entries` of its cache, without a mask."""
 
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None = None, **_: Any
     ) -> tuple[Tensor, None]:
-        batch, heads, new, dim = query.shape
-        rows = query.reshape(batch, key.shape[1], -1, dim) if grouped else query
-        output = sdpa(rows, key[:, :, :entries], value[:, :, :entries], scale=scaling, enable_gqa=not grouped)
-        return output.reshape(batch, heads, new, -1).transpose(1, 2), None
+        output = sdpa(query, key[:, :, :entries], value[:, :, :entries], scale=scaling, enable_gqa=True)
+        return output.transpose(1, 2), None
 
     AttentionInterface.register(EXACT, attend)
     AttentionMaskInterface.register(EXACT, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
@@ -253,7 +248,7 @@ def dense_ms(model: Any, grid: Grid, batch: int) -> Row:
 def way_of(model: Any, way: str, entries: int) -> Iterator[None]:
     """A dense way."""
     with (
-        nullcontext() if way == TRANSFORMERS else reading(model, entries, way != "cudnn"),
+        nullcontext() if way == TRANSFORMERS else reading(model, entries),
         nullcontext() if way == TRANSFORMERS else sdpa_kernel(BACKENDS[way]),
     ):
         yield

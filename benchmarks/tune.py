@@ -2,9 +2,8 @@
 
 Every candidate runs small steps and a large one in a CUDA graph; the best by the geometric mean is kept. First
 tiles, warps and stages with as many programs as the table has now, the present settings before all others; then other
-numbers of programs for the best of these; then the best of those launched early. All that may be measured is compiled
-before, by as many processes as there are cores: for head dim 128 in bfloat16 a minute or two of one core, and half a
-minute to measure it. When `--seconds` are over, the best so far counts.
+numbers of programs for the best of these; then the best of those launched early. What most of them compile to is
+compiled before, by several processes. When `--seconds` of measuring are over, the best so far counts.
 
 `--write` puts them in `gazepatch/kernels/tuned.py`, beside those of other architectures.
 """
@@ -84,7 +83,7 @@ def search(present: Settings, dim: int, size: int, measure: Callable[[Settings],
 
 
 def compile_ahead(dim: int, size: int, present: Settings) -> None:
-    """Have other processes compile what the search may measure, into the cache that Triton keeps."""
+    """Have other processes compile the candidates, launched early or not, into the cache that Triton keeps."""
     settings = [(*launch, early) for *launch, _ in candidates(dim, size, present) for early in (False, True)]
     jobs = min(MOST_COMPILERS, os.cpu_count() or 1)
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
@@ -94,13 +93,12 @@ def compile_ahead(dim: int, size: int, present: Settings) -> None:
 def run_once(dim: int, size: int, settings: Settings) -> None:
     """A small step of every number of heads; nothing where these settings do not run, which `tune` will see, too."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tuned.DECODE[architecture(device), dim, size] = settings
-    forget()
+    _take((architecture(device), dim, size), settings)
     like = torch.empty(0, dtype=DTYPES[size], device=device)
     for heads in sorted({case[2:] for case in CASES}):
-        layers = Layers((1, 24, 24), CONFIG, (1, *heads, dim), 1, like)
         try:
-            layers.plan().decode(layers.queries[0], layers.entries[0], Scores(dim**-0.5))
+            for step in _steps(Layers((1, 24, 24), CONFIG, (1, *heads, dim), 1, like)):
+                step()
         except Exception as error:
             print(f"  {settings}: {first_line(error)}", file=sys.stderr, flush=True)
 
@@ -117,10 +115,9 @@ def tune(dim: int, size: int, device: torch.device, seconds: float) -> Ran:
         cases.append(Layers(grid, CONFIG, shape, count, like))
 
     def measure(settings: Settings) -> float | None:
-        tuned.DECODE[key] = settings
-        forget()
+        _take(key, settings)
         try:
-            times = [_ms(layers) for layers in cases]
+            times = [graph_ms(_steps(layers), rounds=15) for layers in cases]
         except Exception as error:  # too much shared memory, say
             print(f"  {key} {settings}: {first_line(error)}", file=sys.stderr, flush=True)
             return None
@@ -129,8 +126,6 @@ def tune(dim: int, size: int, device: torch.device, seconds: float) -> Ran:
         return us
 
     present: Settings = tuple(decode_launch(*key))  # type: ignore[assignment]
-    if seconds > 0:
-        compile_ahead(dim, size, present)
     ran = search(present, dim, size, measure, seconds)
     cases.clear()  # `measure` holds it
     if not ran:
@@ -138,11 +133,16 @@ def tune(dim: int, size: int, device: torch.device, seconds: float) -> Ran:
     return ran
 
 
-def _ms(layers: Layers) -> float:
+def _take(key: tuple[str, int, int], settings: Settings) -> None:
+    tuned.DECODE[key] = settings
+    forget()
+
+
+def _steps(layers: Layers) -> list[Callable[[], object]]:
     plan = layers.plan()
     scores = Scores(layers.shape[3] ** -0.5)
     both = zip(layers.queries, layers.entries, strict=True)
-    return graph_ms([lambda q=q, e=e: plan.decode(q, e, scores) for q, e in both], rounds=15)
+    return [lambda q=q, e=e: plan.decode(q, e, scores) for q, e in both]
 
 
 def write(path: Path, found: dict[tuple[str, int, int], Settings], measured: str) -> None:
@@ -176,17 +176,17 @@ def main() -> None:
         raise SystemExit("needs a GPU, found none")
     device, where = torch.device("cuda"), machine(torch.device("cuda"))
     for dim, size in itertools.product(options.dim or (64, 128, 256), options.bytes or DTYPES):
-        before = dict(tuned.DECODE)
+        before, key = dict(tuned.DECODE), (architecture(device), dim, size)
+        compile_ahead(dim, size, tuple(decode_launch(*key)))  # type: ignore[arg-type]
         ran = tune(dim, size, device, options.seconds)
         tuned.DECODE.clear()
         tuned.DECODE.update(before)
-        best = {(architecture(device), dim, size): ran[0][1]}
+        best = {key: ran[0][1]}
         print(f"head dim {dim}, {size} bytes", *(f"    {us:.1f} us {s}" for us, s in ran[:8]), sep="\n", flush=True)
         if options.write:  # at once: the next one may be cut short
             write(Path(tuned.__file__), best, f"measured on {where['gpu']}, triton {where['triton']}")
         free()  # which fails where a candidate broke the GPU's state, so not before
-        tuned.DECODE.update(best)
-        forget()
+        _take(key, best[key])
 
 
 if __name__ == "__main__":

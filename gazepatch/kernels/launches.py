@@ -66,6 +66,7 @@ def decode_settings(
         "WAITS": _waits(architecture),
         "PER_TILE": regions_per_tile(longest, launch.block),
         "IN_PIECES": longest > launch.block,
+        # Heads are columns here, of which products need but 8 on NVIDIA's.
         "BLOCK_M": max(8 if architecture.startswith("cuda") else 16, power(rows)),
         "BLOCK_N": launch.block,
         "BLOCK_D": padded(dim),

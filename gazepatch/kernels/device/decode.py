@@ -5,8 +5,9 @@ that the three kinds of entries make. Each of its warps attends by itself to a p
 own, so that none waits for another until all have read theirs; then these are put together. The last program of a
 selection to finish combines what all of them found. Both go by log-sum-exps.
 
-Where little is read, what takes long is not reading but one instruction behind the other, in few warps: so there are no
-divisions but one, loops that have no tiles are jumped over, and addresses differ from tile to tile by one number.
+Where little is read, what takes long is not reading but one instruction behind the other, in few warps: so there is but
+one division where regions fit into tiles, loops over text and periphery that have no tiles are jumped over, and
+addresses of visual entries differ from tile to tile by one number where a tile is of one region.
 
 Source: split-KV as in FlashDecoding; the combination as in https://arxiv.org/abs/2310.01889.
 """
@@ -154,6 +155,7 @@ def decode_kernel(
 
     first_row = group.to(tl.int64) * ROWS
     if PERIPHERY:
+        # These two before the condition: behind it, heads of 256 spill registers (Triton 3.9).
         of_means = mean_values + batch * mean_row + head * mean_head + value_dims[None, :, None]
         of_logits = logits + ((first_row + rows) * windows)[None, None, :]
         if end > to_runs:

@@ -13,13 +13,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+import gazepatch.regions
 from gazepatch.kernels.device.arrival import arrive
 from gazepatch.kernels.device.scores import LOG2E, LOWEST, scores_of
 
 #: Above the bits of every share, which is below 2.
 TOP = tl.constexpr(1 << 30)
 #: The logit of a region that is not there, or less.
-ABSENT = tl.constexpr(-1e30)
+ABSENT = tl.constexpr(gazepatch.regions.ABSENT)
 
 
 # What differs from prompt to prompt is not specialised: compiling again would take longer than an answer.

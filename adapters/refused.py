@@ -15,6 +15,7 @@ REFUSED = {
     "florence2": _ENCODER,
     "git": "it puts its images in front of the sequence itself, and has attention of its own",
     "glm5_next": _SPARSE,
+    "hy_v4_vl": _SPARSE,
     "idefics": "its cross-attention makes all keys anew at every step, mostly of a few latents: nothing would be saved",
     "instructblip": _FEW,
     "instructblipvideo": _FEW,

@@ -158,6 +158,7 @@ IN_ROWS, SLICES, FRAMES = "any size, rows with break tokens", "tiles of any size
 
 ADAPTERS: tuple[Adapter, ...] = (
     Sized(("mistral3",), images=IN_ROWS, image=sizes_px(_merged, row_gap=1)),
+    Sized(("apertus1p5",), images=IN_ROWS, image=sizes_px(lambda c: c.vision_config.spatial_scale_factor, row_gap=1)),
     Sized(("lighton_ocr",), image=sizes_px(_merged)),
     Sized(("emu3",), images="any size, rows with newlines", image=sizes_px(_halved, row_gap=1, newlines=True)),
     Sized(("gemma4", "gemma4_unified"), videos=FRAMES, layers=FULL_ONLY, image=gemma_images, video=gemma_videos),

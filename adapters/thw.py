@@ -18,7 +18,7 @@ from gazepatch.adapters.base import (
 )
 from gazepatch.layout import Block, Media, Skip
 
-JOINED, APART = "one run a video", "frame by frame"
+JOINED, APART, ONE_RUN = "one run a video", "frame by frame", "any size, one run"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +92,21 @@ class Inkling2(Thw):
         return hybrid_reasons(self.text_config(config))
 
 
+class Inkling2Loop(Inkling2):
+    """Layers in the middle run several times a token. Each time has keys of its own, under a number past the layers'."""
+
+    def dense_reasons(self, config: Any) -> dict[int, str]:
+        text = self.text_config(config)
+        looped = range(text.loop_layer_index_start, text.loop_layer_index_end)
+        return dict.fromkeys(looped, "layer that runs several times a token") | super().dense_reasons(config)
+
+
 def _muse_merge(config: Any) -> int:
     return int(config.vision_config.merge_size)
+
+
+def _one(config: Any) -> int:
+    return 1
 
 
 def _kimi_merge(config: Any) -> int:
@@ -119,13 +132,14 @@ ADAPTERS: tuple[Adapter, ...] = (
     # In transformers 5.23 itself, chunks of more than one frame fail.
     Kimi(("kimi_k25",), videos="chunk by chunk", merge=_kimi_merge),
     Glm(("glm4v", "glm46v", "glmga", "glm4v_moe", "glm_ocr"), videos=APART),
-    Inkling2(
-        ("inkling2",),
-        videos="",
-        layers=FULL_ONLY,
+    Inkling2(("inkling2",), layers=FULL_ONLY, no_context=CONVOLUTIONS, images=ONE_RUN, videos="", merge=_one),
+    Inkling2Loop(
+        ("inkling2_loop",),
+        layers="full attention outside of its loop",
         no_context=CONVOLUTIONS,
-        images="any size, one run",
-        merge=lambda config: 1,
+        images=ONE_RUN,
+        videos="",
+        merge=_one,
     ),
     HunYuan(("hunyuan_vl",), images="merged patches of any size, rows with newlines", videos=""),
 )

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 ENTRY_POINTS = "gazepatch.adapters"
 
 MODULES = {
+    "apertus1p5": "sized",
     "aria": "patterns",
     "aya_vision": "squares",
     "chameleon": "squares",
@@ -49,6 +50,7 @@ MODULES = {
     "idefics2": "patterns",
     "idefics3": "squares",
     "inkling2": "thw",
+    "inkling2_loop": "thw",
     "inkling_mm_model": "patterns",
     "internvl": "squares",
     "janus": "squares",

@@ -20,7 +20,7 @@ from gazepatch.errors import UnsupportedModelError
 from gazepatch.insertion import Insertion
 
 #: Arguments that are spread in a way of their own.
-OWN_WAY = ("inputs_embeds", "input_ids", "attention_mask", "position_ids", "cache_position", "past_key_values")
+OWN_WAY = ("inputs_embeds", "input_ids", "attention_mask", "position_ids", "cache_position")
 
 
 def lengthen(

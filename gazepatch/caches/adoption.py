@@ -18,6 +18,7 @@ from transformers.cache_utils import (
 
 from gazepatch.caches.hybrid import HybridLayer
 from gazepatch.caches.layer import GazeLayer
+from gazepatch.caches.name import CACHE
 from gazepatch.caches.state import GazeState
 from gazepatch.caches.static import StaticGazeLayer, StaticState
 from gazepatch.caches.window import WindowLayer
@@ -81,7 +82,7 @@ def _adopted(cache: object, owner: object, config: GazeConfig, layers: Layers) -
         kind = "an offloaded cache" if getattr(cache, "offloading", False) else f"a {type(cache).__name__}"
         raise CacheError(
             f"a patched model needs transformers' plain DynamicCache or StaticCache, got {kind}: generate with "
-            "cache_implementation='dynamic' or 'static', or pass past_key_values=DynamicCache()"
+            f"cache_implementation='dynamic' or 'static', or pass {CACHE}=DynamicCache()"
         )
     _check_empty(cache)
     replace = _replace_static_layers if isinstance(cache, StaticCache) else _replace_layers
@@ -103,7 +104,7 @@ def _check_kinds(kinds: list[type], wanted: tuple[int, ...], fit: list[int]) -> 
     if missing := sorted(set(wanted) - set(fit)):
         raise CacheError(
             f"layers {missing} were to gaze, but the cache keeps them as {[kinds[i].__name__ for i in missing]}: "
-            "generate with cache_implementation='dynamic', or pass past_key_values=DynamicCache(config=model.config)"
+            f"generate with cache_implementation='dynamic', or pass {CACHE}=DynamicCache(config=model.config)"
         )
 
 
@@ -118,7 +119,8 @@ def _replace_layers(cache: Cache, owner: object, config: GazeConfig, layers: Lay
     for i in plain:
         gazes, leads, layer = i in layers.gaze, i == leader, made[i]
         if isinstance(layer, LinearAttentionAndFullAttentionLayer):
-            made[i] = HybridLayer(state, gazes, leads, layer.number_of_states)
+            if gazes:  # others may be copied by the decoder, for a layer that runs several times a token
+                made[i] = HybridLayer(state, leads, layer.number_of_states)
         else:
             made[i] = (layers.kind if gazes else GazeLayer)(state, gazes, leads)
     if config.context_tokens:

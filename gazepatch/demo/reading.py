@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from gazepatch.answering import Answer, answer
+from gazepatch.caches.name import CACHE
 from gazepatch.demo.checkpoint import SIDE
 from gazepatch.demo.glyphs import print_page
 from gazepatch.demo.page import PAGE
@@ -32,7 +33,7 @@ class Reader:
         page = {name: value[:, : self.page_tokens] for name, value in inputs.items() if name != "pixel_values"}
         with torch.no_grad():
             out = model(**page, pixel_values=inputs["pixel_values"], use_cache=True, logits_to_keep=1)
-        self.cache = out.past_key_values
+        self.cache = out[CACHE]
 
     def ask(self, question: str) -> Answer:
         """The answer to one question, as if it were the first."""
@@ -43,7 +44,7 @@ class Reader:
             self.processor.tokenizer,
             inputs,
             max_new_tokens=MAX_NEW_TOKENS,
-            past_key_values=self.cache,
+            **{CACHE: self.cache},
         )
 
     def follow(self, question: str, tokens: list[int]) -> list[int]:
@@ -53,11 +54,11 @@ class Reader:
         """
         self._forget()
         ids = prompt(self.processor, question)["input_ids"][:, self.page_tokens :]
-        choices = []
+        choices, given = [], {CACHE: self.cache}
         with torch.no_grad():
-            self.model(input_ids=ids, past_key_values=self.cache, use_cache=True)
+            self.model(input_ids=ids, use_cache=True, **given)
             for token in tokens[:-1]:
-                step = self.model(input_ids=torch.tensor([[token]]), past_key_values=self.cache, use_cache=True)
+                step = self.model(input_ids=torch.tensor([[token]]), use_cache=True, **given)
                 choices.append(int(step.logits[0, -1].argmax()))
         return choices
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from gazepatch.caches.adoption import adopt, stepping
+from gazepatch.caches.name import CACHE, FORMER
 from gazepatch.caches.state import GazeState
 from gazepatch.errors import PatchError, UnsupportedModelError
 from gazepatch.insertion import Insertion
@@ -35,6 +36,8 @@ class DecoderHooks:
     def __init__(self, runtime: Runtime, decoder: nn.Module, attention: str) -> None:
         self.runtime, self.attention = runtime, attention
         self.signature = inspect.signature(decoder.forward)
+        # A decoder that is not transformers' own may have kept the former name.
+        self.cache_name = FORMER if FORMER in self.signature.parameters else CACHE
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward starts; returns the arguments to call the decoder with, or None to leave them."""
@@ -48,12 +51,14 @@ class DecoderHooks:
                 "it, and apply again"
             )
         call = {**kwargs, **self.signature.bind_partial(*args).arguments} if args else dict(kwargs)
+        if FORMER in call and self.cache_name != FORMER:  # the decoder takes it, but tells its user to change
+            call.setdefault(self.cache_name, call.pop(FORMER))
         hidden = call.get("inputs_embeds")
         hidden = call.get("input_ids") if hidden is None else hidden
         if not torch.is_tensor(hidden):
             return None  # the decoder itself says what it needs
         rows, tokens = hidden.shape[:2]
-        cache = call.get("past_key_values")
+        cache = call.get(self.cache_name)
         if tokens == 1 and cache is not None and (ready := stepping(cache, runtime)) is not None:
             start_step(runtime, ready, cache, rows)
             return (), lengthen_step(call, ready, hidden) if ready.slots.inserted else call
@@ -81,7 +86,7 @@ class DecoderHooks:
         if runtime.adapter.across:
             forward.across = start_across(runtime, forward, call, rows)
         if forward.insertion is not None or forward.routes:
-            forward.documents = self._documents(call, forward.insertion)
+            forward.documents = self._documents(call, cache, forward.insertion)
         if state.slots.inserted:
             call = lengthen(call, state, forward.insertion, getattr(decoder, CONTEXT_TOKENS), cache)
         if runtime.store_of:
@@ -92,18 +97,18 @@ class DecoderHooks:
 
     def _cache(self, decoder: nn.Module, call: dict[str, Any]) -> Cache | None:
         """The cache to use: that of the call, or one that the decoder was about to make, which has to be ours."""
-        cache: Cache | None = call.get("past_key_values")
+        cache: Cache | None = call.get(self.cache_name)
         if checkpoints(decoder):
             if cache is not None and cache.get_seq_length() == 0:
-                cache = call["past_key_values"] = None  # the layers would not fill it either
+                cache = call[self.cache_name] = None  # the layers would not fill it either
         elif cache is None:
             wanted = call.get("use_cache")
             if getattr(self.runtime.text_config, "use_cache", False) if wanted is None else wanted:
-                cache = call["past_key_values"] = DynamicCache(config=self.runtime.text_config)
+                cache = call[self.cache_name] = DynamicCache(config=self.runtime.text_config)
         return cache
 
-    def _documents(self, call: dict[str, Any], insertion: Insertion | None) -> Documents | None:
-        found = documents(call, self.runtime.flash)
+    def _documents(self, call: dict[str, Any], cache: Cache | None, insertion: Insertion | None) -> Documents | None:
+        found = documents(call, cache, self.runtime.flash)
         if found is not None and self.runtime.flash:
             raise UnsupportedModelError(
                 "packed sequences need a mask where prompts gaze or have context tokens, and flash attention takes "

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 from transformers.masking_utils import find_packed_sequence_indices
 
 from gazepatch.errors import UnsupportedModelError
@@ -39,12 +40,12 @@ class Documents(NamedTuple):
         return Documents(*(table.expand(len(source), -1).gather(1, source) for table in self))
 
 
-def documents(call: Mapping[str, Any], flash: bool) -> Documents | None:
+def documents(call: Mapping[str, Any], cache: Cache | None, flash: bool) -> Documents | None:
     """The documents of a decoder's call whose position ids start again in the middle of a row; None without any.
 
     As transformers finds them: without a mask, and without a cache unless attention is `flash`.
     """
-    position, cache = call.get("position_ids"), call.get("past_key_values")
+    position = call.get("position_ids")
     if position is None or call.get("attention_mask") is not None or (cache is not None and not flash):
         return None
     if position.dim() == 3:  # of text, then of time, height and width; three alone say nothing of documents

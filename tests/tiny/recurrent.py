@@ -195,9 +195,20 @@ HYBRID: dict[str, Any] = {
 
 
 def inkling2(video: bool) -> Case:
-    decoder = text(dict, **HYBRID, unpadded_vocab_size=VOCAB, n_layers_per_attn_res_block=2)
-    config = transformers.Inkling2Config(
-        text_config=transformers.Inkling2TextConfig(**decoder),
+    return blocks_of_patches("Inkling2")
+
+
+def inkling2_loop(video: bool) -> Case:
+    # Two layers, the second pair twice, and two more.
+    types = ["hybrid_sliding", "hybrid", "hybrid_sliding", "hybrid", "hybrid_sliding", "hybrid"]
+    loop = {"loop_layer_index_start": 2, "loop_layer_index_end": 4, "loop_num_passes": 2, "loop_gate_rank": 8}
+    return blocks_of_patches("Inkling2Loop", num_hidden_layers=6, layer_types=types, **loop)
+
+
+def blocks_of_patches(name: str, **settings: Any) -> Case:
+    decoder = text(dict, **HYBRID, unpadded_vocab_size=VOCAB, n_layers_per_attn_res_block=2) | settings
+    config = getattr(transformers, f"{name}Config")(
+        text_config=getattr(transformers, f"{name}TextConfig")(**decoder),
         vision_config=transformers.Inkling2VisionConfig(
             hidden_size=32,
             num_hidden_layers=2,
@@ -216,7 +227,7 @@ def inkling2(video: bool) -> Case:
         )
         for h, w in SIZES
     ]
-    return Case(transformers.Inkling2ForConditionalGeneration(config), [images])
+    return Case(getattr(transformers, f"{name}ForConditionalGeneration")(config), [images])
 
 
 def inkling_mm_model(video: bool) -> Case:
@@ -238,6 +249,7 @@ def inkling_mm_model(video: bool) -> Case:
 
 FAMILIES: dict[str, Callable[[bool], Case]] = {
     "inkling2": inkling2,
+    "inkling2_loop": inkling2_loop,
     "inkling_mm_model": inkling_mm_model,
     "lfm2_vl": lfm2_vl,
     "lfm3_vl": lfm3_vl,

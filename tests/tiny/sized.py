@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from tiny.models import pixels, pixels_name, text, tower
+from tiny.models import VOCAB, pixels, pixels_name, text, tower
 from tiny.prompts import (
     AUDIO,
     BREAK,
@@ -76,6 +76,41 @@ def emu3(video: bool) -> Case:
         for h, w in SIZES
     ]
     return Case(transformers.Emu3ForConditionalGeneration(config), [images])
+
+
+def apertus1p5(video: bool) -> Case:
+    pictures, sounds = 64, 8  # codes, whose embeddings lie behind those of words
+    vision = transformers.Apertus1p5VisionTokenizerConfig(
+        codebook_size=pictures,
+        embed_dim=4,
+        latent_channels=4,
+        base_channels=32,
+        channel_multiplier=[1, 1],
+        num_res_blocks=1,
+        attn_resolutions=[],
+    )
+    audio = transformers.WavTokenizerEncoderConfig(
+        num_filters=4, hidden_size=32, codebook_dim=32, codebook_size=sounds, num_lstm_layers=1
+    )
+    config = transformers.Apertus1p5Config(
+        text_config=text(
+            transformers.Apertus1p5TextConfig, vocab_size=VOCAB + pictures + sounds, output_vocab_size=VOCAB
+        ),
+        vision_config=vision,
+        audio_config=audio,
+        image_token_id=IMAGE,
+        audio_token_id=AUDIO,
+        image_token_offset=VOCAB,
+        audio_token_offset=VOCAB + pictures,
+    )
+    images = [
+        Media(
+            [START, lines(h, w, BREAK), END],
+            {"pixel_values": pixels(1, 3, 2 * h, 2 * w), "image_sizes": torch.tensor([[2 * h, 2 * w]])},
+        )
+        for h, w in SIZES
+    ]
+    return Case(transformers.Apertus1p5ForConditionalGeneration(config), [images])
 
 
 def fuyu(video: bool) -> Case:
@@ -283,6 +318,7 @@ def gemma4_unified(video: bool) -> Case:
 
 
 FAMILIES: dict[str, Callable[[bool], Case]] = {
+    "apertus1p5": apertus1p5,
     "emu3": emu3,
     "fuyu": fuyu,
     "gemma4": gemma4,

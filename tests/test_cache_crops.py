@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from stepping import QUARTER, WHOLE, image_turn, said
-from tiny import Case, tiny
+from stepping import QUARTER, SETTINGS, WHOLE, image_turn, said, static
+from tiny import Case, batch, tiny
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import StaticLayer
 
 from gazepatch.errors import CacheError
-from gazepatch.patch import patched
+from gazepatch.patch import patched, stats
 
 
 @pytest.fixture(params=["llava", "llava_latent"])
@@ -138,3 +139,64 @@ def test_a_cropped_image_does_not_count_any_more(case: Case) -> None:
         case.model(**case.inputs, past_key_values=cache)
         cache.crop(case.spans[0].start - cache.get_seq_length())
         assert cache.gaze.spans == [] and cache.get_seq_length() == case.spans[0].start
+
+
+# ---- static caches
+
+croppable = pytest.mark.skipif(
+    not getattr(StaticLayer, "is_croppable", False), reason="static caches cannot be cropped before transformers 5.24"
+)
+
+
+@croppable
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("tokens", [0, 3], ids=["", "context tokens"])
+def test_prompt_lookup_on_a_static_cache(name: str, tokens: int) -> None:
+    case = tiny(name)
+    context = torch.randn(tokens, 64) if tokens else None
+    settings = {"prompt_lookup_num_tokens": 3, "steps": 30}
+    # The cache that `generate` makes for itself has no room for the last guesses, patched or not (transformers 5.24).
+    dense = said(case, past_key_values=static(case), **settings)
+    for of_settings, config in SETTINGS.items():
+        with patched(case.model, config, context_tokens=context):
+            found = said(case, past_key_values=static(case), **settings)
+            assert torch.equal(found, said(case, **settings)), of_settings
+            if config is WHOLE and not tokens:
+                assert torch.equal(found, dense)
+
+
+@croppable
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_static_cache_goes_on_where_it_was_cropped(rows: int) -> None:
+    case = tiny("llava") if rows == 1 else batch(tiny("llava"))
+
+    def run(cache: Any, *turns: list[int] | int) -> list[Tensor]:
+        case.model(**case.inputs, past_key_values=cache)
+        logits = []
+        for turn in turns:
+            if isinstance(turn, int):
+                cache.crop(-turn)
+            else:
+                logits.append(case.model(input_ids=torch.tensor([turn] * rows), past_key_values=cache).logits)
+        return [*logits, torch.tensor([float(cache.get_seq_length())]), torch.tensor(stats(case.model).read_entries)]
+
+    turns = ([5], [6], [7], 2, [8], [9, 10, 11], [12], 4, [13], [14])
+    for config in SETTINGS.values():
+        with patched(case.model, config):
+            for found, expected in zip(run(static(case), *turns), run(DynamicCache(), *turns), strict=True):
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@croppable
+@torch.no_grad()
+def test_what_a_cropped_static_cache_refuses() -> None:
+    case = tiny("llava")
+    with patched(case.model, QUARTER):
+        cache: StaticCache = static(case)
+        case.model(**case.inputs, past_key_values=cache)
+        with pytest.raises(CacheError, match="only text behind the last image"):
+            cache.crop(case.spans[-1].start - int(cache.get_seq_length()))
+        with pytest.raises(CacheError, match="expected minus the number of tokens"):
+            cache.crop(3)
+        case.model(input_ids=torch.tensor([[5]]), past_key_values=cache)

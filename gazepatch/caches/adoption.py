@@ -151,6 +151,7 @@ def _replace_static_layers(cache: Cache, owner: object, config: GazeConfig, laye
         )
     leader = layers.gaze[0]
     state = StaticState(owner, config, cache.layers[leader].get_max_length())
+    state.follows = leader > 0
     # Others stay as they are, unless context tokens lengthen them.
     for i in plain if config.context_tokens else layers.gaze:
         cache.layers[i] = StaticGazeLayer(state, gazes=i in layers.gaze, leads=i == leader)

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import StaticLayer
 
 from gazepatch.caches.layer import GazeLayer, Stores
 from gazepatch.caches.order import same_rows
@@ -160,12 +161,25 @@ class StaticState(GazeState):
 
     # ---- changes by generation methods
 
+    def crop(self, tokens: int) -> None:
+        """Forget the last `tokens` tokens, which waits for the device."""
+        self.catch_up()
+        self.check_crop(tokens)
+        super().crop(tokens)
+        if self.filled is not None:
+            self.filled.fill_(self.length)
+        self._go_on()
+
     def select_rows(self, rows: Tensor) -> None:
         """Keep the rows of the batch with these numbers, in this order."""
         super().select_rows(rows)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Have steps go on with another sequence than before."""
         if self.ready:
             self.counters.fold()
-            self.counters.each.clear()  # nothing at all, where the rows that are left have no image
+            self.counters.each.clear()  # nothing at all, where no image is left
             self._make_ready()
 
 
@@ -175,7 +189,6 @@ class StaticGazeLayer(GazeLayer):
     state: StaticState
     _apart: int  # slots whose entries are not in the store of others
     is_compileable = True
-    is_croppable = False
 
     def __init__(self, state: StaticState, gazes: bool, leads: bool) -> None:
         super().__init__(state, gazes, leads)
@@ -252,8 +265,15 @@ class StaticGazeLayer(GazeLayer):
         return self.state.capacity
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuse: transformers' static caches cannot be cropped either."""
-        raise CacheError("a static cache cannot be cropped: generate with cache_implementation='dynamic'")
+        """Forget the last `-tokens_to_remove` tokens, where transformers' own static layers can (from 5.24 on)."""
+        if not getattr(StaticLayer, "is_croppable", False):
+            raise CacheError(
+                "static caches cannot be cropped before transformers 5.24: generate with cache_implementation='dynamic'"
+            )
+        if (number := int(tokens_to_remove)) > 0:
+            raise CacheError(f"expected minus the number of tokens to forget in a static cache, got {number}")
+        if self.leads and number:
+            self.state.crop(-number)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Put the rows `indices` `[B]` in the place of all, where they are."""

@@ -93,7 +93,7 @@ class Inkling2(Thw):
 
 
 class Inkling2Loop(Inkling2):
-    """Layers in the middle run several times a token. Each time has keys of its own, under a number past the layers'."""
+    """Layers in the middle run several times a token. Each time has keys of its own."""
 
     def dense_reasons(self, config: Any) -> dict[int, str]:
         text = self.text_config(config)

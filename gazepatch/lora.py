@@ -10,21 +10,34 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.integrations.peft import MIN_PEFT_VERSION
+from transformers.utils.peft_utils import check_peft_version
 
 from gazepatch.errors import ArtefactError, TrainingError
 
 
-def require_peft() -> None:
-    """Raise TrainingError unless PEFT is installed."""
+def missing_peft() -> str:
+    """What has to be installed before transformers takes adapters of PEFT; empty where nothing is missing."""
     if find_spec("peft") is None:
-        raise TrainingError("LoRA needs the package peft: pip install peft, or train the context tokens alone")
+        return "the package peft: pip install peft"
+    try:
+        check_peft_version(MIN_PEFT_VERSION)
+    except ValueError:
+        return f"peft {MIN_PEFT_VERSION} or newer beside this transformers: pip install -U peft"
+    return ""
+
+
+def require_peft() -> None:
+    """Raise TrainingError unless there is a PEFT that transformers takes."""
+    if missing := missing_peft():
+        raise TrainingError(f"LoRA needs {missing}, or train the context tokens alone")
 
 
 def add_lora(model: Any, decoder: nn.Module, rank: int) -> None:
     """Put adapters on the linear layers of `decoder`, a part of `model`; they alone can be trained then.
 
     Raises:
-        TrainingError: PEFT is not installed.
+        TrainingError: PEFT is not installed, or too old for transformers.
     """
     require_peft()
     from peft import LoraConfig
@@ -53,8 +66,11 @@ def save_lora(model: Any, folder: Path) -> None:
     """Write the active adapter into a folder of its own.
 
     Raises:
-        ArtefactError: Several adapters are active together, or the active one is of a kind that cannot be loaded.
+        ArtefactError: Several adapters are active together, the active one is of a kind that cannot be loaded, or
+            PEFT is too old for transformers.
     """
+    if missing := missing_peft():
+        raise ArtefactError(f"saving LoRA adapters needs {missing}, or merge them with merge_and_unload before")
     active = sorted({name for layer in _layers(model) for name in layer.active_adapters})
     if len(active) > 1:
         raise ArtefactError(
@@ -78,10 +94,10 @@ def load_lora(model: Any, folder: Path) -> None:
     """Load adapters into their base model from the folder that `save_lora` wrote.
 
     Raises:
-        ArtefactError: PEFT is not installed, or the adapters are damaged, or not all of this model.
+        ArtefactError: PEFT is not installed or too old, or the adapters are damaged, or not all of this model.
     """
-    if find_spec("peft") is None:
-        raise ArtefactError(f"{folder} holds LoRA adapters, which need the package peft: pip install peft")
+    if missing := missing_peft():
+        raise ArtefactError(f"{folder} holds LoRA adapters, which need {missing}")
     try:
         found = model.load_adapter(str(folder))
     except Exception as error:  # of PEFT, safetensors and transformers

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from contexts import GAZE, assert_close, context
+from stepping import WHOLE
 from tiny import CORE, Case, batch, tiny
 from torch import Tensor, nn
 
@@ -87,6 +88,14 @@ def checkpointing(model: Any, reentrant: bool) -> Iterator[None]:
         yield
     finally:
         model.gradient_checkpointing_disable()
+
+
+def test_an_answer_in_the_middle_of_a_training() -> None:
+    case = tiny("llava")
+    with checkpointing(case.model.train(), reentrant=False):
+        answer = case.model.generate(**case.inputs, max_new_tokens=4)
+        with patched(case.model, WHOLE):
+            assert torch.equal(case.model.generate(**case.inputs, max_new_tokens=4), answer)
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])

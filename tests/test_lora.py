@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from adapting import needs_peft
 from tiny import Case, tiny
 
 import gazepatch
@@ -50,6 +51,7 @@ def logits(model: Any, case: Case) -> torch.Tensor:
     return model.eval()(**case.inputs).logits
 
 
+@needs_peft
 @pytest.mark.parametrize("order", ORDERS)
 def test_adapters_of_a_model_around_it_are_saved(case: Case, model: Any, order: str, tmp_path: Path) -> None:
     wrapped = ORDERS[order](model)
@@ -70,6 +72,7 @@ def test_adapters_are_merged_before_a_full_artefact(case: Case, model: Any, tmp_
     torch.testing.assert_close(logits(loaded, case), expected, rtol=1e-4, atol=1e-4)
 
 
+@needs_peft
 def test_adapters_that_are_active_together_are_refused(model: Any, tmp_path: Path) -> None:
     settings = peft.LoraConfig(target_modules=r".*language_model.*q_proj", r=2)
     for name in "ab":
@@ -80,6 +83,7 @@ def test_adapters_that_are_active_together_are_refused(model: Any, tmp_path: Pat
     assert not (tmp_path / "saved").exists()
 
 
+@needs_peft
 def test_adapters_that_would_not_load_are_refused(model: Any, tmp_path: Path) -> None:
     model.add_adapter(peft.LoraConfig(target_modules=r".*language_model.*q_proj", r=2, use_dora=True))
     with pytest.raises(ArtefactError, match=r"got one with DoRA.*merge_and_unload"):

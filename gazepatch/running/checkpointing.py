@@ -7,6 +7,7 @@ import inspect
 import torch
 from torch import nn
 
+from gazepatch.caches.name import CACHE, FORMER
 from gazepatch.errors import UnsupportedModelError
 
 #: The argument by which layers that are run again know the forward that they belong to.
@@ -15,7 +16,9 @@ OF_FORWARD = "gaze_forward"
 
 def checkpoints(decoder: nn.Module) -> bool:
     """Whether the layers keep nothing for their gradients, and use no cache."""
-    return bool(getattr(decoder, "gradient_checkpointing", False)) and decoder.training
+    # Before transformers 5.24, which renamed the cache as well, layers did so without gradients too.
+    run = torch.is_grad_enabled() or CACHE == FORMER
+    return run and decoder.training and bool(getattr(decoder, "gradient_checkpointing", False))
 
 
 def runs_again(decoder: nn.Module, signature: inspect.Signature) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from adapting import needs_peft
 from tiny import tiny
 
 import gazepatch
@@ -175,8 +176,8 @@ def test_a_model_beside_an_adapter_stays(artefact: Path, model_folder: Path) -> 
     assert contents.files.keys() == own.keys() and "model.safetensors" in contents.left_out
 
 
+@needs_peft
 def test_lora_adapters_belong(model_folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("peft")
     model = transformers.AutoModelForImageTextToText.from_pretrained(model_folder)
     add_lora(gazepatch.apply(model, SETTINGS), model.model.language_model, 2)
     out = gazepatch.save(model, tmp_path / "gaze", provenance={"trainable": "lora"})

@@ -20,15 +20,16 @@ from talking import CONFIG, QUICK, TURNS, trained
 import gazepatch
 from gazepatch import ConfigError
 from gazepatch.artefact.manifest import read
+from gazepatch.lora import missing_peft
 from gazepatch.training.sharded import fsdp_wanted
-
-pytest.importorskip("peft")
 
 TRAININGS: dict[str, dict[str, Any]] = {
     "context": {"accumulate": 2, "trainer_arguments": {"gradient_checkpointing": True}},
     "lora": {"trainable": "lora", "learning_rate": 0.01, "stop_at": 5},
     "full": {"trainable": "full", "learning_rate": 0.001, "stop_at": 5},
 }
+if missing_peft():
+    del TRAININGS["lora"]
 
 
 @pytest.fixture(scope="module")

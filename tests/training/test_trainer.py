@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from adapting import needs_peft
 from safetensors.torch import load_file, save_file
 from talking import CONFIG, TURNS, agreement, tokens_of, trained
 from tiny import tiny
@@ -266,8 +267,8 @@ def test_a_loss_that_is_not_finite_ends_the_training(
     assert not (tmp_path / "out").exists()
 
 
+@needs_peft
 def test_lora(base: Path, data: Path, tmp_path: Path, processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("peft")
     settings: dict[str, Any] = {"trainable": "lora", "steps": 30, "batch_size": 4, "learning_rate": 0.01}
     out = trained(base, data, tmp_path / "out", **settings, save_every=100)
     dense_model = transformers.AutoModelForImageTextToText.from_pretrained(base)
@@ -296,8 +297,8 @@ def test_lora(base: Path, data: Path, tmp_path: Path, processor: Any, monkeypatc
         gazepatch.load(out)
 
 
+@needs_peft
 def test_without_context_tokens(base: Path, data: Path, tmp_path: Path) -> None:
-    pytest.importorskip("peft")
     out = trained(base, data, tmp_path / "out", replace(CONFIG, context_tokens=0), trainable="lora", steps=2)
     assert sorted(path.name for path in out.iterdir()) == ["README.md", "gaze_config.json", "lora"]
     assert gazepatch.inspect(gazepatch.load(out)).settings.context_tokens == 0

@@ -1,0 +1,9 @@
+"""Tests of LoRA run where there is a PEFT that this transformers takes."""
+
+from __future__ import annotations
+
+import pytest
+
+from gazepatch.lora import missing_peft
+
+needs_peft = pytest.mark.skipif(bool(missing_peft()), reason=f"LoRA needs {missing_peft()}")

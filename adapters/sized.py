@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gazepatch.adapters.base import FULL_ONLY, RECURRENT, Adapter, Declared, between, integers
-from gazepatch.layout import Block, Media, Skip
+from gazepatch.adapters.base import FULL_ONLY, RECURRENT, Adapter, Captured, Declared, between, integers
+from gazepatch.layout import Block, Media, Skip, Span
 
 Call = Mapping[str, Any]
 #: Configuration and arguments -> the images or videos of a batch, or None where an argument is missing.
@@ -62,6 +62,15 @@ def halves(config: Any, call: Call) -> Sequence[Media] | None:
     if (sizes := call.get("image_grid_hw")) is None:
         return None
     return [[Block((1, h // 2, w // 2))] for h, w in integers(sizes)]
+
+
+def tubelets(config: Any, call: Call) -> Sequence[Media] | None:
+    """Nemotron: the frames of a video are packed by twos, all videos of a call are of one size."""
+    if (pixels := call.get("pixel_values_videos")) is None or pixels.dim() != 5:
+        return None
+    side = 2 * config.vision_config.patch_size
+    grid = 1, pixels.shape[-2] // side, pixels.shape[-1] // side
+    return [[Block(grid, frame=frame) for frame in range(pixels.shape[1])]] * len(pixels)
 
 
 def slices(name: str) -> Reader:
@@ -154,6 +163,17 @@ class Molmo(Sized):
         return between(ids, config.frame_start_token_id, config.frame_end_token_id, config.image_token_id, modality)
 
 
+class Nemotron(Sized):
+    """The frames of a video have the tokens of images. A prompt has one of them, as in transformers itself."""
+
+    def token_ids(self, config: Any, modality: str) -> tuple[int, ...]:
+        return super().token_ids(config, "image")
+
+    def _locate(self, config: Any, modality: str, ids: Sequence[Sequence[int]], captured: Captured) -> list[Span]:
+        held = "video" if "video" in captured else "image"
+        return super()._locate(config, modality, ids, captured) if modality == held else []
+
+
 IN_ROWS, SLICES, FRAMES = "any size, rows with break tokens", "tiles of any size", "frame by frame"
 
 ADAPTERS: tuple[Adapter, ...] = (
@@ -177,8 +197,9 @@ ADAPTERS: tuple[Adapter, ...] = (
         image=molmo_images,
         video=molmo_videos,
     ),
-    # Its videos fail in transformers 5.23 itself.
-    Sized(("nemotron_h_omni",), layers=FULL_ONLY, no_context=RECURRENT, image=halves),
+    Nemotron(
+        ("nemotron_h_omni",), videos=FRAMES, layers=FULL_ONLY, no_context=RECURRENT, image=halves, video=tubelets
+    ),
     Sized(("lfm2_vl",), images=SLICES, layers=FULL_ONLY, no_context=RECURRENT, image=shapes),
     Sized(
         ("minicpmv4_6", "minicpmv4_7", "minicpm_ocr"),

@@ -129,7 +129,7 @@ ADAPTERS: tuple[Adapter, ...] = (
         layers=FULL_ONLY,
         no_context="its block-sparse layers would count them",
     ),
-    # In transformers 5.23 itself, chunks of more than one frame fail.
+    # Before transformers 5.24 itself, chunks of more than one frame fail.
     Kimi(("kimi_k25",), videos="chunk by chunk", merge=_kimi_merge),
     Glm(("glm4v", "glm46v", "glmga", "glm4v_moe", "glm_ocr"), videos=APART),
     Inkling2(("inkling2",), layers=FULL_ONLY, no_context=CONVOLUTIONS, images=ONE_RUN, videos="", merge=_one),

@@ -308,6 +308,17 @@ def test_embeddings_without_ids_are_read_whole_with_a_warning(ran: Case, caplog:
     assert [r.levelname for r in caplog.records if "without input_ids" in r.message] == ["WARNING"]
 
 
+def test_a_model_that_prunes_visual_tokens_reads_whole_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    case = tiny("nemotron_h_omni", video=True)
+    case.model.video_pruning_rate = 0.5
+    with torch.no_grad():
+        dense = case.model(**case.inputs).logits
+        with patched(case.model, SMALL):
+            assert torch.equal(case.model(**case.inputs).logits, dense)
+    assert dense.shape[1] < case.inputs["input_ids"].shape[1]
+    assert [r.levelname for r in caplog.records if f"with {dense.shape[1]} tokens for" in r.message] == ["WARNING"]
+
+
 def test_few_visual_tokens_are_read_whole(ran: Case) -> None:
     dense = generate_logits(ran.model, ran.inputs, 4)[0]
     with patched(ran.model, SMALL, min_visual_tokens=10_000):

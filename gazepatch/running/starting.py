@@ -58,9 +58,10 @@ def _ids(runtime: Runtime, rows: int, tokens: int, past: int) -> list[list[int]]
     """Token ids of the new tokens behind `past` others, -1 for padding."""
     ids, mask = runtime.running.ids, runtime.running.mask
     if ids is None or tuple(ids.shape) != (rows, tokens):
-        if ids is None and tokens > 1 and not runtime.warned:
+        if tokens > 1 and not runtime.warned:
             runtime.warned = True
-            logger.warning("called without input_ids: visual tokens cannot be found, so this prompt is read whole")
+            found = "without input_ids" if ids is None else f"with {tokens} tokens for input_ids {tuple(ids.shape)}"
+            logger.warning("called %s: visual tokens cannot be found, so this prompt is read whole", found)
         return None
     if mask is not None and mask.shape[1] >= tokens:
         stop = min(mask.shape[1], past + tokens)  # it may cover all the room of a static cache

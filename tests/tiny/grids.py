@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from gazepatch.caches.name import CACHE, FORMER
 from tiny.glm import glm4v, glm4v_moe, glm46v, glm_ocr, glmga
 from tiny.models import latent_text, pixels, text
 from tiny.prompts import (
@@ -212,9 +213,15 @@ def kimi_k25(video: bool) -> Case:
         tie_word_embeddings=False,
         **MARKS,
     )
-    # Every chunk of a video has a grid, as an image has, and here a single frame.
+    # Every chunk of a video has a grid, as an image has. Before transformers 5.24 it can only have a single frame.
+    frames = 3 if video and CACHE != FORMER else 1
     return grids(
-        transformers.Kimi_K25ForConditionalGeneration(config), video, patch=(3, 4, 4), types=False, sizes=IMAGES
+        transformers.Kimi_K25ForConditionalGeneration(config),
+        video,
+        patch=(3, 4, 4),
+        types=False,
+        sizes=IMAGES,
+        frames_a_step=frames,
     )
 
 

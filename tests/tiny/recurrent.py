@@ -6,9 +6,11 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
+from gazepatch.caches.name import CACHE, FORMER
 from tiny.models import VOCAB, pixels, text, tower
 from tiny.prompts import AUDIO, BREAK, END, IMAGE, START, VIDEO_TOKEN, Case, Media, square
 from tiny.runs import line
@@ -145,6 +147,7 @@ def nemotron_h_omni(video: bool) -> Case:
         chunk_size=8,
         mlp_hidden_act="relu2",
         use_mamba_kernels=False,
+        time_step_min=1e-9,  # which prompts keep to, and steps do not
     )
     del settings["num_hidden_layers"]
     vision = tower(
@@ -167,6 +170,11 @@ def nemotron_h_omni(video: bool) -> Case:
         video_token_id=VIDEO_TOKEN,
         audio_token_id=AUDIO,
     )
+    if video and CACHE == FORMER:
+        pytest.skip("videos of nemotron_h_omni fail before transformers 5.24, without a patch too")
+    # Three pairs of frames of 6 x 7 tokens, with the tokens of images.
+    frames = [part for frame in range(3) for part in (10, 11, START, square(6, 7, frame=frame), END)]
+    videos = [Media(frames, {"pixel_values_videos": pixels(1, 3, 6, 48, 56)}) for _ in range(2 * video)]
     images = [
         Media(
             [START, square(h, w), END],
@@ -174,7 +182,7 @@ def nemotron_h_omni(video: bool) -> Case:
         )
         for h, w in ((6, 7), (8, 7))
     ]
-    return Case(transformers.NemotronH_Omni_Reasoning_V3(config), [images])
+    return Case(transformers.NemotronH_Omni_Reasoning_V3(config), [videos or images])
 
 
 # ---- Inkling: short convolutions beside every attention, which has biases by relative position
@@ -260,4 +268,4 @@ FAMILIES: dict[str, Callable[[bool], Case]] = {
     "qwen3_5": qwen3_5,
     "qwen3_5_moe": qwen3_5_moe,
 }
-VIDEO = ("lfm3_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "qwen3_5", "qwen3_5_moe")
+VIDEO = ("lfm3_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "nemotron_h_omni", "qwen3_5", "qwen3_5_moe")

@@ -197,9 +197,7 @@ ADAPTERS: tuple[Adapter, ...] = (
         image=molmo_images,
         video=molmo_videos,
     ),
-    Nemotron(
-        ("nemotron_h_omni",), videos=FRAMES, layers=FULL_ONLY, no_context=RECURRENT, image=halves, video=tubelets
-    ),
+    Nemotron(("nemotron_h_omni",), videos=FRAMES, layers=FULL_ONLY, no_context=RECURRENT, image=halves, video=tubelets),
     Sized(("lfm2_vl",), images=SLICES, layers=FULL_ONLY, no_context=RECURRENT, image=shapes),
     Sized(
         ("minicpmv4_6", "minicpmv4_7", "minicpm_ocr"),

@@ -30,6 +30,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from gazepatch.caches.adoption import adopt
 from gazepatch.caches.layer import GazeLayer
+from gazepatch.caches.name import CACHE
 from gazepatch.caches.state import GazeState
 from gazepatch.config import GazeConfig
 from gazepatch.layout import Span
@@ -217,8 +218,8 @@ def decode_step(side: int, dtype: torch.dtype, config: GazeConfig, rounds: int) 
     apply(model, config)
     gazing, plain = fill(DynamicCache(), model, side), fill(DynamicCache(), twin, side)
     ways = {
-        "gaze": lambda: model(input_ids=token, past_key_values=gazing),
-        "dense": lambda: twin(input_ids=token, past_key_values=plain),
+        "gaze": lambda: model(input_ids=token, **{CACHE: gazing}),
+        "dense": lambda: twin(input_ids=token, **{CACHE: plain}),
     }
     taken = side_by_side(ways, rounds)
     return {
@@ -243,11 +244,11 @@ def flatness(steps: int = 1000) -> dict[str, Any]:
     token = torch.tensor([[5]])
     for cache, count in ((early, 10), (late, steps)):
         for _ in range(count):
-            model(input_ids=token, past_key_values=cache)
+            model(input_ids=token, **{CACHE: cache})
     # `early` grows while it is timed, but only from 10 to 50 tokens.
     ways = {
-        "early": lambda: model(input_ids=token, past_key_values=early),
-        "late": lambda: model(input_ids=token, past_key_values=late),
+        "early": lambda: model(input_ids=token, **{CACHE: early}),
+        "late": lambda: model(input_ids=token, **{CACHE: late}),
     }
     taken = side_by_side(ways, rounds=40)
     medians = {name: statistics.median(times) for name, times in taken.items()}
@@ -268,10 +269,10 @@ def prefill(rounds: int) -> dict[str, Any]:
     inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 4 * side, 4 * side)}
     apply(model, replace(SETTINGS["64"], budget=0.1))
     taken = side_by_side({"gaze": lambda: model(**inputs), "dense": lambda: twin(**inputs)}, rounds, seconds=90)
-    cache, plain = model(**inputs).past_key_values, twin(**inputs).past_key_values
+    cache, plain = model(**inputs)[CACHE], twin(**inputs)[CACHE]
     token = torch.tensor([[5]])
-    model(input_ids=token, past_key_values=cache)
-    twin(input_ids=token, past_key_values=plain)
+    model(input_ids=token, **{CACHE: cache})
+    twin(input_ids=token, **{CACHE: plain})
     held = sum(layer.nbytes() for layer in cache.layers)
     dense = sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in plain.layers)
     return {

@@ -30,6 +30,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import AttentionInterface
 
 from gazepatch.caches.adoption import adopt
+from gazepatch.caches.name import CACHE
 from gazepatch.config import GazeConfig
 from gazepatch.layout import Grid, Span
 from gazepatch.patch import is_patched, patch_of, patched
@@ -113,7 +114,7 @@ def step_with(model: Any, cache: StaticCache, tokens: int, batch: int) -> Callab
         "position_ids": torch.full((3, batch, 1), tokens, device=device),
         "attention_mask": {"full_attention": mask},
     }
-    return lambda: model(**given, past_key_values=cache, use_cache=True).logits
+    return lambda: model(**given, **{CACHE: cache}, use_cache=True).logits
 
 
 def step_of(model: Any, grid: Grid, batch: int = 1) -> Callable[[], Tensor]:

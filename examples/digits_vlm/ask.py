@@ -14,6 +14,7 @@ from boards import Asked, load
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
 import gazepatch
+from gazepatch.caches.name import CACHE
 
 MODELS = Path(__file__).parent / "models"
 
@@ -33,7 +34,7 @@ def answers(model: Any, processor: Any, asked: Asked) -> list[str]:
         tokens = model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
-            past_key_values=cache,
+            **{CACHE: cache},
             max_new_tokens=len(answer.split()),
             do_sample=False,
             **pixels,

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import gazepatch
+from gazepatch.caches.name import CACHE
 
 MODEL = Path(__file__).parent / "models" / "gaze"
 BOARD = PRESETS["cpu"].board
@@ -41,9 +42,9 @@ def rows_read(model: Any, scene: Scene, asked: list[list[Question]]) -> Tensor:
     batch = pack(BOARD, Scene(*(part[chosen] for part in scene)), [asked[i] for i in chosen])
     stop = batch.ids.shape[1] - batch.text_tokens + len(asked[chosen[0]][0].words)
     cache = DynamicCache(config=model.config.text_config)
-    model(input_ids=batch.ids[:, :stop], pixel_values=batch.pixel_values(), past_key_values=cache)
+    model(input_ids=batch.ids[:, :stop], pixel_values=batch.pixel_values(), **{CACHE: cache})
     with gazepatch.trace(model) as trace:
-        model(input_ids=batch.ids[:, stop : stop + 1], past_key_values=cache)
+        model(input_ids=batch.ids[:, stop : stop + 1], **{CACHE: cache})
     (step,) = trace.steps
     regions = torch.cat([torch.as_tensor(row).flatten() for layer in step.values() for row in layer])
     return torch.bincount(regions // BOARD.cells, minlength=BOARD.cells) / len(regions)

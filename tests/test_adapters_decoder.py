@@ -83,12 +83,18 @@ def test_any_text_decoder(name: str) -> None:
     assert adapter.decoder(model).config is config.get_text_config(decoder=True)
 
 
-@pytest.mark.parametrize("name", sorted({name for name, _ in IN_SEQUENCE}))
+@pytest.mark.parametrize("name", sorted({name for name, _ in IN_SEQUENCE} - {"inkling2_loop"}))
 def test_dense_reasons_of_families(name: str) -> None:
     case = built(name)
     kinds = getattr(case.model.config.get_text_config(decoder=True), "layer_types", None) or []
     expected = {i: f"{kind} layer" for i, kind in enumerate(kinds) if kind not in ("full_attention", "hybrid")}
     assert adapter_of(case).dense_reasons(case.model.config) == expected
+
+
+def test_layers_that_run_several_times_stay_dense() -> None:
+    case, looped = built("inkling2_loop"), "layer that runs several times a token"
+    sliding = "hybrid_sliding layer"
+    assert adapter_of(case).dense_reasons(case.model.config) == {0: sliding, 2: sliding, 3: looped, 4: sliding}
 
 
 def test_a_decoder_with_a_head_is_taken_without_it() -> None:

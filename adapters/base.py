@@ -28,7 +28,7 @@ CONVOLUTIONS = "its short convolutions would mix them into text"
 
 # Text decoders whose caches get latents and rotated keys, of which their attention modules make the keys and values of
 # all heads: linearly, by a method `expand_kv` (MLA).
-LATENT = ("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "mistral4", "youtu")
+LATENT = ("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "mistral4", "sarvam_mla", "youtu")
 
 
 class Adapter:

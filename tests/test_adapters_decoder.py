@@ -43,6 +43,13 @@ def test_decoder(case: Case) -> None:
     assert seen == [(*case.inputs["input_ids"].shape, decoder.config.hidden_size)]
 
 
+def since(version: str, name: str) -> Any:
+    """What transformers has from this version on."""
+    if not hasattr(transformers, name):
+        pytest.skip(f"needs transformers {version}, got {transformers.__version__}")
+    return getattr(transformers, name)
+
+
 SLIDING, FULL = "sliding_attention layer", None
 LATENTS = "keys and values are made of latents (MLA) in a way that nobody has looked at"
 
@@ -61,6 +68,7 @@ TEXT_DECODERS: dict[str, tuple[Callable[[], Any], list[str | None]]] = {
     "gpt_oss, sinks": (lambda: text(transformers.GptOssConfig), [SLIDING, FULL]),
     "mimo_v2_flash": (lambda: text(transformers.MiMoV2FlashConfig), [FULL, SLIDING]),
     "deepseek_v3": (lambda: text(transformers.DeepseekV3Config), [FULL] * 2),
+    "sarvam_mla": (lambda: text(since("5.24", "SarvamMLAConfig")), [FULL] * 2),
     "mistral4": (lambda: text(transformers.Mistral4Config), [FULL] * 2),
     "longcat_flash": (lambda: text(transformers.LongcatFlashConfig), [LATENTS] * 2),
     "llama4": (

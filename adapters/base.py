@@ -7,7 +7,7 @@ text decoder is. It never touches a model. A new family is usually one line in t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ Captured = Mapping[str, Mapping[str, Any]]
 
 FULL_ATTENTION = "full_attention"
 HYBRID = "hybrid"
+LOOPED = "looped"
 LOCAL = ("sliding_attention", "chunked_attention")
 
 # Words that several families share.
@@ -29,6 +30,13 @@ CONVOLUTIONS = "its short convolutions would mix them into text"
 # Text decoders whose caches get latents and rotated keys, of which their attention modules make the keys and values of
 # all heads: linearly, by a method `expand_kv` (MLA).
 LATENT = ("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "mistral4", "sarvam_mla", "youtu")
+
+# Text decoders that run layers several times a token: the first, the one behind the last, and how often. Each time these
+# have keys of their own, which the decoder keeps in copies of the cache's layers that it makes itself.
+LOOPS: Mapping[str, Callable[[Any], tuple[int, int, int]]] = {
+    "dory": lambda text: (text.n_input_layers, text.num_hidden_layers - text.n_output_layers, text.n_recurrent_loops),
+    "inkling2_loop_text": lambda text: (text.loop_layer_index_start, text.loop_layer_index_end, text.loop_num_passes),
+}
 
 
 class Adapter:
@@ -76,6 +84,10 @@ class Adapter:
         if reason := _beyond_dot_products(text):
             return dict.fromkeys(range(text.num_hidden_layers), reason)
         return {i: f"{kind} layer" for i, kind in enumerate(_layer_types(text)) if kind != FULL_ATTENTION}
+
+    def looped_layers(self, config: Any) -> tuple[int, ...]:
+        """Decoder layers that run several times a token, by index."""
+        return tuple(i for i, kind in enumerate(_layer_types(self.text_config(config))) if kind == LOOPED)
 
     def cross_layers(self, config: Any) -> tuple[int, ...]:
         """Decoder layers whose keys are images instead of the sequence, by index; for families `across` alone."""
@@ -211,7 +223,12 @@ def _only_fit(media: Sequence[Media], tokens: int) -> Sequence[Media] | None:
 
 
 def _layer_types(text: Any) -> list[str]:
-    """The kind of attention of every layer, in transformers' words."""
+    """The kind of attention of every layer, in transformers' words; of those that are looped, that."""
+    start, stop, times = LOOPS[text.model_type](text) if text.model_type in LOOPS else (0, 0, 1)
+    return [LOOPED if times > 1 and start <= i < stop else kind for i, kind in enumerate(_kinds(text))]
+
+
+def _kinds(text: Any) -> list[str]:
     if (types := getattr(text, "layer_types", None)) is not None:
         return list(types)
     # As transformers' own caches read a configuration that does not say: all layers are alike (Mistral).

@@ -92,15 +92,6 @@ class Inkling2(Thw):
         return hybrid_reasons(self.text_config(config))
 
 
-class Inkling2Loop(Inkling2):
-    """Layers in the middle run several times a token. Each time has keys of its own."""
-
-    def dense_reasons(self, config: Any) -> dict[int, str]:
-        text = self.text_config(config)
-        looped = range(text.loop_layer_index_start, text.loop_layer_index_end)
-        return dict.fromkeys(looped, "layer that runs several times a token") | super().dense_reasons(config)
-
-
 def _muse_merge(config: Any) -> int:
     return int(config.vision_config.merge_size)
 
@@ -133,7 +124,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     Kimi(("kimi_k25",), videos="chunk by chunk", merge=_kimi_merge),
     Glm(("glm4v", "glm46v", "glmga", "glm4v_moe", "glm_ocr"), videos=APART),
     Inkling2(("inkling2",), layers=FULL_ONLY, no_context=CONVOLUTIONS, images=ONE_RUN, videos="", merge=_one),
-    Inkling2Loop(
+    Inkling2(
         ("inkling2_loop",),
         layers="full attention outside of its loop",
         no_context=CONVOLUTIONS,

@@ -11,6 +11,7 @@ import torch
 import transformers
 from locating import IN_SEQUENCE, adapter_of, every_case
 from tiny import Case, built, text
+from tiny.models import since
 
 from gazepatch.registry import adapter_for
 
@@ -41,13 +42,6 @@ def test_decoder(case: Case) -> None:
         model(**case.inputs)
     hook.remove()
     assert seen == [(*case.inputs["input_ids"].shape, decoder.config.hidden_size)]
-
-
-def since(version: str, name: str) -> Any:
-    """What transformers has from this version on."""
-    if not hasattr(transformers, name):
-        pytest.skip(f"needs transformers {version}, got {transformers.__version__}")
-    return getattr(transformers, name)
 
 
 SLIDING, FULL = "sliding_attention layer", None
@@ -91,18 +85,18 @@ def test_any_text_decoder(name: str) -> None:
     assert adapter.decoder(model).config is config.get_text_config(decoder=True)
 
 
-@pytest.mark.parametrize("name", sorted({name for name, _ in IN_SEQUENCE} - {"inkling2_loop"}))
+#: Layers that run several times a token.
+LOOPED = {"inkling2_loop": (2, 3), "llava_looped": (1, 2)}
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in IN_SEQUENCE}))
 def test_dense_reasons_of_families(name: str) -> None:
     case = built(name)
     kinds = getattr(case.model.config.get_text_config(decoder=True), "layer_types", None) or []
     expected = {i: f"{kind} layer" for i, kind in enumerate(kinds) if kind not in ("full_attention", "hybrid")}
+    expected |= dict.fromkeys(LOOPED.get(name, ()), "looped layer")
     assert adapter_of(case).dense_reasons(case.model.config) == expected
-
-
-def test_layers_that_run_several_times_stay_dense() -> None:
-    case, looped = built("inkling2_loop"), "layer that runs several times a token"
-    sliding = "hybrid_sliding layer"
-    assert adapter_of(case).dense_reasons(case.model.config) == {0: sliding, 2: sliding, 3: looped, 4: sliding}
+    assert adapter_of(case).looped_layers(case.model.config) == LOOPED.get(name, ())
 
 
 def test_a_decoder_with_a_head_is_taken_without_it() -> None:

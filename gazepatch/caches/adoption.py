@@ -37,12 +37,14 @@ class Layers:
         count: How many there are, for caches that were made without a configuration.
         gaze: Layers whose entries are kept region by region.
         left: Layers that hold something else than the sequence, and stay as they are.
+        copied: Layers that the decoder copies, as it runs them several times a token; they stay as well.
         kind: What layers that gaze become.
     """
 
     count: int
     gaze: tuple[int, ...]
     left: tuple[int, ...] = ()
+    copied: tuple[int, ...] = ()
     kind: type[GazeLayer] = GazeLayer
 
 
@@ -111,7 +113,7 @@ def _check_kinds(kinds: list[type], wanted: tuple[int, ...], fit: list[int]) -> 
 def _replace_layers(cache: Cache, owner: object, config: GazeConfig, layers: Layers) -> GazeState:
     # A cache made without a configuration has no layers yet: it would make plain ones as they are asked for.
     kinds = [type(layer) for layer in cache.layers] or [DynamicLayer] * layers.count
-    plain = [i for i, kind in enumerate(kinds) if kind in PLAIN and i not in layers.left]
+    plain = [i for i, kind in enumerate(kinds) if kind in PLAIN and i not in (*layers.left, *layers.copied)]
     _check_kinds(kinds, layers.gaze, plain)
     state = GazeState(owner, config)
     made = list(cache.layers) or [DynamicLayer() for _ in kinds]
@@ -119,8 +121,7 @@ def _replace_layers(cache: Cache, owner: object, config: GazeConfig, layers: Lay
     for i in plain:
         gazes, leads, layer = i in layers.gaze, i == leader, made[i]
         if isinstance(layer, LinearAttentionAndFullAttentionLayer):
-            if gazes:  # others may be copied by the decoder, for a layer that runs several times a token
-                made[i] = HybridLayer(state, leads, layer.number_of_states)
+            made[i] = HybridLayer(state, gazes, leads, layer.number_of_states)
         else:
             made[i] = (layers.kind if gazes else GazeLayer)(state, gazes, leads)
     if config.context_tokens:

@@ -12,10 +12,10 @@ from gazepatch.caches.state import GazeState
 
 
 class HybridLayer(LinearAttentionAndFullAttentionLayer, GazeLayer):  # type: ignore[misc, override]
-    """A layer that gazes and keeps the last inputs of short convolutions too, as transformers' layer does (Inkling)."""
+    """A `GazeLayer` that keeps the last inputs of short convolutions too, as transformers' layer does (Inkling)."""
 
-    def __init__(self, state: GazeState, leads: bool, number_of_states: int) -> None:
-        GazeLayer.__init__(self, state, True, leads)
+    def __init__(self, state: GazeState, gazes: bool, leads: bool, number_of_states: int) -> None:
+        GazeLayer.__init__(self, state, gazes, leads)
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
 
     def lazy_initialization(self, *keys_and_values: Tensor, **of_state: Any) -> None:  # type: ignore[override]

@@ -86,6 +86,7 @@ class Runtime:
             self.text_config.num_hidden_layers,
             tuple(sorted(self.stores)),
             tuple(sorted(self.cross_layers)),
+            adapter.looped_layers(model_config),
             LatentLayer if self.latent else GazeLayer,
         )
         self.counters = Counters()

@@ -43,6 +43,7 @@ VARIANTS = {
     "internvl_gpt_oss": "internvl",
     "llava_full": "llava",
     "llava_latent": "llava",
+    "llava_looped": "llava",
     "llava_pixtral": "llava",
     "mistral3_latent": "mistral3",
     "paligemma_gemma2": "paligemma",

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
@@ -34,6 +35,13 @@ def text(kind: type = transformers.LlamaConfig, **settings: Any) -> Any:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 1024}
     special = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": 2}
     return kind(**{**sizes, **heads, **special, **settings})
+
+
+def since(version: str, name: str) -> Any:
+    """A class that transformers has from this version on; skips a test that is too new for it."""
+    if not hasattr(transformers, name):
+        pytest.skip(f"needs transformers {version}, got {transformers.__version__}")
+    return getattr(transformers, name)
 
 
 def latent_text(kind: type, **settings: Any) -> Any:

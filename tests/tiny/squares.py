@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from tiny.models import latent_text, pixels, pixels_name, stub_tower, text, tower
+from tiny.models import latent_text, pixels, pixels_name, since, stub_tower, text, tower
 from tiny.prompts import AUDIO, END, IMAGE, START, VIDEO_TOKEN, Case, Media, square
 from tiny.rows import pixtral_images
 
@@ -34,6 +34,20 @@ def llava_full(video: bool) -> Case:
 
 def llava_latent(video: bool) -> Case:
     return llava(video, decoder=latent_text(transformers.DeepseekV2Config))
+
+
+def llava_looped(video: bool) -> Case:
+    types = ["full_attention", "full_attention", "sliding_attention", "full_attention"]
+    loop = {"n_input_layers": 1, "n_output_layers": 1, "n_recurrent_loops": 2}  # the second and the third layer
+    decoder = text(
+        since("5.24", "DoryConfig"),
+        num_hidden_layers=4,
+        layer_types=types,
+        sliding_window=48,
+        initializer_range=0.125,
+        **loop,
+    )
+    return llava(video, decoder=decoder)
 
 
 def llava_pixtral(video: bool) -> Case:
@@ -260,6 +274,7 @@ FAMILIES: dict[str, Callable[[bool], Case]] = {
     "llava": llava,
     "llava_full": llava_full,
     "llava_latent": llava_latent,
+    "llava_looped": llava_looped,
     "llava_pixtral": llava_pixtral,
     "paligemma": paligemma,
     "paligemma_gemma2": paligemma_gemma2,

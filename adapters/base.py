@@ -31,7 +31,7 @@ CONVOLUTIONS = "its short convolutions would mix them into text"
 # all heads: linearly, by a method `expand_kv` (MLA).
 LATENT = ("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "mistral4", "sarvam_mla", "youtu")
 
-# Text decoders that run layers several times a token: the first, the one behind the last, and how often. Each time these
+# Text decoders that run layers several times a token: the first, the one behind the last, and how often. Each time they
 # have keys of their own, which the decoder keeps in copies of the cache's layers that it makes itself.
 LOOPS: Mapping[str, Callable[[Any], tuple[int, int, int]]] = {
     "dory": lambda text: (text.n_input_layers, text.num_hidden_layers - text.n_output_layers, text.n_recurrent_loops),

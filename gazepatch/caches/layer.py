@@ -117,7 +117,7 @@ class GazeLayer(DynamicLayer):
         return Late(self._other, new, None, start)
 
     def _defer(self, late: Late) -> None:
-        if not late.fits:
+        if not late.fits():
             held, new = (tuple(x.shape) for x in (late.stores[0], late.entry[0]))
             raise CacheError(
                 f"this cache holds keys {held}, and a step brought {new}: keep its rows, or start a new one"

@@ -24,7 +24,6 @@ class Late(NamedTuple):
     filled: Tensor | None
     offset: int
 
-    @property
     def fits(self) -> bool:
         """Whether it has the shape that the stores want: a kernel writes without looking."""
         pairs = zip(self.stores, self.entry, strict=True)

@@ -19,7 +19,6 @@ Captured = Mapping[str, Mapping[str, Any]]
 
 FULL_ATTENTION = "full_attention"
 HYBRID = "hybrid"
-LOOPED = "looped"
 LOCAL = ("sliding_attention", "chunked_attention")
 
 # Words that several families share.
@@ -32,7 +31,7 @@ CONVOLUTIONS = "its short convolutions would mix them into text"
 LATENT = ("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "mistral4", "sarvam_mla", "youtu")
 
 # Text decoders that run layers several times a token: the first, the one behind the last, and how often. Each time they
-# have keys of their own, which the decoder keeps in copies of the cache's layers that it makes itself.
+# have keys of their own, in copies of the cache's layers behind all others; their attention is told by `cache_offset`.
 LOOPS: Mapping[str, Callable[[Any], tuple[int, int, int]]] = {
     "dory": lambda text: (text.n_input_layers, text.num_hidden_layers - text.n_output_layers, text.n_recurrent_loops),
     "inkling2_loop_text": lambda text: (text.loop_layer_index_start, text.loop_layer_index_end, text.loop_num_passes),
@@ -85,9 +84,11 @@ class Adapter:
             return dict.fromkeys(range(text.num_hidden_layers), reason)
         return {i: f"{kind} layer" for i, kind in enumerate(_layer_types(text)) if kind != FULL_ATTENTION}
 
-    def looped_layers(self, config: Any) -> tuple[int, ...]:
-        """Decoder layers that run several times a token, by index."""
-        return tuple(i for i, kind in enumerate(_layer_types(self.text_config(config))) if kind == LOOPED)
+    def runs(self, config: Any) -> list[int]:
+        """The decoder layer behind each number that a cache has for one: several for layers of `LOOPS`."""
+        text = self.text_config(config)
+        start, stop, times = LOOPS[text.model_type](text) if text.model_type in LOOPS else (0, 0, 1)
+        return [*range(text.num_hidden_layers), *[*range(start, stop)] * (times - 1)]
 
     def cross_layers(self, config: Any) -> tuple[int, ...]:
         """Decoder layers whose keys are images instead of the sequence, by index; for families `across` alone."""
@@ -223,12 +224,7 @@ def _only_fit(media: Sequence[Media], tokens: int) -> Sequence[Media] | None:
 
 
 def _layer_types(text: Any) -> list[str]:
-    """The kind of attention of every layer, in transformers' words; of those that are looped, that."""
-    start, stop, times = LOOPS[text.model_type](text) if text.model_type in LOOPS else (0, 0, 1)
-    return [LOOPED if times > 1 and start <= i < stop else kind for i, kind in enumerate(_kinds(text))]
-
-
-def _kinds(text: Any) -> list[str]:
+    """The kind of attention of every layer, in transformers' words."""
     if (types := getattr(text, "layer_types", None)) is not None:
         return list(types)
     # As transformers' own caches read a configuration that does not say: all layers are alike (Mistral).
@@ -244,4 +240,6 @@ def _beyond_dot_products(text: Any) -> str | None:
     """Why no layer of this text decoder can gaze: its attention is more than scaled dot products with cached keys."""
     if getattr(text, "kv_lora_rank", None) is not None and text.model_type not in LATENT:
         return "keys and values are made of latents (MLA) in a way that nobody has looked at"
+    if getattr(text, "recurrent_kv_cache_mode", None) == "last_loop":
+        return "layers run several times a token, and read the keys of their last run out of the cache by themselves"
     return None

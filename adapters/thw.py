@@ -18,7 +18,7 @@ from gazepatch.adapters.base import (
 )
 from gazepatch.layout import Block, Media, Skip
 
-JOINED, APART, ONE_RUN = "one run a video", "frame by frame", "any size, one run"
+JOINED, APART = "one run a video", "frame by frame"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +96,6 @@ def _muse_merge(config: Any) -> int:
     return int(config.vision_config.merge_size)
 
 
-def _one(config: Any) -> int:
-    return 1
-
-
 def _kimi_merge(config: Any) -> int:
     return int(config.vision_config.merge_kernel_size[0])
 
@@ -123,14 +119,13 @@ ADAPTERS: tuple[Adapter, ...] = (
     # Before transformers 5.24 itself, chunks of more than one frame fail.
     Kimi(("kimi_k25",), videos="chunk by chunk", merge=_kimi_merge),
     Glm(("glm4v", "glm46v", "glmga", "glm4v_moe", "glm_ocr"), videos=APART),
-    Inkling2(("inkling2",), layers=FULL_ONLY, no_context=CONVOLUTIONS, images=ONE_RUN, videos="", merge=_one),
     Inkling2(
-        ("inkling2_loop",),
-        layers="full attention outside of its loop",
-        no_context=CONVOLUTIONS,
-        images=ONE_RUN,
+        ("inkling2", "inkling2_loop"),
         videos="",
-        merge=_one,
+        layers=FULL_ONLY,
+        no_context=CONVOLUTIONS,
+        images="any size, one run",
+        merge=lambda config: 1,
     ),
     HunYuan(("hunyuan_vl",), images="merged patches of any size, rows with newlines", videos=""),
 )

@@ -31,7 +31,8 @@ class Inspection:
     Attributes:
         family: Its model type.
         decoder: The text decoder: its model type, and its path in the model when a model was given.
-        layers: Number of decoder layers.
+        layers: Number of decoder layers. One that runs several times a token counts as often: its further runs have the
+            numbers behind all layers, as in a cache.
         gaze_layers: Indices of the layers that gaze.
         reasons: For every other layer: why not.
         patched: Whether `apply` is in force.
@@ -113,6 +114,7 @@ def _report(
     for layer, store in adapter.store_layers(config).items():
         if store in reasons:
             reasons.setdefault(layer, f"reads the keys of layer {store}, which stays dense")
+    runs = adapter.runs(config)
     spans = locate(adapter, root, inputs) if inputs is not None else []
     path = ""
     if root is not None:
@@ -121,9 +123,9 @@ def _report(
     return Inspection(
         family=config.model_type,
         decoder=f"{text.model_type}{path}",
-        layers=text.num_hidden_layers,
-        gaze_layers=[i for i in range(text.num_hidden_layers) if i not in reasons],
-        reasons=dict(sorted(reasons.items())),
+        layers=len(runs),
+        gaze_layers=[i for i, layer in enumerate(runs) if layer not in reasons],
+        reasons={i: reasons[layer] for i, layer in enumerate(runs) if layer in reasons},
         patched=root is not None and is_patched(root),
         settings=in_force,
         backend=_backend(in_force.backend, device),

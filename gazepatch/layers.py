@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def gaze_layers(adapter: Adapter, model_config: Any, config: GazeConfig) -> tuple[int, ...]:
-    """Layers that gaze under these settings.
+    """Layers that gaze under these settings, by the numbers that a cache has for them (`Adapter.runs`).
 
     Raises:
         ConfigError: `dense_layers` names a layer that the model does not have.
@@ -23,7 +23,8 @@ def gaze_layers(adapter: Adapter, model_config: Any, config: GazeConfig) -> tupl
         raise ConfigError(f"dense_layers must be below {count}, the model's number of layers, got {unknown}")
     reasons = adapter.dense_reasons(model_config)
     dense, store_of = {*reasons, *config.dense_layers}, adapter.store_layers(model_config)
-    layers = tuple(i for i in range(count) if i not in dense and store_of.get(i, i) not in dense)
+    runs = enumerate(adapter.runs(model_config))
+    layers = tuple(i for i, layer in runs if layer not in dense and store_of.get(layer, layer) not in dense)
     if not layers:
         why = "; ".join(sorted(set(reasons.values()))) or "dense_layers names them all"
         raise UnsupportedModelError(f"none of the {count} layers of this {model_config.model_type} can gaze: {why}")

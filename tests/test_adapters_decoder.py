@@ -62,6 +62,12 @@ TEXT_DECODERS: dict[str, tuple[Callable[[], Any], list[str | None]]] = {
     "gpt_oss, sinks": (lambda: text(transformers.GptOssConfig), [SLIDING, FULL]),
     "mimo_v2_flash": (lambda: text(transformers.MiMoV2FlashConfig), [FULL, SLIDING]),
     "deepseek_v3": (lambda: text(transformers.DeepseekV3Config), [FULL] * 2),
+    "dory, keys of the last run": (
+        lambda: text(
+            since("5.24", "DoryConfig"), n_input_layers=0, n_output_layers=0, recurrent_kv_cache_mode="last_loop"
+        ),
+        ["layers run several times a token, and read the keys of their last run out of the cache by themselves"] * 2,
+    ),
     "sarvam_mla": (lambda: text(since("5.24", "SarvamMLAConfig")), [FULL] * 2),
     "mistral4": (lambda: text(transformers.Mistral4Config), [FULL] * 2),
     "longcat_flash": (lambda: text(transformers.LongcatFlashConfig), [LATENTS] * 2),
@@ -85,8 +91,8 @@ def test_any_text_decoder(name: str) -> None:
     assert adapter.decoder(model).config is config.get_text_config(decoder=True)
 
 
-#: Layers that run several times a token.
-LOOPED = {"inkling2_loop": (2, 3), "llava_looped": (1, 2)}
+#: Layers that run twice a token.
+LOOPED = {"inkling2_loop": [2, 3], "llava_looped": [1, 2]}
 
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in IN_SEQUENCE}))
@@ -94,9 +100,9 @@ def test_dense_reasons_of_families(name: str) -> None:
     case = built(name)
     kinds = getattr(case.model.config.get_text_config(decoder=True), "layer_types", None) or []
     expected = {i: f"{kind} layer" for i, kind in enumerate(kinds) if kind not in ("full_attention", "hybrid")}
-    expected |= dict.fromkeys(LOOPED.get(name, ()), "looped layer")
     assert adapter_of(case).dense_reasons(case.model.config) == expected
-    assert adapter_of(case).looped_layers(case.model.config) == LOOPED.get(name, ())
+    layers = range(case.model.config.get_text_config(decoder=True).num_hidden_layers)
+    assert adapter_of(case).runs(case.model.config) == [*layers, *LOOPED.get(name, [])]
 
 
 def test_a_decoder_with_a_head_is_taken_without_it() -> None:

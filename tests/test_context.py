@@ -25,10 +25,8 @@ SETTINGS = {"whole": WHOLE, "gaze": GAZE, "gaze, no periphery": BARE}
 COUNTS = (1, 4, 16)
 
 NAMES = [*CORE, *SHORT]
-#: Every other family whose context tokens are exact; looped layers take none.
-OTHERS = [
-    name for name in FAMILIES if name not in (*CORE, "llava_looped") and not adapter_for(type_of(name)).no_context
-]
+#: Every other family whose context tokens are exact.
+OTHERS = [name for name in FAMILIES if name not in CORE and not adapter_for(type_of(name)).no_context]
 KINDS = [(name, kind) for name in NAMES for kind in ("image", "video", "batch") if kind != "video" or name in VIDEO]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,14 +38,14 @@ class Layers:
         count: How many there are, for caches that were made without a configuration.
         gaze: Layers whose entries are kept region by region.
         left: Layers that hold something else than the sequence, and stay as they are.
-        copied: Layers that the decoder copies, as it runs them several times a token; they stay as well.
+        copies: Layers that a decoder which runs some several times a token copies behind all others, in that order.
         kind: What layers that gaze become.
     """
 
     count: int
     gaze: tuple[int, ...]
     left: tuple[int, ...] = ()
-    copied: tuple[int, ...] = ()
+    copies: tuple[int, ...] = ()
     kind: type[GazeLayer] = GazeLayer
 
 
@@ -87,6 +88,8 @@ def _adopted(cache: object, owner: object, config: GazeConfig, layers: Layers) -
             f"cache_implementation='dynamic' or 'static', or pass {CACHE}=DynamicCache()"
         )
     _check_empty(cache)
+    if len(cache.layers) == layers.count:  # as the decoder would, once they were ours
+        cache.layers += [copy.deepcopy(cache.layers[i]) for i in layers.copies]
     replace = _replace_static_layers if isinstance(cache, StaticCache) else _replace_layers
     state = replace(cache, owner, config, layers)
     cache.gaze = state  # type: ignore[union-attr]
@@ -112,8 +115,8 @@ def _check_kinds(kinds: list[type], wanted: tuple[int, ...], fit: list[int]) -> 
 
 def _replace_layers(cache: Cache, owner: object, config: GazeConfig, layers: Layers) -> GazeState:
     # A cache made without a configuration has no layers yet: it would make plain ones as they are asked for.
-    kinds = [type(layer) for layer in cache.layers] or [DynamicLayer] * layers.count
-    plain = [i for i, kind in enumerate(kinds) if kind in PLAIN and i not in (*layers.left, *layers.copied)]
+    kinds = [type(layer) for layer in cache.layers] or [DynamicLayer] * (layers.count + len(layers.copies))
+    plain = [i for i, kind in enumerate(kinds) if kind in PLAIN and i not in layers.left]
     _check_kinds(kinds, layers.gaze, plain)
     state = GazeState(owner, config)
     made = list(cache.layers) or [DynamicLayer() for _ in kinds]

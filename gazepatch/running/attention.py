@@ -73,14 +73,15 @@ class GazeAttention:
             return self.dense(module, query, key, value, attention_mask, **kwargs)
         if forward.state.slots.inserted and getattr(module, "attn_temperature_tuning", False) and not module.use_rope:
             query = tempered(module, query, forward)
-        call = Call(module, query, key, value, attention_mask, kwargs, latents)
+        layer = -1 if (index := getattr(module, "layer_idx", None)) is None else index + running.offset
+        call = Call(module, layer, query, key, value, attention_mask, kwargs, latents)
         if isinstance(forward.state, StaticState) and forward.state.ready:
             return self.within_forward(forward, call)
         return self.outside_graphs(forward, call)
 
     def within_forward(self, forward: Forward, call: Call) -> Attended:
         """`attend` within a forward of the decoder."""
-        layer = getattr(call.module, "layer_idx", -1)
+        layer = call.layer
         if forward.across is not None and layer in self.runtime.cross_layers:
             forward = forward.across
         if forward.state.decoding and layer in self.runtime.gaze_layers:

@@ -19,6 +19,7 @@ class Call:
 
     Attributes:
         module: The attention module.
+        layer: Its number in the cache; -1 for what is no layer of the decoder.
         query: `[B, H, S, D]`.
         key, value: `[B, H_kv, L, D]`, the sequence in its own order.
         mask: In the form that the implementation takes.
@@ -27,6 +28,7 @@ class Call:
     """
 
     module: Any
+    layer: int
     query: Tensor
     key: Tensor
     value: Tensor

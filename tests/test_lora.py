@@ -52,6 +52,10 @@ def logits(model: Any, case: Case) -> torch.Tensor:
 
 
 @needs_peft
+@pytest.mark.skipif(
+    transformers.__version__.startswith("5.16"),
+    reason="transformers 5.16 itself loads nothing of what PEFT trained beside the adapters",
+)
 @pytest.mark.parametrize("order", ORDERS)
 def test_adapters_of_a_model_around_it_are_saved(case: Case, model: Any, order: str, tmp_path: Path) -> None:
     wrapped = ORDERS[order](model)

@@ -29,6 +29,16 @@ from tiny.prompts import (
 from tiny.runs import DECODER, FINE
 
 SIZES = ((6, 10), (8, 7))
+#: Of an encoder that makes codes of pictures, and halves these once.
+CODES: dict[str, Any] = {
+    "codebook_size": 64,
+    "embed_dim": 4,
+    "latent_channels": 4,
+    "base_channels": 32,
+    "channel_multiplier": [1, 1],
+    "num_res_blocks": 1,
+    "attn_resolutions": [],
+}
 
 
 def lighton_ocr(video: bool) -> Case:
@@ -51,16 +61,7 @@ def lighton_ocr(video: bool) -> Case:
 def emu3(video: bool) -> Case:
     codes = {f"<|visual token {i:06d}|>": 900 + i for i in range(64)}
     pictures = transformers.Emu3VQVAEConfig(
-        codebook_size=64,
-        embed_dim=4,
-        latent_channels=4,
-        base_channels=32,
-        channel_multiplier=[1, 1],
-        num_res_blocks=1,
-        attn_resolutions=[],
-        hidden_size=32,
-        num_attention_heads=1,
-        temporal_downsample_factor=1,
+        **CODES, hidden_size=32, num_attention_heads=1, temporal_downsample_factor=1
     )
     config = transformers.Emu3Config(
         vq_config=pictures,
@@ -79,16 +80,7 @@ def emu3(video: bool) -> Case:
 
 
 def apertus1p5(video: bool) -> Case:
-    pictures, sounds = 64, 8  # codes, whose embeddings lie behind those of words
-    vision = transformers.Apertus1p5VisionTokenizerConfig(
-        codebook_size=pictures,
-        embed_dim=4,
-        latent_channels=4,
-        base_channels=32,
-        channel_multiplier=[1, 1],
-        num_res_blocks=1,
-        attn_resolutions=[],
-    )
+    pictures, sounds = CODES["codebook_size"], 8  # whose embeddings lie behind those of words
     audio = transformers.WavTokenizerEncoderConfig(
         num_filters=4, hidden_size=32, codebook_dim=32, codebook_size=sounds, num_lstm_layers=1
     )
@@ -96,7 +88,7 @@ def apertus1p5(video: bool) -> Case:
         text_config=text(
             transformers.Apertus1p5TextConfig, vocab_size=VOCAB + pictures + sounds, output_vocab_size=VOCAB
         ),
-        vision_config=vision,
+        vision_config=transformers.Apertus1p5VisionTokenizerConfig(**CODES),
         audio_config=audio,
         image_token_id=IMAGE,
         audio_token_id=AUDIO,

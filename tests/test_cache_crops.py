@@ -149,8 +149,7 @@ croppable = pytest.mark.skipif(
 
 
 @croppable
-@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
-@pytest.mark.parametrize("tokens", [0, 3], ids=["", "context tokens"])
+@pytest.mark.parametrize(("name", "tokens"), [("llava", 0), ("qwen2_vl", 3)], ids=["", "context tokens"])
 def test_prompt_lookup_on_a_static_cache(name: str, tokens: int) -> None:
     case = tiny(name)
     context = torch.randn(tokens, 64) if tokens else None

@@ -88,7 +88,8 @@ class Adapter:
         """The decoder layer behind each number that a cache has for one: several for layers of `LOOPS`."""
         text = self.text_config(config)
         start, stop, times = LOOPS[text.model_type](text) if text.model_type in LOOPS else (0, 0, 1)
-        return [*range(text.num_hidden_layers), *[*range(start, stop)] * (times - 1)]
+        layers = list(range(text.num_hidden_layers))
+        return layers + layers[start:stop] * (times - 1)
 
     def cross_layers(self, config: Any) -> tuple[int, ...]:
         """Decoder layers whose keys are images instead of the sequence, by index; for families `across` alone."""

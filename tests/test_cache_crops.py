@@ -187,6 +187,18 @@ def test_a_static_cache_goes_on_where_it_was_cropped(rows: int) -> None:
                 torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_static_caches_can_be_cropped_where_those_of_transformers_can() -> None:
+    case = tiny("llava")
+    with patched(case.model, QUARTER):
+        cache = static(case)
+        case.model(**case.inputs, past_key_values=cache)
+        assert all(layer.is_croppable == getattr(StaticLayer, "is_croppable", False) for layer in cache.layers)
+        if not cache.layers[0].is_croppable:
+            with pytest.raises(CacheError, match="cannot be cropped"):
+                cache.crop(-1)
+
+
 @croppable
 @torch.no_grad()
 def test_what_a_cropped_static_cache_refuses() -> None:

@@ -92,7 +92,7 @@ def test_the_words_of_the_table_are_true(case: Case, request: pytest.FixtureRequ
     assert all((span.grid is not None) == adapter.grid for span in case.spans)
     if request.node.callspec.params["case"][0] not in VARIANTS:  # of which some have another text decoder
         assert (adapter.layers == "all") == (not adapter.dense_reasons(config))
-        assert adapter.context_reason(config) == adapter.no_context
+    assert adapter.context_reason(config) == adapter.no_context
 
 
 def test_the_table_in_the_readme_is_that_of_the_adapters() -> None:

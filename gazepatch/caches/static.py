@@ -189,6 +189,7 @@ class StaticGazeLayer(GazeLayer):
     state: StaticState
     _apart: int  # slots whose entries are not in the store of others
     is_compileable = True
+    is_croppable = getattr(StaticLayer, "is_croppable", False)  # from transformers 5.24 on
 
     def __init__(self, state: StaticState, gazes: bool, leads: bool) -> None:
         super().__init__(state, gazes, leads)
@@ -265,8 +266,8 @@ class StaticGazeLayer(GazeLayer):
         return self.state.capacity
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens, where transformers' own static layers can (from 5.24 on)."""
-        if not getattr(StaticLayer, "is_croppable", False):
+        """Forget the last `-tokens_to_remove` tokens, where transformers' own static layers can."""
+        if not self.is_croppable:
             raise CacheError(
                 "static caches cannot be cropped before transformers 5.24: generate with cache_implementation='dynamic'"
             )

@@ -26,6 +26,9 @@ FULL_ONLY = "full attention only"
 RECURRENT = "recurrent layers would carry them along"
 CONVOLUTIONS = "its short convolutions would mix them into text"
 
+# `Adapter.token_id_names` of families whose videos have the tokens of images.
+AS_IMAGES = {"image": ("image_token_id",), "video": ("image_token_id",)}
+
 # Text decoders whose caches get latents and rotated keys, of which their attention modules make the keys and values of
 # all heads: linearly, by a method `expand_kv` (MLA).
 LATENT = ("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "mistral4", "sarvam_mla", "youtu")

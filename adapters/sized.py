@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gazepatch.adapters.base import FULL_ONLY, RECURRENT, Adapter, Captured, Declared, between, integers
+from gazepatch.adapters.base import AS_IMAGES, FULL_ONLY, RECURRENT, Adapter, Captured, Declared, between, integers
 from gazepatch.layout import Block, Media, Skip, Span
 
 Call = Mapping[str, Any]
@@ -156,8 +156,7 @@ def molmo_videos(config: Any, call: Call) -> Sequence[Media] | None:
 class Molmo(Sized):
     """The frames of a video have the tokens of images, between marks of their own."""
 
-    def token_ids(self, config: Any, modality: str) -> tuple[int, ...]:
-        return super().token_ids(config, "image")
+    token_id_names = AS_IMAGES
 
     def positions(self, config: Any, modality: str, ids: Sequence[int]) -> list[int]:
         return between(ids, config.frame_start_token_id, config.frame_end_token_id, config.image_token_id, modality)
@@ -166,8 +165,7 @@ class Molmo(Sized):
 class Nemotron(Sized):
     """The frames of a video have the tokens of images. A prompt has one of them, as in transformers itself."""
 
-    def token_ids(self, config: Any, modality: str) -> tuple[int, ...]:
-        return super().token_ids(config, "image")
+    token_id_names = AS_IMAGES
 
     def _locate(self, config: Any, modality: str, ids: Sequence[Sequence[int]], captured: Captured) -> list[Span]:
         held = "video" if "video" in captured else "image"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gazepatch.adapters.base import (
+    AS_IMAGES,
     CONVOLUTIONS,
     FULL_ONLY,
     RECURRENT,
@@ -78,8 +79,7 @@ class HunYuan(Thw):
 class Glm(Thw):
     """The frames of a video have the tokens of images, between a token that starts the video and one that ends it."""
 
-    def token_ids(self, config: Any, modality: str) -> tuple[int, ...]:
-        return super().token_ids(config, "image")
+    token_id_names = AS_IMAGES
 
     def positions(self, config: Any, modality: str, ids: Sequence[int]) -> list[int]:
         return between(ids, config.video_start_token_id, config.video_end_token_id, config.image_token_id, modality)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tiny import Case, tiny
+from torch import Tensor
 
 from gazepatch.bench import bench
 from gazepatch.config import GazeConfig
@@ -35,6 +38,21 @@ def test_verify_notices_harm(case: Case, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(GazeAttention, "decode", lambda *arguments: decode(*arguments) * 1.01)
     failed = {check.name for check in verify(case.model, case.inputs).checks if not check.passed}
     assert failed == {"dense equivalence", "cached equals uncached"}
+
+
+@pytest.mark.parametrize("harm", [1.5, float("nan")])
+def test_verify_notices_harm_in_half_precision(case: Case, monkeypatch: pytest.MonkeyPatch, harm: float) -> None:
+    case.model.to(torch.bfloat16)
+    inputs = {**case.inputs, "pixel_values": case.inputs["pixel_values"].to(torch.bfloat16)}
+    decode, steps = GazeAttention.decode, []
+
+    def harmed(*arguments: Any) -> Tensor:
+        steps.append(decode(*arguments))
+        return steps[-1] * (harm if harm > 1 or len(steps) == 9 else 1.0)  # the first step behind those at full budget
+
+    monkeypatch.setattr(GazeAttention, "decode", harmed)
+    failed = {check.name for check in verify(case.model, inputs).checks if not check.passed}
+    assert failed == ({"dense equivalence", "cached equals uncached"} if harm > 1 else {"cached equals uncached"})
 
 
 def test_verify_refuses_what_it_cannot_check(case: Case) -> None:

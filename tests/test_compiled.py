@@ -32,7 +32,7 @@ once_for_all_caches = pytest.mark.skipif(
 
 
 @once_for_all_caches
-@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "gemma3"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "gemma3", "llava_latent"])
 def test_steps_compile_once(name: str) -> None:
     case = supported(name)
     cache = {"max_cache_len": 300}  # else a longer prompt is another shape for transformers as well
@@ -77,11 +77,12 @@ def test_the_kernels_compile_within_a_step(case: Case) -> None:
 
 @pytest.mark.parametrize("settings", ["whole", "periphery"])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_a_step_writes_to_nothing_that_moves(case: Case, backend: str, settings: str) -> None:
+@pytest.mark.parametrize("name", ["llava", "llava_latent"])
+def test_a_step_writes_to_nothing_that_moves(name: str, backend: str, settings: str) -> None:
     # A step that does is not recorded as a CUDA graph, only compiled.
     if backend == "triton":
         pytest.importorskip("triton")
-    moving: list[set[int]] = []
+    case, moving = tiny(name), list[set[int]]()
 
     def look(graph: GraphModule, inputs: Any) -> Any:
         seen = TracingContext.get().fw_metadata

@@ -28,13 +28,13 @@ from gazepatch.errors import CacheError
 from gazepatch.patch import patch_of, patched, stats, trace
 
 
-@pytest.fixture
-def case() -> Case:
-    return tiny("llava")
+@pytest.fixture(params=["llava", "llava_latent"])
+def case(request: pytest.FixtureRequest) -> Case:
+    return tiny(request.param)
 
 
 @pytest.mark.parametrize("rows", [1, 2], ids=["one row", "two rows"])
-@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "gemma3"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "gemma3", "kimi_k25", "mistral3_latent"])
 def test_a_static_cache_answers_as_a_dynamic_one(name: str, rows: int) -> None:
     case = supported(name) if rows == 1 else batch(supported(name))
     dense = generate(case, cache_implementation="static")
@@ -99,7 +99,7 @@ def test_beams(case: Case) -> None:
         assert stats(case.model) == counted
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "llava_latent"])
 def test_context_tokens(name: str, fresh: None) -> None:
     case = batch(tiny(name))
     tokens = torch.randn(3, case.model.config.get_text_config().hidden_size)

@@ -18,6 +18,7 @@ from transformers.cache_utils import (
 )
 
 from gazepatch.caches.hybrid import HybridLayer
+from gazepatch.caches.latents import LatentLayer, StaticLatentLayer
 from gazepatch.caches.layer import GazeLayer
 from gazepatch.caches.name import CACHE
 from gazepatch.caches.state import GazeState
@@ -39,14 +40,14 @@ class Layers:
         gaze: Layers whose entries are kept region by region.
         left: Layers that hold something else than the sequence, and stay as they are.
         copies: Layers that a decoder which runs some several times a token copies behind all others, in that order.
-        kind: What layers that gaze become.
+        latent: Whether layers that gaze hold latents (MLA).
     """
 
     count: int
     gaze: tuple[int, ...]
     left: tuple[int, ...] = ()
     copies: tuple[int, ...] = ()
-    kind: type[GazeLayer] = GazeLayer
+    latent: bool = False
 
 
 def gaze_state(cache: object) -> GazeState | None:
@@ -126,7 +127,7 @@ def _replace_layers(cache: Cache, owner: object, config: GazeConfig, layers: Lay
         if isinstance(layer, LinearAttentionAndFullAttentionLayer):
             made[i] = HybridLayer(state, gazes, leads, layer.number_of_states)
         else:
-            made[i] = (layers.kind if gazes else GazeLayer)(state, gazes, leads)
+            made[i] = (LatentLayer if gazes and layers.latent else GazeLayer)(state, gazes, leads)
     if config.context_tokens:
         for i, layer in enumerate(made):
             if type(layer) is DynamicSlidingWindowLayer:
@@ -142,10 +143,10 @@ def _replace_layers(cache: Cache, owner: object, config: GazeConfig, layers: Lay
 def _replace_static_layers(cache: Cache, owner: object, config: GazeConfig, layers: Layers) -> StaticState:
     kinds: list[type] = [type(layer) for layer in cache.layers]
     plain = [i for i, kind in enumerate(kinds) if kind is StaticLayer]
-    if layers.left or layers.kind is not GazeLayer:
-        what = "the keys of cross-attention" if layers.left else "latents"
+    if layers.left:
         raise CacheError(
-            f"a static cache cannot hold {what} region by region: generate with cache_implementation='dynamic'"
+            "a static cache cannot hold the keys of cross-attention region by region: generate with "
+            "cache_implementation='dynamic'"
         )
     _check_kinds(kinds, layers.gaze, plain)
     if config.context_tokens and StaticSlidingWindowLayer in kinds:
@@ -158,5 +159,6 @@ def _replace_static_layers(cache: Cache, owner: object, config: GazeConfig, laye
     state.follows = leader > 0
     # Others stay as they are, unless context tokens lengthen them.
     for i in plain if config.context_tokens else layers.gaze:
-        cache.layers[i] = StaticGazeLayer(state, gazes=i in layers.gaze, leads=i == leader)
+        gazes = i in layers.gaze
+        cache.layers[i] = (StaticLatentLayer if gazes and layers.latent else StaticGazeLayer)(state, gazes, i == leader)
     return state

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gazepatch.caches.layer import GazeLayer, Stores
+from gazepatch.caches.static import StaticGazeLayer
 from gazepatch.ops.decode import Entries
 
 #: Of an attention module: latents `[B, 1, T, r]` and rotated keys `[B, 1, T, d]` to keys and values `[B, H, T, D]`.
@@ -86,7 +87,7 @@ class LatentLayer(GazeLayer):
         if made is None:
             made = Expansion.of(expand, *self._parts(self._others()[0]))
             if kept:
-                self._expansion = made
+                self._expansion = made = Expansion(*self._placed("expansion", made))
         return made
 
     def nbytes(self) -> int:
@@ -96,3 +97,7 @@ class LatentLayer(GazeLayer):
     def _parts(self, entries: Tensor) -> tuple[Tensor, Tensor]:
         latent, rotated = entries.split(self._widths, 3)
         return latent, rotated
+
+
+class StaticLatentLayer(StaticGazeLayer, LatentLayer):
+    """A `LatentLayer` that takes its memory once; its matrices lie where those of the last sequence did."""

@@ -150,11 +150,15 @@ class GazeLayer(DynamicLayer):
         means: Stores = tuple(means_of(chunk, x, config) for x in (new if config.periphery else new[:1]))
         if self._visual is not None and self._means is not None:
             new, means = _joined(self._visual, new), _joined(self._means, means)
-        self._visual = tuple(x.contiguous() for x in new)
+        self._visual = self._placed("visual", tuple(x.contiguous() for x in new))
         if means[0].device.type == "cpu" and len(new) > 1:  # not what is read as values too
             # Windows innermost: scores are then products with rows of memory. A kernel reads the other way round.
             means = (means[0].mT.contiguous().mT, *means[1:])
-        self._means = means
+        self._means = self._placed("means", means)
+
+    def _placed(self, name: str, stores: Stores) -> Stores:
+        """What is made anew for a prompt, where it is to lie."""
+        return stores
 
     # ---- reading
 

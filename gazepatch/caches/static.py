@@ -106,10 +106,10 @@ class StaticState(GazeState):
         if self.filled is None:
             self.filled = settled(torch.zeros((), dtype=torch.long, device=device))
 
-    def expect(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """A layer that gazes was seen in a prompt: it will ask for a plan."""
+    def expect(self, layer: int, query: Tensor, key_heads: int, value_dim: int) -> None:
+        """A layer that gazes was seen in a prompt: it will ask for a plan, with queries `[B, H, Q, D]` like these."""
         if not self.ready:
-            self._expected[layer] = query.new_empty(*query.shape[:2], 0, query.shape[3]), key.shape[1], value.shape[3]
+            self._expected[layer] = query.new_empty(*query.shape[:2], 0, query.shape[3]), key_heads, value_dim
 
     def _make_ready(self) -> None:
         self.ready = True
@@ -203,18 +203,18 @@ class StaticGazeLayer(GazeLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append `[B, H_kv, S, D]` keys and values; returns what the attention of this forward reads.
 
-        In a prompt as the base does. In a step, the store of other entries with all its room: where no entry is visual
-        that is the sequence in its own order.
+        In a prompt as the base does. In a step that is not routed, the store of other entries with all its room: no
+        entry is visual, so that is the sequence in its own order.
         """
         if self.state.ready and self.state.running and self._other is not None:
             assert self.state.filled is not None
-            late = Late(self._other, (key_states, value_states), self.state.filled.to(self.device), -self._apart)
+            new = self._stored(key_states, value_states)
+            late = Late(self._other, new, self.state.filled.to(self.device), -self._apart)
             if self.gazes and self.state.decoding:
                 self._defer(late)
-            else:
-                late.write()
-            key, value = self._other
-            return key, value
+                return self._of_step(key_states, value_states)
+            late.write()
+            return self.logical()
         self._slots = self.state.length
         self._used = self._slots - self._apart
         read = super().update(key_states, value_states)
@@ -234,11 +234,6 @@ class StaticGazeLayer(GazeLayer):
         self._other = self._placed("other", made)
         for store, before in zip(self._other, held or (), strict=False):
             store[:, :, :start] = before[:, :, :start]
-
-    def _append_visual(self, new: Stores, chunk: Chunk) -> None:
-        super()._append_visual(new, chunk)
-        assert self._visual is not None and self._means is not None
-        self._visual, self._means = self._placed("visual", self._visual), self._placed("means", self._means)
 
     def _placed(self, name: str, stores: Stores) -> Stores:
         return tuple(self._places.place((name, i), store) for i, store in enumerate(stores))

@@ -19,6 +19,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import AttentionInterface
 
 from gazepatch.caches.latents import LatentLayer
+from gazepatch.caches.layer import GazeLayer
 from gazepatch.caches.static import StaticState
 from gazepatch.running.arguments import refuse_unsupported, scores_of, tempered
 from gazepatch.running.call import Attended, Call, implementation
@@ -112,6 +113,17 @@ class GazeAttention:
         output = decoded.output if expansion is None else expansion.expanded(decoded.output)
         return output.transpose(1, 2)
 
+    def expect(self, state: StaticState, store: GazeLayer, layer: int, call: Call) -> None:
+        """A prompt on a static cache: have ready what the layer's steps will need."""
+        query, key_heads, value_dim = call.query, call.key.shape[1], call.value.shape[3]
+        if isinstance(store, LatentLayer):
+            key_heads = 1
+            if state.regions is not None:
+                with torch.no_grad():  # what steps use is kept, and keeps no graph
+                    query = store.expansion(call.module.expand_kv).absorbed(query[:, :, :0])
+                value_dim = query.shape[3]
+        state.expect(layer, query, key_heads, value_dim)
+
     def read(self, forward: Forward, layer: int, call: Call) -> Attended:
         """Anything but a routed step: the model's own attention, and some queries of a prompt again behind it."""
         gazes, store = layer in self.runtime.gaze_layers, self.runtime.store_of.get(layer, layer)
@@ -121,7 +133,7 @@ class GazeAttention:
         if gazes and forward.trace is not None:
             forward.reads[layer] = None
         if gazes and isinstance(forward.state, StaticState):
-            forward.state.expect(layer, call.query, call.key, call.value)
+            self.expect(forward.state, forward.layer(store), layer, call)
         elif gazes and forward.state.spans and forward.tokens == 1 and forward.state.regions is None:
             forward.count_whole(layer, call.query.shape[1], 1 if self.runtime.latent else call.key.shape[1])
         if forward.insertion is not None:

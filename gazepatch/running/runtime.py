@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from gazepatch.adapters.base import Adapter
 from gazepatch.caches.adoption import Layers
-from gazepatch.caches.latents import LatentLayer
-from gazepatch.caches.layer import GazeLayer
 from gazepatch.config import GazeConfig
 from gazepatch.errors import PatchError
 from gazepatch.running.forward import Forward
@@ -90,7 +88,7 @@ class Runtime:
             tuple(sorted(self.stores)),
             tuple(sorted(self.cross_layers)),
             tuple(adapter.runs(model_config)[count:]),
-            LatentLayer if self.latent else GazeLayer,
+            self.latent,
         )
         self.counters = Counters()
         self.running = Running()

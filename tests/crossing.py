@@ -16,6 +16,7 @@ import torch
 from tiny import IMAGE, Case, batch, built, filled
 from tiny.crossing import ROOM, SIDE, TILE, seen_behind, tiled, tiles_of
 from torch import Tensor
+from transformers import Cache, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.mllama import processing_mllama
@@ -124,3 +125,39 @@ CASES: dict[str, Callable[[], Case]] = {
 def close(actual: Tensor, expected: Tensor) -> None:
     error = (actual - expected).abs().max().item()
     assert error <= 2e-5 * max(1.0, expected.abs().max().item()), error
+
+
+# ---- conversations
+
+
+class Talk:
+    """A conversation by hand on one cache: `say` returns the logits of its tokens."""
+
+    def __init__(self, case: Case, cache: Cache | None = None) -> None:
+        self.case, self.cache = case, DynamicCache() if cache is None else cache
+        self.ids = torch.zeros(1, 0, dtype=torch.long)
+
+    @torch.no_grad()
+    def say(self, ids: Tensor, images: Any = (), mask: Tensor | None = None) -> Tensor:
+        self.ids = torch.cat([self.ids, ids], 1)
+        pixels = {}
+        for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask") if images else ():
+            pixels[name] = torch.cat([image.inputs[name] for image in images])[None]
+        seen = {} if mask is None else {"cross_attention_mask": mask[:, : self.ids.shape[1]]}
+        attention = torch.ones_like(self.ids)
+        model = self.case.model
+        return model(input_ids=ids, attention_mask=attention, past_key_values=self.cache, **pixels, **seen).logits
+
+
+def talk(case: Case, cache: Cache | None = None, steps: int = 2) -> Tensor:
+    """Two turns with an image each, and single tokens behind both."""
+    images, said = [tiled(2, 2), tiled(7, 3)], Talk(case, cache)
+    turns = [torch.tensor([[1, 5, IMAGE, 6, 7]]), torch.tensor([[8, IMAGE, 9, 10, 11]])]
+    whole = torch.cat([part for turn in turns for part in (turn, torch.full((1, steps), 20))], 1)
+    mask = seen_behind(whole, [images])["cross_attention_mask"]
+    logits = []
+    for number, turn in enumerate(turns):
+        seen = mask[:, :, : number + 1]
+        logits.append(said.say(turn, images[number : number + 1], seen))
+        logits += [said.say(torch.tensor([[20]]), (), seen) for _ in range(steps)]
+    return torch.cat(logits, 1)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from crossing import CASES, FAR, QUARTER, WHOLE, close, plainly
+from crossing import CASES, FAR, QUARTER, WHOLE, Talk, close, plainly, talk
 from tiny import IMAGE, Case, built, tiny
 from tiny.crossing import ROOM, TILE, seen_behind, tiled
 from torch import Tensor
@@ -22,38 +22,6 @@ from gazepatch.verification import generate_logits
 @pytest.fixture
 def case() -> Case:
     return built("mllama")
-
-
-class Talk:
-    """A conversation by hand on one cache: `say` returns the logits of its tokens."""
-
-    def __init__(self, case: Case) -> None:
-        self.case, self.cache, self.ids = case, transformers.DynamicCache(), torch.zeros(1, 0, dtype=torch.long)
-
-    @torch.no_grad()
-    def say(self, ids: Tensor, images: Any = (), mask: Tensor | None = None) -> Tensor:
-        self.ids = torch.cat([self.ids, ids], 1)
-        pixels = {}
-        for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask") if images else ():
-            pixels[name] = torch.cat([image.inputs[name] for image in images])[None]
-        seen = {} if mask is None else {"cross_attention_mask": mask[:, : self.ids.shape[1]]}
-        attention = torch.ones_like(self.ids)
-        model = self.case.model
-        return model(input_ids=ids, attention_mask=attention, past_key_values=self.cache, **pixels, **seen).logits
-
-
-def talk(case: Case, steps: int = 2) -> Tensor:
-    """Two turns with an image each, and single tokens behind both."""
-    images, said = [tiled(2, 2), tiled(7, 3)], Talk(case)
-    turns = [torch.tensor([[1, 5, IMAGE, 6, 7]]), torch.tensor([[8, IMAGE, 9, 10, 11]])]
-    whole = torch.cat([part for turn in turns for part in (turn, torch.full((1, steps), 20))], 1)
-    mask = seen_behind(whole, [images])["cross_attention_mask"]
-    logits = []
-    for number, turn in enumerate(turns):
-        seen = mask[:, :, : number + 1]
-        logits.append(said.say(turn, images[number : number + 1], seen))
-        logits += [said.say(torch.tensor([[20]]), (), seen) for _ in range(steps)]
-    return torch.cat(logits, 1)
 
 
 @pytest.mark.parametrize("config", [QUARTER, FAR], ids=["alone", "periphery"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
+from gazepatch.caches.crossing import CrossLayer, CrossState, StaticCrossLayer, StaticCrossState
 from gazepatch.caches.hybrid import HybridLayer
 from gazepatch.caches.latents import LatentLayer, StaticLatentLayer
 from gazepatch.caches.layer import GazeLayer
@@ -29,6 +31,11 @@ from gazepatch.errors import CacheError
 
 #: Layers that a gaze layer can stand in for.
 PLAIN = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
+#: What stands in for layers that hold the keys of images, with what they share.
+CROSSING: dict[type, Any] = {
+    DynamicLayer: (CrossState, CrossLayer),
+    StaticLayer: (StaticCrossState, StaticCrossLayer),
+}
 
 
 @dataclass(frozen=True)
@@ -142,23 +149,45 @@ def _replace_layers(cache: Cache, owner: object, config: GazeConfig, layers: Lay
 
 def _replace_static_layers(cache: Cache, owner: object, config: GazeConfig, layers: Layers) -> StaticState:
     kinds: list[type] = [type(layer) for layer in cache.layers]
-    plain = [i for i, kind in enumerate(kinds) if kind is StaticLayer]
-    if layers.left:
-        raise CacheError(
-            "a static cache cannot hold the keys of cross-attention region by region: generate with "
-            "cache_implementation='dynamic'"
-        )
+    plain = [i for i, kind in enumerate(kinds) if kind is StaticLayer and i not in layers.left]
     _check_kinds(kinds, layers.gaze, plain)
     if config.context_tokens and StaticSlidingWindowLayer in kinds:
         raise CacheError(
             "a static cache has no room for context tokens in the sliding windows of this model: generate with "
             "cache_implementation='dynamic'"
         )
-    leader = layers.gaze[0]
+    gaze = layers.gaze or plain[:1]  # where none gazes (images are keys of others), one is there to count the tokens
+    leader = gaze[0]
     state = StaticState(owner, config, cache.layers[leader].get_max_length())
     state.follows = leader > 0
     # Others stay as they are, unless context tokens lengthen them.
-    for i in plain if config.context_tokens else layers.gaze:
+    for i in plain if config.context_tokens else gaze:
         gazes = i in layers.gaze
         cache.layers[i] = (StaticLatentLayer if gazes and layers.latent else StaticGazeLayer)(state, gazes, i == leader)
+    return state
+
+
+def state_of_images(
+    cache: Cache | None, owner: object, config: GazeConfig, layers: Sequence[int], gaze_layers: Collection[int]
+) -> CrossState:
+    """What the cross-attention `layers` of a cache share; they are made ready in place when the cache is new.
+
+    Raises:
+        CacheError: They are of a kind that cannot gaze.
+    """
+    if cache is None:
+        return CrossState(owner, config)
+    held = [cache.layers[i] for i in layers]
+    if isinstance(first := held[0], CrossLayer):
+        assert isinstance(first.state, CrossState)
+        first.state.take_settings(config)
+        return first.state
+    kinds = {type(layer) for layer in held}
+    if len(kinds) > 1 or not kinds <= CROSSING.keys():
+        names = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise CacheError(f"expected layers of one kind, dynamic or static, got {names}: start with a new cache")
+    of_state, of_layers = CROSSING[type(first)]
+    state: CrossState = of_state(owner, config)
+    for i in layers:
+        cache.layers[i] = of_layers(state, i in gaze_layers, i == layers[0])
     return state

@@ -8,21 +8,28 @@ them transformers lifts its mask, so that it sees all.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
 
 from gazepatch.adapters.base import Adapter
-from gazepatch.caches.layer import GazeLayer
+from gazepatch.caches.layer import GazeLayer, Stores
 from gazepatch.caches.state import GazeState
+from gazepatch.caches.static import SettledLayer, StaticState
 from gazepatch.config import GazeConfig
 from gazepatch.errors import CacheError
 from gazepatch.layout import Span
 from gazepatch.regions import Chunk, Regions, sort_chunk
+
+#: What a compiled step says that sees other images than those its plan was made for.
+OTHERS_SHOWN = (
+    "a compiled step must see the images that the token before it saw, by its cross_attention_mask: run a step that "
+    "sees others without torch.compile"
+)
 
 
 class CrossState(GazeState):
@@ -89,7 +96,7 @@ class CrossState(GazeState):
         if _same(shown, self.shown):
             return False
         self.shown = shown
-        self.tables.forget("readable")
+        self.tables.forget("readable", "shown")
         self._plans.clear()
         return True
 
@@ -111,10 +118,10 @@ class CrossState(GazeState):
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep the rows of the batch with these numbers, in this order."""
-        super().select_rows(rows)
         self.last_row = None  # rows of the mask need not have changed places too
         if self.shown is not None and len(self.shown) > 1:
             self.shown = self.shown[rows.cpu()]
+        super().select_rows(rows)
 
 
 class CrossLayer(GazeLayer):
@@ -140,27 +147,70 @@ class CrossLayer(GazeLayer):
         """Images stay when tokens of the text are forgotten: the mask says who sees them."""
 
 
-def state_of_images(
-    cache: Cache | None, owner: object, config: GazeConfig, layers: Sequence[int], gaze_layers: Collection[int]
-) -> CrossState:
-    """What the cross-attention `layers` of a cache share; they are made ready in place when the cache is new.
+class StaticCrossState(CrossState, StaticState):
+    """The keys of images in a static cache. No step brings any, so there is only to see that nothing moves."""
 
-    Raises:
-        CacheError: They are of a kind that cannot gaze.
-    """
-    if cache is None:
-        return CrossState(owner, config)
-    held = [cache.layers[i] for i in layers]
-    if isinstance(first := held[0], CrossLayer):
-        assert isinstance(first.state, CrossState)
-        first.state.take_settings(config)
-        return first.state
-    if others := sorted({type(layer).__name__ for layer in held if type(layer) is not DynamicLayer}):
-        raise CacheError(f"expected DynamicLayer for keys of images, got {', '.join(others)}: start with a new cache")
-    state = CrossState(owner, config)
-    for i in layers:
-        cache.layers[i] = CrossLayer(state, gazes=i in gaze_layers, leads=i == layers[0])
-    return state
+    def __init__(self, owner: object, config: GazeConfig) -> None:
+        super().__init__(owner, config, capacity=sys.maxsize)
+
+    @property
+    def room(self) -> int:
+        """Slots there are, in a step."""
+        return self.length
+
+    def _make_ready(self) -> None:
+        super()._make_ready()
+        for device in {query.device for query, *_ in self._expected.values()}:
+            for name in ("last_places", "shown", "sorted_others"):
+                self.table(name, device)
+
+    def look_again(self, mask: Tensor | None, last_row: object | None) -> bool:
+        """A step starts; returns whether it sees other images than the forward before it, like `look`.
+
+        A compiled step, which cannot ask, must see the same: else the device raises.
+        """
+        if torch.compiler.is_compiling():
+            self._check_shown(mask)
+            return False
+        known = last_row is not None and last_row is self.last_row
+        self.last_row = last_row
+        if known or not self._show(mask):
+            return False
+        self._go_on()
+        return True
+
+    def _check_shown(self, mask: Tensor | None) -> None:
+        if self.regions is None:
+            return
+        if mask is None:
+            if self.shown is not None:
+                raise CacheError(OTHERS_SHOWN)
+            return
+        last = mask[:, 0, -1].index_select(1, self.table("last_places", mask.device))
+        shown = True if self.shown is None else self.table("shown", mask.device)
+        torch._assert_async((visible(last) == shown).all(), OTHERS_SHOWN)
+
+    def bias(self, mask: Tensor | None, device: torch.device) -> Tensor | None:
+        """`[b, 1, 1, T]`, as of the base."""
+        # Without a mask there is nothing to hide: no row has fewer keys than another.
+        return GazeState.bias(self, mask, device) if mask is not None or not self.ready else None
+
+
+class StaticCrossLayer(SettledLayer, CrossLayer):
+    """A `CrossLayer` of a static cache."""
+
+    def _make_room(self, start: int, new: Stores) -> None:
+        super()._make_room(start, new)
+        assert self._other is not None
+        self._other = self._placed("other", self._other)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices` `[B]`; as many as there are stay where they are."""
+        super().batch_select_indices(indices)
+        if self._other is not None:
+            self._other = self._placed("other", self._other)
+        if self._visual is not None and self._means is not None:
+            self._visual, self._means = self._placed("visual", self._visual), self._placed("means", self._means)
 
 
 def new_keys(adapter: Adapter, model_config: Any, arguments: Mapping[str, Any], rows: int) -> tuple[int, list[Span]]:

@@ -23,7 +23,7 @@ from gazepatch.insertion import Insertion
 from gazepatch.layout import Span
 from gazepatch.ops.late import Late
 from gazepatch.places import Places, settled
-from gazepatch.regions import ABSENT, Chunk
+from gazepatch.regions import ABSENT
 from gazepatch.stats import StepCounters
 
 
@@ -183,17 +183,25 @@ class StaticState(GazeState):
             self._make_ready()
 
 
-class StaticGazeLayer(GazeLayer):
-    """A `GazeLayer` that takes its memory once: for the visual entries of a prompt, and for all others to come."""
+class SettledLayer(GazeLayer):
+    """A layer whose stores lie where those of the last prompt lay."""
 
     state: StaticState
-    _apart: int  # slots whose entries are not in the store of others
     is_compileable = True
-    is_croppable = getattr(StaticLayer, "is_croppable", False)  # from transformers 5.24 on
 
     def __init__(self, state: StaticState, gazes: bool, leads: bool) -> None:
         super().__init__(state, gazes, leads)
         self._places = Places()
+
+    def _placed(self, name: str, stores: Stores) -> Stores:
+        return tuple(self._places.place((name, i), store) for i, store in enumerate(stores))
+
+
+class StaticGazeLayer(SettledLayer):
+    """A `GazeLayer` that takes its memory once: for the visual entries of a prompt, and for all others to come."""
+
+    _apart: int  # slots whose entries are not in the store of others
+    is_croppable = getattr(StaticLayer, "is_croppable", False)  # from transformers 5.24 on
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Remember dtype and device; the stores are made by the first update."""
@@ -234,9 +242,6 @@ class StaticGazeLayer(GazeLayer):
         self._other = self._placed("other", made)
         for store, before in zip(self._other, held or (), strict=False):
             store[:, :, :start] = before[:, :, :start]
-
-    def _placed(self, name: str, stores: Stores) -> Stores:
-        return tuple(self._places.place((name, i), store) for i, store in enumerate(stores))
 
     # ---- reading
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from gazepatch.caches.crossing import new_keys, state_of_images
+from gazepatch.caches.adoption import state_of_images
+from gazepatch.caches.crossing import CrossState, StaticCrossState, new_keys
 from gazepatch.running.forward import Forward
 from gazepatch.running.runtime import Runtime
 
@@ -21,8 +22,8 @@ def start_across(runtime: Runtime, text: Forward, call: Mapping[str, Any], rows:
         call: Arguments of the decoder.
         rows: Rows of the batch.
     """
-    prompt, adapter = text.tokens > 1 or text.past == 0, runtime.adapter
-    state = state_of_images(text.cache, runtime, runtime.config, runtime.layers.left, runtime.gaze_layers)
+    state, adapter = _state(runtime, text), runtime.adapter
+    prompt = text.tokens > 1 or text.past == 0 or isinstance(state, StaticCrossState)
     keys, spans = new_keys(adapter, runtime.model_config, call, rows)
     last_row, runtime.running.last_row = runtime.running.last_row, None  # of this forward alone
     others = state.look(spans, rows, keys, call.get(adapter.cross_mask), not prompt, None if prompt else last_row)
@@ -32,3 +33,19 @@ def start_across(runtime: Runtime, text: Forward, call: Mapping[str, Any], rows:
         forward.routed = torch.arange(text.tokens)
         forward.routed_rows = torch.ones(rows, text.tokens, dtype=torch.bool)
     return forward
+
+
+def step_across(runtime: Runtime, text: Forward, call: Mapping[str, Any], rows: int) -> Forward:
+    """As `start_across`, of a step on a static cache."""
+    state, running = _state(runtime, text), runtime.running
+    assert isinstance(state, StaticCrossState)
+    last_row, running.last_row = running.last_row, None
+    others = state.look_again(call.get(runtime.adapter.cross_mask), last_row)
+    state.step()
+    forward = Forward(state, text.cache, -1, 1)
+    runtime.record_step(forward, rows, others)
+    return forward
+
+
+def _state(runtime: Runtime, text: Forward) -> CrossState:
+    return state_of_images(text.cache, runtime, runtime.config, runtime.layers.left, runtime.gaze_layers)

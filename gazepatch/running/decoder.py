@@ -14,7 +14,7 @@ from gazepatch.caches.name import CACHE, FORMER
 from gazepatch.caches.state import GazeState
 from gazepatch.errors import PatchError, UnsupportedModelError
 from gazepatch.insertion import Insertion
-from gazepatch.running.across import start_across
+from gazepatch.running.across import start_across, step_across
 from gazepatch.running.checkpointing import OF_FORWARD, checkpoints, runs_again
 from gazepatch.running.forward import Forward
 from gazepatch.running.masks import Documents, documents
@@ -59,8 +59,11 @@ class DecoderHooks:
             return None  # the decoder itself says what it needs
         rows, tokens = hidden.shape[:2]
         cache = call.get(self.cache_name)
-        if tokens == 1 and cache is not None and (ready := stepping(cache, runtime)) is not None:
-            start_step(runtime, ready, cache, rows)
+        brings = call.get(runtime.adapter.cross_states) is not None  # images, which no step does
+        if tokens == 1 and not brings and cache is not None and (ready := stepping(cache, runtime)) is not None:
+            forward = start_step(runtime, ready, cache, rows)
+            if runtime.adapter.across:
+                forward.across = step_across(runtime, forward, call, rows)
             return (), lengthen_step(call, ready, hidden) if ready.slots.inserted else call
         return (), self._started(module, call, hidden)
 

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gazepatch.running.runtime import Runtime
@@ -67,6 +68,8 @@ class Repeating:
 
     def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the name of the last row of the mask that a forward starts with."""
+        if torch.compiler.is_compiling():  # names mean nothing there
+            return
         self.runtime.running.last_row = _row(kwargs.get(self.name), self._last.handed)
 
 

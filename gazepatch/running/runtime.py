@@ -114,3 +114,10 @@ class Runtime:
         elif state.spans:
             state.counters.steps += 1
             forward.trace = self.running.trace
+
+    def record_step(self, forward: Forward, rows: int, others: bool = False) -> None:
+        """`record` a step on a static cache, which has been counted."""
+        self.counters = forward.state.counters
+        if self.running.trace is not None:
+            self.running.trace.follow(forward.state, rows, others)
+            forward.trace = self.running.trace if forward.state.spans else None

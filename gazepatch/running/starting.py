@@ -21,14 +21,13 @@ from gazepatch.running.runtime import Runtime
 logger = logging.getLogger("gazepatch")
 
 
-def start_step(runtime: Runtime, state: StaticState, cache: Cache, rows: int) -> None:
+def start_step(runtime: Runtime, state: StaticState, cache: Cache, rows: int) -> Forward:
     """A decode step on a static cache starts. No Python value here may differ from one step to the next."""
     state.step()
-    runtime.counters, running = state.counters, runtime.running
-    forward = running.forward = Forward(state, cache, -1, 1)
-    if running.trace is not None:
-        running.trace.follow(state, rows, False)
-        forward.trace = running.trace if state.spans else None
+    forward = runtime.running.forward = Forward(state, cache, -1, 1)
+    if not runtime.adapter.across:
+        runtime.record_step(forward, rows)
+    return forward
 
 
 def start(runtime: Runtime, state: GazeState, cache: Cache | None, rows: int, tokens: int) -> Forward:

@@ -71,8 +71,8 @@ def verify(model: nn.Module, inputs: Mapping[str, Any], *, steps: int = 4) -> Ve
 
     Three promises. Reading every region gives the dense logits, over a prompt and `steps` greedy tokens; that is
     checked without context tokens, which are there to change them. What gazes reads the same whether its keys come from
-    a cache or from one forward without any; in half precision the median step counts, as choices among equals are a
-    matter of rounding there. `restore` leaves the logits bit for bit, and the model's hooks, attributes
+    a cache or from one forward without any; in half precision one step in five may differ more than by rounding, as
+    choices among equals go either way there. `restore` leaves the logits bit for bit, and the model's hooks, attributes
     and registries as they were.
 
     Args:
@@ -131,9 +131,9 @@ def _verify(
             ),
             Check(
                 "cached equals uncached",
-                _median_gap(cached, uncached) if dtype in HALF else _gap(cached, uncached),
+                _gap_of_most(cached, uncached) if dtype in HALF else _gap(cached, uncached),
                 min(max(limit, SLACK * own), SLACK * limit),
-                f"largest logit difference, {'median of the' if dtype in HALF else 'same'} steps",
+                f"largest logit difference{' of four steps in five' if dtype in HALF else ''}, same steps",
             ),
             Check("exact undo: logits", _gap(dense, again), 0.0, "largest logit difference, before and after"),
             Check("exact undo: model", _changes(before, after), 0.0, "hooks, attributes and registries changed"),
@@ -190,10 +190,10 @@ def _gap(a: Tensor, b: Tensor) -> float:
     return (a.float() - b.float()).abs().max().item()
 
 
-def _median_gap(a: Tensor, b: Tensor) -> float:
-    """Of the largest differences of each step the median, the larger one of two; NaN if there is any."""
+def _gap_of_most(a: Tensor, b: Tensor) -> float:
+    """The largest difference without one step in five, which may differ `SLACK` times as much; NaN if there is any."""
     gaps = (a.float() - b.float()).abs().amax((0, 2)).sort().values
-    return gaps[-1 if gaps.isnan().any() else len(gaps) // 2].item()
+    return max(gaps[-1 - len(gaps) // 5].item(), gaps[-1].item() / SLACK) if gaps.isfinite().all() else float("nan")
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import pytest
@@ -40,19 +41,21 @@ def test_verify_notices_harm(case: Case, monkeypatch: pytest.MonkeyPatch) -> Non
     assert failed == {"dense equivalence", "cached equals uncached"}
 
 
-@pytest.mark.parametrize("harm", [1.5, float("nan")])
-def test_verify_notices_harm_in_half_precision(case: Case, monkeypatch: pytest.MonkeyPatch, harm: float) -> None:
+@pytest.mark.parametrize(("harm", "calls"), [(1.5, range(100)), (1.5, range(12, 16)), (float("nan"), [8])])
+def test_verify_notices_harm_in_half_precision(
+    case: Case, monkeypatch: pytest.MonkeyPatch, harm: float, calls: Container[int]
+) -> None:
     case.model.to(torch.bfloat16)
     inputs = {**case.inputs, "pixel_values": case.inputs["pixel_values"].to(torch.bfloat16)}
     decode, steps = GazeAttention.decode, []
 
     def harmed(*arguments: Any) -> Tensor:
         steps.append(decode(*arguments))
-        return steps[-1] * (harm if harm > 1 or len(steps) == 9 else 1.0)  # the first step behind those at full budget
+        return steps[-1] * (harm if len(steps) - 1 in calls else 1.0)  # two a step, the first four at full budget
 
     monkeypatch.setattr(GazeAttention, "decode", harmed)
     failed = {check.name for check in verify(case.model, inputs).checks if not check.passed}
-    assert failed == ({"dense equivalence", "cached equals uncached"} if harm > 1 else {"cached equals uncached"})
+    assert failed == {"cached equals uncached"} | ({"dense equivalence"} if 0 in calls else set())
 
 
 def test_verify_refuses_what_it_cannot_check(case: Case) -> None:

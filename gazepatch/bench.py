@@ -62,7 +62,7 @@ def bench(
     Raises:
         PatchError: The model is not patched.
         UnsupportedModelError: It has no `generate`.
-        ConfigError: There is nothing to measure.
+        ConfigError: There is nothing to measure: no image, no round, or no token behind the first.
     """
     if new_tokens < 2 or rounds < 1:
         raise ConfigError(f"expected new_tokens >= 2 and rounds >= 1, got {new_tokens} and {rounds}")
@@ -71,6 +71,8 @@ def bench(
         with restored(model):
             whole.append(_prompt_and_token(model, inputs, new_tokens))
         gazed.append(_prompt_and_token(model, inputs, new_tokens))
+        if not stats(model).visual_entries:
+            raise ConfigError("expected inputs with at least one image, got none: without any, both sides do the same")
         if progress is not None:
             progress(done + 1, rounds + 1)
     gazed, whole = gazed[1:], whole[1:]

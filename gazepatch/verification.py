@@ -69,6 +69,8 @@ class Verification:
 def verify(model: nn.Module, inputs: Mapping[str, Any], *, steps: int = 4) -> Verification:
     """Check a model on one input; it is left as it was, patched or not.
 
+    Caches that it has filled while patched cannot be used any more, and `stats` start anew.
+
     Three promises. Reading every region gives the dense logits, over a prompt and `steps` greedy tokens; that is
     checked without context tokens, which are there to change them. What gazes reads the same whether its keys come from
     a cache or from one forward without any; in half precision one step in five may differ more than by rounding, as
@@ -112,9 +114,12 @@ def _verify(
     dtype = root_model(model).dtype
     limit = TOLERANCE.get(dtype, 1e-5) * max(1.0, dense.abs().max().item())
     if own > SLACK * limit:
+        likely = "some do where a prompt ends in an image: end it with text"
+        if root_model(model).training:
+            likely = "one that is in training mode may: call model.eval()"
         raise ConfigError(
             f"these inputs cannot be checked: unpatched, the model differs by {own:.2g} between a cache and none, as "
-            "some do where a prompt ends in an image: end it with text"
+            + likely
         )
     with patched(model, dataclasses.replace(always, prefill="gaze"), context_tokens=context_tokens):
         cached, _ = generate_logits(model, inputs, steps, tokens)

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from tiny import tiny
 
 from gazepatch.artefact.fidelity import measure_fidelity
 from gazepatch.config import GazeConfig
-from gazepatch.patch import patched
+from gazepatch.patch import is_patched, patched
 from gazepatch.verification import generate_logits
 
 CONFIG = GazeConfig(region=(3, 3, 1), window=None, budget=1.0, periphery=False, min_visual_tokens=0)
+
+
+def test_a_small_image_gazes_all_the_same() -> None:
+    case = tiny("llava")
+    with patched(case.model, CONFIG, budget=0.1, min_visual_tokens=10**6, context_tokens=torch.randn(2, 64)):
+        found = measure_fidelity(case.model, case.inputs, steps=2)
+        assert is_patched(case.model)
+    assert found["read_share"] < 0.5 and found["min_visual_tokens"] == 0 and found["divergence"] > 1e-9
 
 
 @pytest.mark.parametrize("budget", [1.0, 0.1])

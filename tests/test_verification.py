@@ -63,6 +63,11 @@ def test_verify_refuses_what_it_cannot_check(case: Case) -> None:
     with pytest.raises(ConfigError, match="expected inputs with at least one image, got none"):
         verify(case.model, text)
     assert not is_patched(case.model)
+    with (
+        patched(case.model, SMALL),
+        pytest.raises(ConfigError, match="at least one image, got none: without any, both"),
+    ):
+        bench(case.model, text, new_tokens=2)
     with pytest.raises(ConfigError, match="steps must be at least 1, got 0"):
         verify(case.model, case.inputs, steps=0)
     with patched(inner := case.model.model, SMALL):
@@ -70,6 +75,15 @@ def test_verify_refuses_what_it_cannot_check(case: Case) -> None:
             with pytest.raises(UnsupportedModelError, match="expected a model that generates tokens, got a LlavaModel"):
                 checking(inner, case.inputs)
         assert is_patched(inner)
+
+
+def test_verify_of_a_model_in_training_mode(case: Case) -> None:
+    with torch.random.fork_rng():
+        case.model.config.get_text_config().attention_dropout = 0.5
+        for layer in case.model.get_decoder().layers:
+            layer.self_attn.attention_dropout = 0.5
+        with pytest.raises(ConfigError, match=r"in training mode may: call model\.eval\(\)"):
+            verify(case.model.train(), case.inputs)
 
 
 def test_verify_blames_no_model_for_what_it_does_unpatched() -> None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import nn
 
-from gazepatch.patch import dense, root_model, stats
+from gazepatch.patch import context_tokens_of, dense, patch_of, patched, restored, root_model, stats
 from gazepatch.verification import Verification, generate_logits
 
 
 @torch.no_grad()
 def measure_fidelity(model: nn.Module, inputs: Mapping[str, Any], *, steps: int = 32) -> dict[str, Any]:
     """Let a patched model follow the tokens that it would write densely, and compare its guesses.
+
+    However few visual tokens there are, it gazes: read whole, there would be nothing to compare.
 
     Args:
         model: The patched model.
@@ -26,17 +29,21 @@ def measure_fidelity(model: nn.Module, inputs: Mapping[str, Any], *, steps: int 
         `agreement`, the share of tokens that gaze would choose as well; `divergence`, the mean of
         `KL(dense || gaze)` in nats; `read_share` of the visual entries; `steps`, and what it was measured with.
     """
+    settings, context_tokens = replace(patch_of(model).config, min_visual_tokens=0), context_tokens_of(model)
     with dense(model):
         whole, tokens = generate_logits(model, inputs, steps - 1)
-    gazed, _ = generate_logits(model, inputs, steps - 1, tokens)
+    with restored(model), patched(model, settings, context_tokens=context_tokens):
+        gazed, _ = generate_logits(model, inputs, steps - 1, tokens)
+        read_share = stats(model).read_share
     # In float32 the rounding of distributions that are nearly the same makes it negative.
     log_p, log_q = whole.double().log_softmax(-1), gazed.double().log_softmax(-1)
     return {
         # Not with the tokens themselves: `generate` suppresses the end of a short answer, and these go on behind it.
         "agreement": (gazed.argmax(-1) == whole.argmax(-1)).float().mean().item(),
         "divergence": (log_p.exp() * (log_p - log_q)).sum(-1).mean().item(),
-        "read_share": stats(model).read_share,
+        "read_share": read_share,
         "steps": steps,
+        "min_visual_tokens": settings.min_visual_tokens,
         "dtype": str(root_model(model).dtype).removeprefix("torch."),
         "device": root_model(model).device.type,
         "torch": version("torch"),

@@ -161,6 +161,9 @@ def test_a_trained_model_is_saved_whole(base: Path, tmp_path: Path) -> None:
         model.lm_head.weight.add_(1)
     out = gazepatch.save(model, tmp_path / "full", full=True, provenance={"trainable": "full"})
     assert "trained with gaze" in (out / "README.md").read_text()
+    assert (
+        len({path.stat().st_mode for path in out.iterdir() if path.is_file()}) == 1
+    )  # whoever may read one file may read all
     again = gazepatch.load(out)
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
     assert torch.equal(again(**case.inputs).logits, model(**case.inputs).logits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -133,6 +134,12 @@ def save(
     if full and has_lora(root):
         raise ArtefactError("a full artefact has no LoRA adapters beside it: merge them into the model first")
     source = getattr(config, "_name_or_path", "") or None
+    known = source is not None and (os.path.isdir(source) or getattr(config, "_commit_hash", None) is not None)
+    if source is not None and not known and not full:
+        raise ArtefactError(
+            f"an artefact names its base model, and this one was loaded from {source!r}, which is neither a folder "
+            "(seen from here) nor a model of the Hub: set model.config._name_or_path to the folder"
+        )
     if source is None and not full:
         raise ArtefactError(
             "an artefact names its base model, and this one was not loaded from anywhere: "
@@ -141,7 +148,7 @@ def save(
     out, local = Path(out).absolute(), _local(source)
     check_output(out, local, force)
     # A full artefact does not need a folder of this machine, and others need not know of it.
-    base = source if local is None else None if full else str(local)
+    base = source if local is None and known else None if full else str(local)
     manifest = replace(Manifest.of(config, gaze, base), full=full, provenance=provenance)
     if source is not None:
         geometry = processor_geometry(source, revision=manifest.base_revision)
@@ -159,6 +166,8 @@ def save(
                 _copy_beside(source, None if local is not None else manifest.base_revision, folder)
             if not any(folder.glob(PROCESSORS)):
                 logger.warning("%s has no processor: put it there with processor.save_pretrained(%r)", out, str(out))
+        for weights in folder.rglob("*.safetensors"):  # which safetensors lets nobody else read
+            shutil.copymode(next(weights.parent.glob("*config.json")), weights)
 
     licence = licence_of(source) if source is not None else {}
     return _write(out, manifest, context_tokens_of(model), force, own_files, licence)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from tqdm.auto import tqdm  # type: ignore[import-untyped,unused-ignore]
@@ -11,7 +12,7 @@ from gazepatch.config import budget_text
 
 
 class Bar(TrainerCallback):
-    """A progress bar on stderr, of the first process."""
+    """A progress bar on stderr, of the first process; where that is no terminal, a line for every figure."""
 
     def __init__(self) -> None:
         self.bar: Any = None
@@ -20,7 +21,10 @@ class Bar(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", desc="train")
+            terminal = sys.stderr.isatty()
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, unit="step", desc="train", disable=not terminal
+            )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.bar is not None:
@@ -34,13 +38,20 @@ class Bar(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self.bar is not None and logs is not None and "agreement" in logs:
-            self.bar.set_postfix_str(
-                f"loss {logs['loss']:.4g}, budget {budget_text(logs['budget'])}, agreement {logs['agreement']:.1%}"
-            )
+        if self.bar is None or logs is None or "loss" not in logs:
+            return
+        if self.bar.disable:
+            print(f"train: step {state.global_step}/{state.max_steps}, {_figures(logs)}", file=sys.stderr, flush=True)
+        else:
+            self.bar.set_postfix_str(_figures(logs))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def _figures(logs: dict[str, Any]) -> str:
+    figures = f"loss {logs['loss']:.4g}, budget {budget_text(logs['budget'])}"
+    return figures + (f", agreement {logs['agreement']:.1%}" if "agreement" in logs else "")

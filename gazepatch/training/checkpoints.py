@@ -22,11 +22,11 @@ class Work:
 
     Args:
         out: The artefact to be.
-        run: What tells this training from others, in what JSON can hold.
+        run: What tells this training from others, in what JSON can hold, or as text.
     """
 
     def __init__(self, out: Path, run: dict[str, Any]) -> None:
-        self.folder, self.run = out.with_name(f"{out.name}.work"), json.loads(json.dumps(run))
+        self.folder, self.run = out.with_name(f"{out.name}.work"), json.loads(json.dumps(run, default=str))
 
     def open(self) -> Path | None:
         """Make the folder, or enter it again; the newest whole checkpoint, if there is one.

@@ -35,6 +35,10 @@ from gazepatch.training.trained import Trained
 from gazepatch.training.trainer import GazeTrainer
 
 WARM_UP = 0.03  # share of the steps over which the learning rate rises
+#: Arguments of the Trainer that may be others when a training goes on: what it learns does not depend on them.
+CHANGEABLE = frozenset(
+    ("report_to", "run_name", "project", "logging_first_step", "dataloader_num_workers", "dataloader_pin_memory")
+)
 
 
 def train(
@@ -85,15 +89,16 @@ def train(
     records = read_records(data)
     collator = Collator(AutoProcessor.from_pretrained(source))
     collator.rendered(records[0])  # a template that does not fit is found before the weights are read
-    work = Work(folder, _identity(source, records, config, training))
-    arguments = _arguments(work, training, len(records), trainer_arguments or {})
+    further = trainer_arguments or {}
+    work = Work(folder, _identity(source, records, config, training, further))
+    arguments = _arguments(work, training, len(records), further)
     spread = fsdp_wanted(arguments)
     with arguments.main_process_first(local=False, desc="working folder"):
         checkpoint = work.open()
         if arguments.process_index == 0:
             work.discard_broken()
     model, trained = _prepare(source, config, training)
-    if training.trainable == "full":
+    if training.trainable == "full" and training.objective == "distill":
         trained.teacher = _teacher(source, arguments, spread)
     schedule = Schedule.falling(config.budget, arguments.max_steps, training.schedule)
     trainer = GazeTrainer(
@@ -139,9 +144,12 @@ def _check(config: GazeConfig, training: TrainConfig) -> None:
         require_peft()
 
 
-def _identity(source: str | Path, records: Records, config: GazeConfig, training: TrainConfig) -> dict[str, Any]:
+def _identity(
+    source: str | Path, records: Records, config: GazeConfig, training: TrainConfig, further: Mapping[str, Any]
+) -> dict[str, Any]:
     """What an interrupted training must agree on with the one that goes on."""
     how = {name: value for name, value in training.to_dict().items() if name not in ("save_every", "log_every")}
+    how |= {f"trainer argument {name}": value for name, value in further.items() if name not in CHANGEABLE}
     return {"model": str(source), "data": records.name, "data_digest": records.digest, **config.to_dict(), **how}
 
 
@@ -213,7 +221,7 @@ def _teacher(source: str | Path, arguments: TrainingArguments, spread: bool) -> 
 
 def _provenance(trainer: GazeTrainer, records: Records, training: TrainConfig, schedule: Schedule) -> dict[str, Any]:
     """How the artefact came about, for its `gaze_config.json`."""
-    last = next((entry for entry in reversed(trainer.state.log_history) if "agreement" in entry), {})
+    last = next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
     return {
         **training.to_dict(),
         "learning_rate": training.peak_rate,

@@ -89,6 +89,11 @@ class Trained:
 
         self.model.register_forward_hook(reach)
 
+    @property
+    def knows_untrained(self) -> bool:
+        """Whether there is an `untrained` model: where all weights learn, only a teacher is one."""
+        return self.trainable != "full" or self.teacher is not None
+
     @contextmanager
     def untrained(self, wrapped: nn.Module) -> Iterator[nn.Module]:
         """The model as it was, read densely: what `distill` holds the training to.

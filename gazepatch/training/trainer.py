@@ -87,7 +87,7 @@ class GazeTrainer(Trainer):
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
         columns, kept, tokens = supervised(labels)
         teacher = None
-        if self.objective == "distill" or self._logs_next():
+        if self.objective == "distill" or (self._logs_next() and self.trained.knows_untrained):
             with torch.no_grad(), self.trained.untrained(model) as untrained:
                 teacher = logits_at(untrained, inputs, columns, kept)
         student = logits_at(model, inputs, columns, kept)
@@ -113,7 +113,8 @@ class GazeTrainer(Trainer):
             right, of = self.accelerator.reduce(self.counts, "sum").tolist()
             self.counts = torch.zeros_like(self.counts)
             logs["budget"] = patch_of(self.trained.model).config.budget
-            logs["agreement"] = right / max(1.0, of)
+            if of:  # a model that learns as a whole to predict the data is compared with nothing
+                logs["agreement"] = right / of
         super().log(logs, start_time)
 
     def _logs_next(self) -> bool:

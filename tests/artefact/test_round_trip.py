@@ -102,6 +102,17 @@ def test_save_needs_a_base_model(tmp_path: Path) -> None:
         gazepatch.save(model, tmp_path / "saved")
 
 
+def test_save_needs_to_find_the_base_model(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(base.parent)
+    model = gazepatch.apply(transformers.AutoModelForImageTextToText.from_pretrained("base"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArtefactError, match=r"loaded from 'base', which is neither a folder .*_name_or_path"):
+        gazepatch.save(model, tmp_path / "saved")
+    assert read(gazepatch.save(model, tmp_path / "full", full=True)).base_model is None
+    model.config._name_or_path = str(base)
+    assert read(gazepatch.save(model, tmp_path / "saved")).base_model == str(base)
+
+
 def test_relative_paths_become_absolute(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(base.parent)
     out = gazepatch.convert("base", tmp_path / "gaze")

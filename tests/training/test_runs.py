@@ -56,6 +56,8 @@ def test_killed_it_goes_on_from_the_last_checkpoint(
     assert "model.safetensors" not in held and sum(held.values()) < 100_000, held
     # What a process leaves that was killed while it wrote a checkpoint.
     (work / "checkpoint-6").mkdir()
+    with pytest.raises(TrainingError, match=r"interrupted, with trainer argument weight_decay None, .* has 0\.5"):
+        trained(base, data, out, trainer_arguments={"weight_decay": 0.5})
     with pytest.raises(TrainingError, match=r"out.work holds a training that was interrupted, with seed 0, .* has 1"):
         trained(base, data, out, seed=1)
     steps: list[int] = []

@@ -322,6 +322,16 @@ def test_full(base: Path, data: Path, tmp_path: Path, processor: Any) -> None:
     assert transformers.AutoProcessor.from_pretrained(out).chat_template == CHAT_TEMPLATE
 
 
+def test_full_on_the_data_alone_needs_no_second_model(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("gazepatch.training.run._teacher", None)
+    settings: dict[str, Any] = {"trainable": "full", "objective": "next-token", "steps": 2, "log_every": 2}
+    provenance = read(gazepatch.train(base, data, tmp_path / "out", config=CONFIG, **settings)).provenance or {}
+    assert provenance["final_loss"] > 0 and provenance["final_agreement_in_training"] is None
+    assert "train: step 2/2, loss" in (said := capsys.readouterr().err) and "agreement" not in said
+
+
 def test_context_tokens_learn_at_a_rate_of_their_own(base: Path, data: Path, tmp_path: Path) -> None:
     first = gazepatch.initial_context_tokens(transformers.AutoModelForImageTextToText.from_pretrained(base), 2)
     before = load_file(base / "model.safetensors")

@@ -74,6 +74,17 @@ class VideoLlava(Squares):
         return None if rest else [[piece for of_frame in pieces for piece in of_frame]]
 
 
+class PerceptionLM(Squares):
+    """Images of one call have equally many tiles, and may stand side by side."""
+
+    def media(self, config: Any, modality: str, call: Mapping[str, Any]) -> Sequence[Media] | None:
+        pixels = call.get("pixel_values")
+        if modality == "video" or pixels is None or pixels.dim() != 5:
+            return None
+        images, tiles = pixels.shape[:2]
+        return list(self.run(config, modality, tiles * self.side(config) ** 2) or ()) * images
+
+
 class GraniteDocling(Squares):
     """A tile has twice as many tokens along its side where the processor asks for fine ones."""
 
@@ -158,5 +169,5 @@ ADAPTERS: tuple[Adapter, ...] = (
     ),
     Squares(("internvl", "qianfan_ocr"), images=ONE_RUN, videos="as images", side=_shuffled, tiles=True),
     Squares(("got_ocr2", "pp_chart2table"), images=ONE_RUN, side=lambda config: _patches(config) // 4, tiles=True),
-    Squares(("perception_lm",), images=ONE_RUN, videos="one run a video", side=_perceived, tiles=True),
+    PerceptionLM(("perception_lm",), images=ONE_RUN, videos="one run a video", side=_perceived, tiles=True),
 )

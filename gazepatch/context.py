@@ -45,7 +45,8 @@ def initial_context_tokens(model: Any, count: int, *, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     sample = torch.randint(words.num_embeddings, (SAMPLE,), generator=generator)
     with torch.no_grad():  # as the decoder sees them: some families scale their embeddings
-        vectors = words(sample.to(words.weight.device)).float()
+        # Where accelerate keeps the table elsewhere, its hook takes the sample along.
+        vectors = words(sample if words.weight.is_meta else sample.to(words.weight.device)).float()
     noise = torch.randn(count, vectors.shape[1], generator=generator).to(vectors.device)
     tokens: Tensor = vectors.mean(0) + noise * vectors.std(0)
     return tokens
@@ -146,7 +147,8 @@ def parameter(tokens: Tensor, decoder: nn.Module) -> nn.Parameter:
         return tokens
     table = decoder.get_input_embeddings().weight  # type: ignore[operator]
     dtype = table.dtype if table.is_floating_point() else tokens.dtype
-    return nn.Parameter(tokens.detach().clone().to(table.device, dtype))
+    device = tokens.device if table.is_meta else table.device  # a table that accelerate brings in for its layer alone
+    return nn.Parameter(tokens.detach().clone().to(device, dtype))
 
 
 def _metadata(model_type: str, hidden_size: int) -> dict[str, str]:

@@ -65,7 +65,8 @@ class Scores(NamedTuple):
 def as_bias(mask: Tensor) -> Tensor:
     """A mask of any shape, boolean (True: visible) or to be added, as what is added to scores: float32."""
     if mask.dtype == torch.bool:
-        return torch.where(mask, 0.0, ABSENT)
+        # Not by where, which would take the default type: float16 cannot say ABSENT.
+        return torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, ABSENT)
     # The least number of its type hides, which in float16 is not that little.
     return mask.float().masked_fill(mask <= torch.finfo(mask.dtype).min, ABSENT).clamp(min=ABSENT)
 

@@ -101,6 +101,13 @@ def test_adjacent_images(count: int) -> None:
     ]
 
 
+@pytest.mark.parametrize("tiles", [1, 3])
+def test_adjacent_images_of_tiles(tiles: int) -> None:
+    ids, call = [[1, *[IMAGE] * (36 * tiles * 2), 2]], {"image": {"pixel_values": torch.zeros(2, tiles, 3, 48, 48)}}
+    spans = adapter_for("perception_lm").locate(built("perception_lm").model.config, ids, call)
+    assert [span.media for span in spans] == [0] * tiles + [1] * tiles
+
+
 @pytest.mark.parametrize(
     ("tower", "strategy", "tokens_of_image"),
     [

@@ -41,6 +41,23 @@ def everything(case: Case) -> Any:
     )
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_an_image_in_pieces_is_refused(name: str) -> None:
+    case = tiny(name)
+    with patched(case.model, GAZE, context_tokens=context()):
+        with pytest.raises(CacheError, match="generate without prefill_chunk_size"):
+            case.model.generate(**case.inputs, max_new_tokens=2, prefill_chunk_size=16)
+        whole = generate_logits(case.model, case.inputs, 1)[0]
+        pieces = case.model.generate(
+            **case.inputs,
+            max_new_tokens=2,
+            prefill_chunk_size=case.spans[-1].stop + 1,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        assert torch.equal(torch.stack(pieces.logits, 1).argmax(-1), whole.argmax(-1))
+
+
 @pytest.mark.parametrize("name", [*CORE, "gemma3n"])
 @torch.no_grad()
 def test_generation_keeps_its_lengths(name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from tiny import Case, tiny
 from torch import nn
 
 import gazepatch
-from gazepatch.errors import ConfigError
+from gazepatch.errors import ConfigError, PatchError
 from gazepatch.patch import apply, context_tokens_of, patched, restore
 from gazepatch.verification import fingerprint, generate_logits, verify
 
@@ -51,6 +52,29 @@ def test_a_given_parameter_is_used_itself(case: Case) -> None:
     apply(case.model, GAZE, context_tokens=tensor)
     context_tokens_of(case.model).data.zero_()
     assert torch.equal(tensor, context())
+
+
+def offloaded(model: Any, folder: Path) -> Any:
+    """The model, with the weights of its text decoder on the disk."""
+    accelerate = pytest.importorskip("accelerate")
+    parts = {"model.vision_tower": "cpu", "model.multi_modal_projector": "cpu", "lm_head": "cpu"}
+    return accelerate.dispatch_model(model, parts | {"model.language_model": "disk"}, offload_dir=folder)
+
+
+def test_a_decoder_that_is_offloaded(case: Case, tmp_path: Path) -> None:
+    tokens = gazepatch.initial_context_tokens(case.model, 2)
+    with patched(case.model, GAZE, context_tokens=tokens):
+        expected, said = generate_logits(case.model, case.inputs, 2)
+    model = offloaded(case.model, tmp_path)
+    assert torch.equal(gazepatch.initial_context_tokens(model, 2), tokens)
+    with patched(model, GAZE, context_tokens=tokens):
+        torch.testing.assert_close(generate_logits(model, case.inputs, 2, said)[0], expected)
+
+
+def test_offloading_comes_before_apply(case: Case, tmp_path: Path) -> None:
+    model = offloaded(apply(case.model, GAZE, context_tokens=context()), tmp_path)
+    with pytest.raises(PatchError, match=r"offload it, before gazepatch\.apply"):
+        model(**case.inputs)
 
 
 def test_other_precisions(case: Case) -> None:

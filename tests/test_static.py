@@ -174,6 +174,19 @@ def test_steps_behind_the_end_of_the_room(case: Case) -> None:
 
 
 @torch.no_grad()
+def test_half_precision_as_the_default(case: Case) -> None:
+    with patched(case.model, SETTINGS["gaze prefill"]):
+        expected = [generate(batch(case)), generate(case)]
+        torch.set_default_dtype(torch.float16)
+        try:
+            actual = [generate(batch(case)), generate(case, cache_implementation="static")]
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for pair in zip(actual, expected, strict=True):
+        assert_same(*pair)
+
+
+@torch.no_grad()
 def test_a_mask_over_all_the_room(case: Case) -> None:
     tokens, padded = case.inputs["input_ids"].shape[1], torch.zeros(1, 300, dtype=torch.long)
     padded[:, 1 : tokens + 1] = 1

@@ -233,7 +233,7 @@ class GazeState:
             return None
         positions = self._others_on(device)
         if mask is None:
-            return torch.where(positions < 0, ABSENT, 0.0)[:, None, None]
+            return as_bias(positions >= 0)[:, None, None]
         row, positions = same_rows(mask.to(device)[:, 0, -1], positions)
         return bias_of(row.gather(1, positions.clamp(min=0)), positions < 0)
 

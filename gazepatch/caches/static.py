@@ -23,7 +23,7 @@ from gazepatch.insertion import Insertion
 from gazepatch.layout import Span
 from gazepatch.ops.late import Late
 from gazepatch.places import Places, settled
-from gazepatch.regions import ABSENT
+from gazepatch.scores import as_bias
 from gazepatch.stats import StepCounters
 
 
@@ -152,7 +152,7 @@ class StaticState(GazeState):
         positions: Tensor = self.table("other_positions", device)
         visible = (positions >= 0) & (positions <= self.filled.to(device))  # the step's own too
         if mask is None:
-            return torch.where(visible, 0.0, ABSENT)[:, None, None]
+            return as_bias(visible)[:, None, None]
         row = mask.to(device)[:, 0, -1]
         if row.shape[1] < self.room:  # padding only: of the tokens so far
             row = torch.nn.functional.pad(row, (0, self.room - row.shape[1]), value=True)

@@ -16,8 +16,8 @@ from gazepatch.config import GazeConfig
 from gazepatch.ops.late import Late
 from gazepatch.ops.partial import Part, attend, combine, sink
 from gazepatch.places import Places, locked
-from gazepatch.regions import ABSENT, Regions
-from gazepatch.scores import Scores, added
+from gazepatch.regions import Regions
+from gazepatch.scores import Scores, added, as_bias
 from gazepatch.selection import region_scores, select, window_logits
 
 #: Keys and values that a CPU core's own cache can hold for a moment.
@@ -211,7 +211,7 @@ def _attend_selected(
         held = plan.offsets < length[..., None]
         # A page that a shorter region does not have is read where the store begins, and hidden.
         pages = pages.masked_fill(~held, 0)
-        bias = torch.where(held, 0.0, ABSENT).repeat_interleave(plan.page, -1).view(1, groups, 1, -1)
+        bias = as_bias(held).repeat_interleave(plan.page, -1).view(1, groups, 1, -1)
         read = length.sum()
     if of_visual is not None:
         own = _of_selected(of_visual, selected, plan)
@@ -274,4 +274,4 @@ def _padding_bias(regions: Regions) -> Tensor | None:
         return None
     slot = torch.arange(regions.slots, device=regions.start.device)
     held = (slot >= regions.start[..., None]) & (slot < (regions.start + regions.length)[..., None])
-    return torch.where(held.any(1), 0.0, ABSENT)[:, None, None]
+    return as_bias(held.any(1))[:, None, None]

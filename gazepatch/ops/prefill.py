@@ -139,7 +139,7 @@ def _attend_masked(
         bias = as_bias((torch.arange(length, device=query.device) <= positions[:, None])[None, None])
     reads = taken.gather(-1, region_of.clamp(min=0)[:, None, None, None].expand(*taken.shape[:-1], -1))
     allowed = reads | (region_of < 0)[:, None, None, None]
-    full = torch.where(allowed, 0.0, ABSENT) + bias[:, :, :, None]
+    full = as_bias(allowed) + bias[:, :, :, None]
     full = full.expand(batch, key_heads, queries, rows // queries, length).reshape(batch, key_heads, rows, length)
     return attend(query, keys.key, keys.value, scores, added(full.clamp(min=ABSENT), scores.bias))
 

@@ -91,12 +91,21 @@ class DecoderHooks:
         if forward.insertion is not None or forward.routes:
             forward.documents = self._documents(call, cache, forward.insertion)
         if state.slots.inserted:
-            call = lengthen(call, state, forward.insertion, getattr(decoder, CONTEXT_TOKENS), cache)
+            call = lengthen(call, state, forward.insertion, self._context_tokens(decoder), cache)
         if runtime.store_of:
             self._keep_queries(call, forward)
         if runs_again(decoder, self.signature) and (forward.insertion is not None or forward.routes):
             call[OF_FORWARD] = forward
         return call
+
+    def _context_tokens(self, decoder: nn.Module) -> Tensor:
+        tokens: Tensor = getattr(decoder, CONTEXT_TOKENS)
+        if tokens.is_meta:
+            raise PatchError(
+                "the context tokens of this model are offloaded, so nobody can read them: load it with its device_map, or "
+                "offload it, before gazepatch.apply"
+            )
+        return tokens
 
     def _cache(self, decoder: nn.Module, call: dict[str, Any]) -> Cache | None:
         """The cache to use: that of the call, or one that the decoder was about to make, which has to be ours."""

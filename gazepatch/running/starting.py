@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from gazepatch.caches.state import GazeState
 from gazepatch.caches.static import StaticState
+from gazepatch.errors import CacheError
 from gazepatch.insertion import Insertion, insert
 from gazepatch.layout import Span
 from gazepatch.running.capture import MODALITIES
@@ -42,6 +43,7 @@ def start(runtime: Runtime, state: GazeState, cache: Cache | None, rows: int, to
     text = _text(runtime, ids, spans) if ids is not None and runtime.config.prefill == "gaze" else None
     insertion = insert(spans, rows, tokens, runtime.config.context_tokens)
     if insertion is not None:
+        _check_whole(spans, state)
         spans, tokens = insertion.moved(spans), insertion.source.shape[1]
     spans = [replace(span, start=span.start + past, stop=span.stop + past) for span in spans]
     state.begin(spans, rows, tokens, insertion)
@@ -51,6 +53,16 @@ def start(runtime: Runtime, state: GazeState, cache: Cache | None, rows: int, to
     if text is not None and state.regions is not None:
         forward.routed, forward.routed_rows = _routed(text, insertion, past, state)
     return forward
+
+
+def _check_whole(spans: Sequence[Span], state: GazeState) -> None:
+    """Refuse the rest of an image that was cut: its first part has context tokens behind it already."""
+    if past := state.length:
+        if any(span.start == 0 for span in spans) and state.slots.last_context() == past - 1:
+            raise CacheError(
+                "an image goes on that the forward before this one began, and context tokens stand behind whole images: "
+                "generate without prefill_chunk_size, or let chunks end between images"
+            )
 
 
 def _ids(runtime: Runtime, rows: int, tokens: int, past: int) -> list[list[int]] | None:

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from gazepatch.cli.usage import bad_usage
-from gazepatch.config import Block, GazeConfig
+from gazepatch.config import GazeConfig, Size
 
 Command = Callable[..., Any]
 Settings = typing.TypeVar("Settings", bound=Any)
@@ -92,8 +92,8 @@ def share_or_number(text: str) -> float | int:
 
 
 _PARSERS: dict[Any, tuple[str, Callable[[str], object]]] = {
-    Block: ("H,W,T", _integers),
-    Block | None: ("H,W,T|none", _block_or_none),
+    Size: ("H,W,T", _integers),
+    Size | None: ("H,W,T|none", _block_or_none),
     float | int: ("SHARE|NUMBER", share_or_number),
     tuple[int, ...]: ("N,N,...", _integers),
     int: ("N", int),

@@ -53,7 +53,7 @@ def bench(
     """Time `generate` with the unpatched model and with gaze, in turn, so that both see the same machine.
 
     Args:
-        model: The patched model; it is left as it was.
+        model: The patched model; it is left as it was. Caches that it has filled cannot be used any more.
         inputs: What a processor returns for it, with at least one image.
         new_tokens: Tokens to generate each time.
         rounds: How often, after one round that is not counted.

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from gazepatch.errors import ConfigError
 
@@ -15,7 +15,10 @@ HEAD_REDUCTIONS = ("mean", "max", "none")
 PREFILLS = ("dense", "gaze")
 BACKENDS = ("auto", "torch", "triton")
 
-Block = tuple[int, int, int]
+#: `(h, w, t)` in decoder tokens.
+Size = tuple[int, int, int]
+
+Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,8 @@ class GazeConfig:
     Source: Gaze Attention, https://arxiv.org/abs/2605.13080; periphery as in https://arxiv.org/abs/2606.01563.
     """
 
-    region: Block = (6, 6, 1)
-    window: Block | None = (3, 3, 1)
+    region: Size = (6, 6, 1)
+    window: Size | None = (3, 3, 1)
     budget: float | int = 0.25
     context_tokens: int = 0
     periphery: bool = True
@@ -82,6 +85,10 @@ class GazeConfig:
         check_choice("backend", self.backend, BACKENDS)
         _check_layers(self.dense_layers)
 
+    def changed(self, settings: Mapping[str, Any]) -> GazeConfig:
+        """These settings with others in the place of some."""
+        return self.from_dict(self.to_dict() | settings)
+
     @classmethod
     def paper(cls, **settings: Any) -> GazeConfig:
         """The settings of the paper, for models trained with gaze: an eighth of the regions, 4 context tokens."""
@@ -96,7 +103,7 @@ class GazeConfig:
         return cls(**(paper | settings))
 
     @property
-    def window_size(self) -> Block:
+    def window_size(self) -> Size:
         """The window in use: `window`, or the whole region."""
         return self.region if self.window is None else self.window
 
@@ -144,6 +151,20 @@ def budget_text(budget: float | int) -> str:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def settings_of(given: Any, default: Settings) -> Settings:
+    """What was given for settings like the `default`, which stands for None.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    if given is not None and not isinstance(given, wanted := type(default)):
+        raise ConfigError(
+            f"expected a {wanted.__name__}, got {type(given).__name__}: "
+            f"{wanted.__name__}.from_dict(...) makes one of a mapping"
+        )
+    return default if given is None else given
 
 
 def check_int(name: str, value: object, least: int) -> None:

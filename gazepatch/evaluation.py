@@ -63,7 +63,7 @@ def evaluate(
     processor: Any,
     data: str | Path,
     *,
-    budgets: Sequence[float | int] = (),
+    budgets: Sequence[float | int] | float | int = (),
     limit: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Score]:
@@ -74,10 +74,10 @@ def evaluate(
     The dense side has neither routing nor context tokens nor LoRA adapters.
 
     Args:
-        model: The patched model; it is left as it was.
+        model: The patched model; it is left as it was. Caches that it has filled cannot be used any more.
         processor: The model's.
         data: File of records, folder with one, or name of a set of `datasets`: see `gazepatch.training.records`.
-        budgets: Budgets to measure, by default the model's own.
+        budgets: Budgets to measure, one or several; by default the model's own.
         limit: Read so many conversations only.
         progress: Called with the conversations done and those there are.
 
@@ -90,13 +90,14 @@ def evaluate(
         TrainingError: The data are broken.
     """
     config, tokens = patch_of(model).config, context_tokens_of(model)
-    gazes = [replace(config, prefill="gaze", budget=budget) for budget in budgets or (config.budget,)]
+    wanted = (budgets,) if isinstance(budgets, (int, float)) else budgets
+    gazes = [replace(config, prefill="gaze", budget=budget) for budget in wanted or (config.budget,)]
     if limit is not None and limit < 1:
         raise ConfigError(f"limit must be at least 1, got {limit}")
     collator, records = Collator(processor), read_records(data)
     count = min(len(records), limit or len(records))
     sums, whole = [_Sums(gaze.budget) for gaze in gazes], 0
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with restored(model), patched(model, gazes[0], context_tokens=tokens):
@@ -108,7 +109,8 @@ def evaluate(
                 if progress is not None:
                     progress(number + 1, count)
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
     return [of_budget.score(whole) for of_budget in sums]
 
 
@@ -132,7 +134,7 @@ class _Sums:
             self.with_images += len(answer)
             self.read += read * len(answer)
         self.agreed += float(agreed(gazed, densely))
-        self.divergence += float(distill(gazed, densely))
+        self.divergence += max(0.0, float(distill(gazed, densely)))  # which rounding may bring below
         self.right += float((gazed.argmax(-1) == answer).sum())
         self.dense_right += float((densely.argmax(-1) == answer).sum())
 

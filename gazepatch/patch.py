@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from gazepatch.adapters.base import Adapter
 from gazepatch.backend import choose
-from gazepatch.config import GazeConfig
+from gazepatch.config import GazeConfig, settings_of
 from gazepatch.context import parameter, with_context_tokens
 from gazepatch.eager import nothing_compiled
-from gazepatch.errors import ConfigError, PatchError, UnsupportedModelError
+from gazepatch.errors import PatchError, UnsupportedModelError
 from gazepatch.layers import gaze_layers
 from gazepatch.registry import adapter_for
 from gazepatch.running.attention import PREFIX, GazeAttention
@@ -74,7 +74,7 @@ def apply(
         ArtefactError: The file of the context tokens is damaged, or made for another model.
     """
     root = root_model(model)
-    config = _settings(config, settings)
+    config = settings_of(config, GazeConfig()).changed(settings)
     if hasattr(root, ATTRIBUTE):
         raise PatchError(
             f"this model is patched already, with {patch_of(model).config}: to change settings, call "
@@ -138,17 +138,20 @@ def patched(
     context_tokens: Tensor | str | Path | None = None,
     **settings: Any,
 ) -> Iterator[Model]:
-    """`apply` for the length of a `with` block, and `restore` behind it, also after an exception."""
+    """`apply` for the length of a `with` block, and `restore` behind it if nobody did, also after an exception."""
     apply(model, config, context_tokens=context_tokens, **settings)
     try:
         yield model
     finally:
-        restore(model)
+        if is_patched(model):
+            restore(model)
 
 
 @contextmanager
 def restored(model: Model) -> Iterator[Model]:
-    """The unpatched model for the length of a `with` block; behind it, it is patched as before, the same tokens too.
+    """The unpatched model for the length of a `with` block; behind it, it is patched anew, with the same tokens.
+
+    Caches that the first patch has filled cannot be used with the new one.
 
     Raises:
         PatchError: The model is not patched.
@@ -301,13 +304,6 @@ def generating_model(model: nn.Module) -> Any:
             "with AutoModelForImageTextToText"
         )
     return root
-
-
-def _settings(config: GazeConfig | None, settings: dict[str, Any]) -> GazeConfig:
-    if config is not None and not isinstance(config, GazeConfig):
-        raise ConfigError(f"config must be a GazeConfig, got {type(config).__name__}")
-    base = config or GazeConfig()
-    return GazeConfig.from_dict(base.to_dict() | settings)
 
 
 def _has_local_layers(adapter: Adapter, model_config: Any) -> bool:

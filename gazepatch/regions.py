@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gazepatch.config import Block, GazeConfig
+from gazepatch.config import GazeConfig, Size
 from gazepatch.layout import Grid, Span
 
 #: Logit of what takes no part. Finite, so that a part without any entry has weight 0 and not NaN.
@@ -38,7 +38,7 @@ class Tiling(NamedTuple):
     slot_windows: Tensor
 
 
-def tile(grid: Grid, region: Block, window: Block) -> Tiling:
+def tile(grid: Grid, region: Size, window: Size) -> Tiling:
     """Cut a `(t, h, w)` grid into regions and windows of `(h, w, t)` tokens; those at the edges are smaller."""
     sizes = [grid[1], grid[2], grid[0]]  # in the order of a block: h, w, t
     per_axis = [math.ceil(n / r) for n, r in zip(sizes, region, strict=True)]
@@ -79,7 +79,7 @@ def region_cells(span: Span, config: GazeConfig) -> list[Cells]:
     return [Cells((i, j, k), (min(i + t, grid[0]), min(j + h, grid[1]), min(k + w, grid[2]))) for i, j, k in corners]
 
 
-def _cut(span: Span, config: GazeConfig) -> tuple[Grid, Block, Block]:
+def _cut(span: Span, config: GazeConfig) -> tuple[Grid, Size, Size]:
     """Grid, region and window."""
     if span.grid is not None:
         return span.grid, config.region, config.window_size

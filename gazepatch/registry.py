@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import os
@@ -122,9 +123,11 @@ def adapter_for(model_type: str) -> Adapter:
     refused: dict[str, str] = importlib.import_module("gazepatch.adapters.refused").REFUSED
     if model_type in refused:
         raise UnsupportedModelError(f"a model of type {model_type!r} cannot gaze: {refused[model_type]}")
+    like = difflib.get_close_matches(model_type, known_types())
     raise UnsupportedModelError(
-        f"no adapter for model type {model_type!r}; known: {', '.join(known_types())}. "
-        f"To add one, subclass gazepatch.adapters.base.Adapter and name it under the entry point group {ENTRY_POINTS!r}"
+        f"no adapter for model type {model_type!r}{', only for ' * bool(like)}{', '.join(like)}: `gazepatch families` "
+        "lists those that can gaze. To add one, subclass gazepatch.adapters.base.Adapter and name it under the entry "
+        f"point group {ENTRY_POINTS!r}"
     )
 
 

@@ -68,7 +68,16 @@ class Trace:
         return self._steps
 
     def read_share(self, step: int, row: int = 0, layer: int | None = None) -> float:
-        """Share of the visual entries of a row that a step read, in one layer or in all; 0 when there were none."""
+        """Share of the visual entries of a row that a step read, in one layer or in all; 0 when there were none.
+
+        Raises:
+            GazeError: There is no such step, row or layer.
+        """
+        if not -len(self.steps) <= step < len(self.steps):
+            raise GazeError(f"expected a step below {len(self.steps)}, those that were traced, got {step}")
+        if layer is not None and layer not in self.steps[step]:
+            raise GazeError(f"expected a layer that gazes, {', '.join(map(str, self.steps[step]))}, got {layer}")
+        self._of_row(row)
         layers = self.steps[step] if layer is None else [layer]
         shares = [self._share(self.steps[step][i][row], row) for i in layers]
         return sum(shares) / len(shares)

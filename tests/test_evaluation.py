@@ -125,6 +125,15 @@ def test_bench_leaves_the_model_as_it_was(model: Any, base: Path, data: Path) ->
         gazepatch.bench(model, inputs)
 
 
+def test_modules_keep_their_modes_and_the_processor_its_tokens(model: Any, base: Path, data: Path) -> None:
+    processor = transformers.AutoProcessor.from_pretrained(base)
+    processor.tokenizer.pad_token = None
+    frozen = model.train().get_decoder().layers[0].eval()
+    (score,) = gazepatch.evaluate(model, processor, data, budgets=1.0)
+    assert model.training and not frozen.training and processor.tokenizer.pad_token is None
+    assert score.budget == 1.0 and score.divergence >= 0
+
+
 def test_refusals(model: Any, base: Path, data: Path) -> None:
     processor = transformers.AutoProcessor.from_pretrained(base)
     with pytest.raises(ConfigError, match="budget must be"):

@@ -180,7 +180,7 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones() -> None:
     config = transformers.LlamaConfig(
         vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
     )
-    with pytest.raises(UnsupportedModelError, match=r"'llama'; known: .*llava.*To add one"):
+    with pytest.raises(UnsupportedModelError, match=r"'llama', only for .*llava.*To add one"):
         apply(transformers.LlamaForCausalLM(config))
 
 
@@ -341,6 +341,13 @@ def test_a_compiled_model_is_the_model(ran: Case) -> None:
     apply(compiled, SMALL)
     assert is_patched(ran.model)
     restore(compiled)
+    assert not is_patched(ran.model)
+
+
+def test_a_block_may_be_left_unpatched(ran: Case) -> None:
+    with pytest.raises(KeyError), patched(ran.model, SMALL):
+        restore(ran.model)
+        raise KeyError
     assert not is_patched(ran.model)
 
 

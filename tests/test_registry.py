@@ -39,12 +39,14 @@ def test_no_module_knows_types_that_the_table_does_not() -> None:
     assert {model_type for known in MODULES for model_type in adapter_for(known).model_types} == set(MODULES)
 
 
-def test_unknown_type_says_what_is_known_and_how_to_add_one() -> None:
+def test_unknown_type_says_what_is_like_it_and_how_to_add_one() -> None:
     with pytest.raises(UnsupportedModelError) as caught:
         adapter_for("bert")
     message = str(caught.value)
-    assert "'bert'" in message and ", ".join(known_types()) in message
+    assert "'bert': `gazepatch families`" in message
     assert "gazepatch.adapters.base.Adapter" in message and "'gazepatch.adapters'" in message
+    with pytest.raises(UnsupportedModelError, match=r"'qwen2_5_vl_text', only for .*qwen2_5_vl.*: `gazepatch"):
+        adapter_for("qwen2_5_vl_text")
 
 
 @pytest.mark.parametrize("model_type", ["foreign", "llava"], ids=["new", "instead of a built-in one"])

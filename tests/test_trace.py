@@ -131,6 +131,13 @@ def test_reading_everything_is_recorded_as_such(settings: dict[str, Any], cache:
         case.model.generate(**case.inputs, max_new_tokens=3, min_new_tokens=3, cache_implementation=cache)
     assert trace.steps == [{0: [None], 1: [None]}] * 2
     assert trace.read_share(1) == trace.read_share(1, layer=0) == 1.0
+    for asked, message in (
+        ({"step": 9}, "a step below"),
+        ({"step": 0, "row": 9}, "a row below"),
+        ({"step": 0, "layer": 9}, "a layer that"),
+    ):
+        with pytest.raises(GazeError, match=f"expected {message}"):
+            trace.read_share(**asked)
     assert sum(region.tokens for region in trace.regions[0]) == 128
 
 

@@ -27,7 +27,7 @@ from gazepatch.artefact.contents import read_artefact
 from gazepatch.artefact.finding import base_config, local_checkpoint, refuse_artefact
 from gazepatch.artefact.folders import check_output, complete_folder
 from gazepatch.artefact.manifest import CARD_NAME, FILE_NAME, LORA_NAME, Manifest, processor_geometry
-from gazepatch.config import GazeConfig
+from gazepatch.config import GazeConfig, settings_of
 from gazepatch.context import TOKENS_NAME, with_context_tokens, write_context_tokens
 from gazepatch.errors import ArtefactError, GazeError
 from gazepatch.files import replace_file
@@ -53,6 +53,7 @@ def convert(
     revision: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
+    **settings: Any,
 ) -> Path:
     """Make an artefact for a model, from its small files alone: no weights are loaded.
 
@@ -67,6 +68,7 @@ def convert(
         revision: Commit, branch or tag of the model on the Hub.
         force: Replace `out` if it is an artefact already, once the new one is complete.
         progress: With `full`, called with the bytes copied so far and those there are.
+        **settings: Fields of `GazeConfig` to change in `config`.
 
     Returns:
         The folder, as an absolute path.
@@ -75,13 +77,19 @@ def convert(
         UnsupportedModelError: The architecture has no adapter, or no layer of it can gaze.
         ArtefactError: `source` is not a model, or an artefact already; the context tokens are not for it; `out` cannot
             be written.
-        ConfigError: Arguments that do not go together.
+        ConfigError: A setting is wrong, or arguments do not go together.
     """
+    if not isinstance(source, (str, os.PathLike)):
+        raise ArtefactError(
+            f"expected a local folder or a Hub id, got a {type(source).__name__}: "
+            "gazepatch.save writes the artefact of a patched model"
+        )
+    gaze = settings_of(config, GazeConfig()).changed(settings)
     refuse_artefact(source, revision)
     model_config = base_config(source, revision=revision)
     adapter = adapter_for(model_config.model_type)
     hidden_size = adapter.text_config(model_config).hidden_size
-    gaze, tokens = with_context_tokens(config or GazeConfig(), context_tokens, model_config.model_type, hidden_size)
+    gaze, tokens = with_context_tokens(gaze, context_tokens, model_config.model_type, hidden_size)
     gaze_layers(adapter, model_config, gaze)  # refuses settings under which none would gaze
     out, local = Path(out).absolute(), _local(source)
     check_output(out, local, force)

@@ -102,8 +102,8 @@ class DecoderHooks:
         tokens: Tensor = getattr(decoder, CONTEXT_TOKENS)
         if tokens.is_meta:
             raise PatchError(
-                "the context tokens of this model are offloaded, so nobody can read them: load it with its device_map, or "
-                "offload it, before gazepatch.apply"
+                "the context tokens of this model are offloaded, so nobody can read them: load it with its device_map, "
+                "or offload it, before gazepatch.apply"
             )
         return tokens
 

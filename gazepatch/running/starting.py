@@ -57,12 +57,12 @@ def start(runtime: Runtime, state: GazeState, cache: Cache | None, rows: int, to
 
 def _check_whole(spans: Sequence[Span], state: GazeState) -> None:
     """Refuse the rest of an image that was cut: its first part has context tokens behind it already."""
-    if past := state.length:
-        if any(span.start == 0 for span in spans) and state.slots.last_context() == past - 1:
-            raise CacheError(
-                "an image goes on that the forward before this one began, and context tokens stand behind whole images: "
-                "generate without prefill_chunk_size, or let chunks end between images"
-            )
+    goes_on = state.length > 0 and any(span.start == 0 for span in spans)
+    if goes_on and state.slots.last_context() == state.length - 1:
+        raise CacheError(
+            "an image goes on that the forward before this one began, and context tokens stand behind whole images: "
+            "generate without prefill_chunk_size, or let chunks end between images"
+        )
 
 
 def _ids(runtime: Runtime, rows: int, tokens: int, past: int) -> list[list[int]] | None:
@@ -72,7 +72,9 @@ def _ids(runtime: Runtime, rows: int, tokens: int, past: int) -> list[list[int]]
         if tokens > 1 and not runtime.warned:
             runtime.warned = True
             found = "without input_ids" if ids is None else f"with {tokens} tokens for input_ids {tuple(ids.shape)}"
-            logger.warning("called %s: visual tokens cannot be found, so this prompt is read whole", found)
+            logger.warning(
+                "gazepatch: the model was called %s, so its images cannot be found and this prompt is read whole", found
+            )
         return None
     if mask is not None and mask.shape[1] >= tokens:
         stop = min(mask.shape[1], past + tokens)  # it may cover all the room of a static cache

@@ -6,6 +6,7 @@ template that only ever appends, whether it marks the assistant's part or not.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,8 +55,9 @@ class Collator:
                 "put a chat_template.jinja into the model's folder"
             )
         if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        self.processor, self.tokenizer = processor, tokenizer
+            processor = copy.deepcopy(processor)  # the given one stays as it is
+            processor.tokenizer.pad_token = tokenizer.eos_token
+        self.processor, self.tokenizer = processor, processor.tokenizer
 
     def __call__(self, records: Sequence[Record]) -> dict[str, Any]:
         """The model's inputs for some records, padded on the left, and `labels` `[B, S]`."""

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCall
 from gazepatch.artefact.finding import base_config, refuse_artefact
 from gazepatch.artefact.folders import check_output
 from gazepatch.artefact.making import save
-from gazepatch.config import GazeConfig
+from gazepatch.config import GazeConfig, settings_of
 from gazepatch.context import initial_context_tokens
 from gazepatch.errors import ConfigError, TrainingError
 from gazepatch.layers import gaze_layers
@@ -78,8 +78,8 @@ def train(
         UnsupportedModelError: The architecture has no adapter, or no layer of it can gaze.
         ArtefactError: `source` is not a model, or an artefact already, or `out` cannot be written.
     """
-    training = TrainConfig.from_dict((training or TrainConfig()).to_dict() | settings)
-    config = config or GazeConfig.paper()
+    training = settings_of(training, TrainConfig()).changed(settings)
+    config = settings_of(config, GazeConfig.paper())
     _check(config, training)
     refuse_artefact(source)
     model_config = base_config(source)

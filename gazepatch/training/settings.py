@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gazepatch.config import check_choice, check_int
+from gazepatch.config import GazeConfig, check_choice, check_int
 from gazepatch.errors import ConfigError
 
 OBJECTIVES = ("distill", "next-token")
@@ -111,6 +111,19 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
         return dataclasses.asdict(self)
+
+    def changed(self, settings: Mapping[str, Any]) -> TrainConfig:
+        """These settings with others in the place of some.
+
+        Raises:
+            ConfigError: One of them is unknown, or a setting of the gaze.
+        """
+        if of_gaze := sorted(settings.keys() & {field.name for field in dataclasses.fields(GazeConfig)}):
+            raise ConfigError(
+                f"{', '.join(of_gaze)} cannot be among the settings of a training: they are of the gaze, so give "
+                "config=GazeConfig.paper(...) with them"
+            )
+        return self.from_dict(self.to_dict() | settings)
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> TrainConfig:

@@ -18,9 +18,17 @@ from gazepatch.artefact.manifest import read
 @pytest.mark.parametrize("model_type", ["llama", "bert", "never_heard_of"])
 def test_other_architectures_are_refused(model_type: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    with pytest.raises(UnsupportedModelError, match=f"no adapter for model type '{model_type}'; known: "):
+    with pytest.raises(UnsupportedModelError, match=f"no adapter for model type '{model_type}'"):
         gazepatch.convert(tmp_path, tmp_path.parent / f"out-{model_type}")
     assert not (tmp_path.parent / f"out-{model_type}").exists()
+
+
+def test_settings_and_sources_of_other_types(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"expected a GazeConfig, got dict: GazeConfig\.from_dict"):
+        gazepatch.convert(base, tmp_path / "gaze", config={"budget": 0.5})  # type: ignore[arg-type]
+    with pytest.raises(ArtefactError, match=r"expected a local folder or a Hub id, got a GazeConfig: gazepatch\.save"):
+        gazepatch.convert(SETTINGS, tmp_path / "gaze")  # type: ignore[arg-type]
+    assert read(gazepatch.convert(base, tmp_path / "gaze", config=SETTINGS, budget=3)).gaze.budget == 3
 
 
 def test_a_source_that_is_no_model(tmp_path: Path) -> None:

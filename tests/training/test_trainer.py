@@ -146,6 +146,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "batch": ({"batch_size": True}, "batch_size must be an integer"),
     "parts": ({"batch_size": 3, "accumulate": 2}, "batch_size must be a multiple of accumulate, got 3 and 2"),
     "unknown": ({"learning_speed": 1}, "unknown training setting learning_speed; known: objective"),
+    "of the gaze": ({"budget": 0.5}, "budget cannot be among the settings of a training"),
 }
 
 

@@ -15,3 +15,19 @@ def replace_file(path: Path, content: str | bytes) -> None:
         os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
+
+
+def place_of(path: Path) -> Path:
+    """Where a file that somebody names is to be written with `replace_file`: what a link leads to.
+
+    Raises:
+        OSError: It cannot be: there is a device, a pipe or a folder, or no folder that may be written to.
+    """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is no regular file, and none can be put in its place: give another path")
+    if not path.parent.is_dir():
+        raise OSError(f"no folder {path.parent} to write {path.name} to")
+    if not os.access(path.parent, os.W_OK):
+        raise OSError(f"{path.parent} cannot be written to: give a path in another folder for {path.name}")
+    return path

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gazepatch.files import replace_file
+from gazepatch.files import place_of, replace_file
 
 
 def test_text_and_bytes_take_the_place(tmp_path: Path) -> None:
@@ -30,6 +30,20 @@ def test_interrupted_it_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(KeyboardInterrupt):
         replace_file(path, "new")
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "old")]
+
+
+def test_places_for_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "link").symlink_to("target")
+    assert place_of(tmp_path / "link") == tmp_path / "target" and place_of(tmp_path / "new") == tmp_path / "new"
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "."):
+        with pytest.raises(OSError, match="is no regular file"):
+            place_of(tmp_path / name)
+    with pytest.raises(OSError, match="no folder .*gone to write page to"):
+        place_of(tmp_path / "gone" / "page")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(OSError, match="cannot be written to: give a path in another folder for new"):
+        place_of(tmp_path / "new")
 
 
 def _umask() -> int:

@@ -18,6 +18,7 @@ from gazepatch.artefact.manifest import read
 from gazepatch.backend import choose
 from gazepatch.config import GazeConfig
 from gazepatch.errors import ConfigError, GazeError
+from gazepatch.layers import dense_reasons
 from gazepatch.layout import Span
 from gazepatch.patch import is_patched, patch_of, root_model
 from gazepatch.registry import adapter_for
@@ -107,14 +108,8 @@ def _report(
     inputs: Mapping[str, Any] | None = None,
 ) -> Inspection:
     adapter = adapter_for(config.model_type)
-    text, reasons = adapter.text_config(config), dict(adapter.dense_reasons(config))
-    in_force = settings or GazeConfig()
-    for layer in in_force.dense_layers:
-        reasons.setdefault(layer, "named in dense_layers")
-    for layer, store in adapter.store_layers(config).items():
-        if store in reasons:
-            reasons.setdefault(layer, f"reads the keys of layer {store}, which stays dense")
-    runs = adapter.runs(config)
+    text, in_force = adapter.text_config(config), settings or GazeConfig()
+    reasons, layers = dense_reasons(adapter, config, in_force), len(adapter.runs(config))
     spans = locate(adapter, root, inputs) if inputs is not None else []
     path = ""
     if root is not None:
@@ -123,9 +118,9 @@ def _report(
     return Inspection(
         family=config.model_type,
         decoder=f"{text.model_type}{path}",
-        layers=len(runs),
-        gaze_layers=[i for i, layer in enumerate(runs) if layer not in reasons],
-        reasons={i: reasons[layer] for i, layer in enumerate(runs) if layer in reasons},
+        layers=layers,
+        gaze_layers=[i for i in range(layers) if i not in reasons],
+        reasons=reasons,
         patched=root is not None and is_patched(root),
         settings=in_force,
         backend=_backend(in_force.backend, device),

@@ -11,8 +11,19 @@ if TYPE_CHECKING:
     from gazepatch.adapters.base import Adapter
 
 
+def dense_reasons(adapter: Adapter, model_config: Any, config: GazeConfig) -> dict[int, str]:
+    """For every layer that does not gaze under these settings, by the number a cache has for it (`Adapter.runs`): why."""
+    reasons = dict(adapter.dense_reasons(model_config))
+    for layer in config.dense_layers:
+        reasons.setdefault(layer, "named in dense_layers")
+    for layer, store in adapter.store_layers(model_config).items():
+        if store in reasons:
+            reasons.setdefault(layer, f"reads the keys of layer {store}, which stays dense")
+    return {number: reasons[layer] for number, layer in enumerate(adapter.runs(model_config)) if layer in reasons}
+
+
 def gaze_layers(adapter: Adapter, model_config: Any, config: GazeConfig) -> tuple[int, ...]:
-    """Layers that gaze under these settings, by the numbers that a cache has for them (`Adapter.runs`).
+    """Layers that gaze under these settings: those without a reason not to.
 
     Raises:
         ConfigError: `dense_layers` names a layer that the model does not have.
@@ -21,11 +32,9 @@ def gaze_layers(adapter: Adapter, model_config: Any, config: GazeConfig) -> tupl
     count = adapter.text_config(model_config).num_hidden_layers
     if unknown := [i for i in config.dense_layers if i >= count]:
         raise ConfigError(f"dense_layers must be below {count}, the model's number of layers, got {unknown}")
-    reasons = adapter.dense_reasons(model_config)
-    dense, store_of = {*reasons, *config.dense_layers}, adapter.store_layers(model_config)
-    runs = enumerate(adapter.runs(model_config))
-    layers = tuple(i for i, layer in runs if layer not in dense and store_of.get(layer, layer) not in dense)
+    reasons = dense_reasons(adapter, model_config, config)
+    layers = tuple(i for i in range(len(adapter.runs(model_config))) if i not in reasons)
     if not layers:
-        why = "; ".join(sorted(set(reasons.values()))) or "dense_layers names them all"
+        why = "; ".join(sorted(set(adapter.dense_reasons(model_config).values()))) or "dense_layers names them all"
         raise UnsupportedModelError(f"none of the {count} layers of this {model_config.model_type} can gaze: {why}")
     return layers

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def dense_reasons(adapter: Adapter, model_config: Any, config: GazeConfig) -> dict[int, str]:
-    """For every layer that does not gaze under these settings, by the number a cache has for it (`Adapter.runs`): why."""
+    """Why a layer does not gaze under these settings, for each that does not, by number in a cache (`Adapter.runs`)."""
     reasons = dict(adapter.dense_reasons(model_config))
     for layer in config.dense_layers:
         reasons.setdefault(layer, "named in dense_layers")

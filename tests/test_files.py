@@ -39,7 +39,7 @@ def test_places_for_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for name in ("pipe", "."):
         with pytest.raises(OSError, match="is no regular file"):
             place_of(tmp_path / name)
-    with pytest.raises(OSError, match="no folder .*gone to write page to"):
+    with pytest.raises(OSError, match=r"no folder .*gone to write page to"):
         place_of(tmp_path / "gone" / "page")
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
     with pytest.raises(OSError, match="cannot be written to: give a path in another folder for new"):

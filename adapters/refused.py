@@ -4,7 +4,7 @@ from __future__ import annotations
 
 _SPARSE = "an indexer of its own already picks the keys that its layers of full attention read"
 _ENCODER = "its images stay in an encoder: there are no visual tokens in the decoder's sequence"
-_FEW = "its images are a handful of query vectors, which there is nothing to choose among"
+_FEW = "its images are a handful of query vectors: too few to choose among"
 
 REFUSED = {
     "blip": "it has attention of its own, which no other can stand in for",

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from gazepatch.artefact.loading import load as load
     from gazepatch.artefact.making import convert as convert
     from gazepatch.artefact.making import save as save
+    from gazepatch.artefact.pushing import Push as Push
     from gazepatch.artefact.pushing import push as push
+    from gazepatch.bench import Timing as Timing
     from gazepatch.bench import bench as bench
     from gazepatch.config import GazeConfig as GazeConfig
     from gazepatch.context import initial_context_tokens as initial_context_tokens
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
     from gazepatch.errors import PatchError as PatchError
     from gazepatch.errors import TrainingError as TrainingError
     from gazepatch.errors import UnsupportedModelError as UnsupportedModelError
+    from gazepatch.evaluation import Score as Score
     from gazepatch.evaluation import evaluate as evaluate
+    from gazepatch.inspection import Inspection as Inspection
     from gazepatch.inspection import inspect as inspect
     from gazepatch.patch import apply as apply
     from gazepatch.patch import context_tokens_of as context_tokens_of
@@ -37,8 +41,12 @@ if TYPE_CHECKING:
     from gazepatch.patch import set_budget as set_budget
     from gazepatch.patch import stats as stats
     from gazepatch.patch import trace as trace
+    from gazepatch.stats import Stats as Stats
+    from gazepatch.trace import Trace as Trace
     from gazepatch.training.run import train as train
     from gazepatch.training.settings import TrainConfig as TrainConfig
+    from gazepatch.verification import Check as Check
+    from gazepatch.verification import Verification as Verification
     from gazepatch.verification import verify as verify
 
     __version__: str
@@ -46,14 +54,22 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     "ArtefactError": "errors",
     "CacheError": "errors",
+    "Check": "verification",
     "ConfigError": "errors",
     "GazeConfig": "config",
     "GazeError": "errors",
     "HubError": "errors",
+    "Inspection": "inspection",
     "PatchError": "errors",
+    "Push": "artefact.pushing",
+    "Score": "evaluation",
+    "Stats": "stats",
+    "Timing": "bench",
+    "Trace": "trace",
     "TrainConfig": "training.settings",
     "TrainingError": "errors",
     "UnsupportedModelError": "errors",
+    "Verification": "verification",
     "apply": "patch",
     "bench": "bench",
     "context_tokens_of": "patch",

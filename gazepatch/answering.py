@@ -22,7 +22,7 @@ class Answer:
         tokens: Its token ids.
         first_token_s: Seconds until the first token: images, prompt and all.
         per_token_s: Seconds for each further token; None when there was no further one.
-        read_share: Share of the visual entries that the routed steps read; None when no step was routed.
+        read_share: Share of the visual entries that the routed steps read; None without any image.
     """
 
     text: str

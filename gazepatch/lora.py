@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,10 @@ def missing_peft() -> str:
     try:
         check_peft_version(MIN_PEFT_VERSION)
     except ValueError:
-        return f"peft {MIN_PEFT_VERSION} or newer beside this transformers: pip install -U peft"
+        return (
+            f"peft {MIN_PEFT_VERSION} or newer beside transformers {version('transformers')}: pip install -U peft, or "
+            "an older transformers where there is none yet"
+        )
     return ""
 
 

@@ -163,7 +163,7 @@ class StepCounters(Counters):
             self.on_device(layer, device)
 
     def on_device(self, layer: int, device: torch.device) -> Tensor:
-        """As of the base, where it was before the last prompt."""
+        """See `Counters.on_device`; it lies where it lay before the last prompt."""
         if not isinstance(held := self.read.get(layer), Tensor):
             held = self.read[layer] = self.places.place(layer, super().on_device(layer, device))
         return held

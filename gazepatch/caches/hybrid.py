@@ -19,7 +19,7 @@ class HybridLayer(LinearAttentionAndFullAttentionLayer, GazeLayer):  # type: ign
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
 
     def lazy_initialization(self, *keys_and_values: Tensor, **of_state: Any) -> None:  # type: ignore[override]
-        """Of the keys and values, or of one state."""
+        """Remember dtype and device of keys and values, or of one state."""
         if keys_and_values:
             GazeLayer.lazy_initialization(self, *keys_and_values)
         else:

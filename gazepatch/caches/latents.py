@@ -36,7 +36,7 @@ class Expansion(NamedTuple):
 
     @classmethod
     def of(cls, expand: Expand, latent: Tensor, rotated: Tensor) -> Expansion:
-        """That of a module, for entries of the same widths, type and device as these."""
+        """The expansion by a module, for entries of the same widths, type and device as these."""
         widths = [latent.shape[3], rotated.shape[3]]
         identity = torch.eye(sum(widths), dtype=latent.dtype, device=latent.device)[None, None]
         # Through the module's own code, so that adapters of PEFT and quantised weights are in it.

@@ -76,7 +76,7 @@ def same_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _positions(chunk: Chunk, end: int) -> tuple[Tensor, Tensor]:
-    """Of the visual and the other tokens of a chunk that ends there."""
+    """Positions of the visual and of the other tokens of a chunk that ends before `end`."""
     start = end - chunk.tokens
     visual, other = (torch.where(x < 0, -1, x + start) for x in (chunk.visual, chunk.other))
     return visual, other

@@ -59,7 +59,7 @@ def decode_launch(architecture: str, dim: int, bytes_per_element: int) -> Launch
 def decode_settings(
     architecture: str, rows: int, dim: int, value_dim: int, bytes_per_element: int, longest: int
 ) -> dict[str, Any]:
-    """Of the decode kernel, for selections of `rows` query heads and regions of up to `longest` tokens."""
+    """Settings of the decode kernel, for selections of `rows` query heads and regions of up to `longest` tokens."""
     launch = decode_launch(architecture, max(dim, value_dim), bytes_per_element)
     return {
         "EARLY": launch.early,
@@ -89,7 +89,7 @@ def decode_settings(
 def select_settings(
     architecture: str, group: int, windows: int, regions: int, dim: int, bytes_per_element: int
 ) -> dict[str, Any]:
-    """Of the selection, for `regions` of `windows` each."""
+    """Settings of the selection, for `regions` of `windows` each."""
     warps, block_all = 8 if regions > MANY_REGIONS else 4, max(16, power(regions))
     return {
         "EARLY": decode_launch(architecture, dim, bytes_per_element).early,
@@ -110,7 +110,7 @@ def select_settings(
 
 @functools.cache
 def prefill_settings(architecture: str, dim: int, value_dim: int, bytes_per_element: int) -> dict[str, int]:
-    """Of the kernels for a prompt: small enough for the two accumulators of the gradients. UNMEASURED."""
+    """Settings of the kernels for a prompt: small enough for the two accumulators of the gradients. UNMEASURED."""
     sizes = {"BLOCK_D": padded(dim), "BLOCK_V": padded(value_dim)}
     row = max(sizes.values()) * bytes_per_element
     block = 32 if bytes_per_element <= 2 and row <= 256 else 16

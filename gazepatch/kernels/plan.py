@@ -88,7 +88,7 @@ class KernelPlan(DecodePlan):
         self._shares: dict[tuple[int, int, int], Share] = {}
 
     def prepare(self, query: Tensor, value_dim: int, places: Places) -> None:
-        """As of the base."""
+        """See `DecodePlan.prepare`."""
 
         def place(name: Hashable, made: Tensor) -> Tensor:
             return places.place((*self.shape, self.heads, name), made)
@@ -108,7 +108,7 @@ class KernelPlan(DecodePlan):
         total: Tensor | None = None,
         late: Late | None = None,
     ) -> Decoded:
-        """As of the base, by the kernels."""
+        """See `DecodePlan.decode`; by the kernels, where they fit."""
         if reason := self.unfit(query, entries, scores, late):
             if self.config.backend == "triton":
                 raise UnsupportedModelError(f"backend='triton' {reason}: take backend='auto'")
@@ -125,7 +125,7 @@ class KernelPlan(DecodePlan):
         return Decoded(output[:, :, None], read, None if self.whole else self.runs)
 
     def numbers(self, selected: Tensor) -> Tensor:
-        """As of the base, out of `runs`, which the next layer will overwrite."""
+        """See `DecodePlan.numbers`; looked up by where `runs` start, which the next layer will overwrite."""
         if selected is not self.runs:
             return super().numbers(selected)
         start, length = selected.unbind(-1)

@@ -250,8 +250,13 @@ def _attend_periphery(logits: Tensor, weights: Tensor, mean_values: Tensor, sele
         taken.scatter_(-1, selected, True)
     else:
         taken.scatter_(-1, selected, plan.within.expand_as(selected))
-    far = weights.unflatten(-1, (-1, plan.regions.windows)).masked_fill(taken[..., None], 0.0).flatten(-2)
-    return periphery(far, logits.logsumexp(-1), mean_values)
+    return periphery(unread(weights, taken), logits.logsumexp(-1), mean_values)
+
+
+def unread(weights: Tensor, taken: Tensor) -> Tensor:
+    """Weights of windows `[..., R * C]`, 0 for those of the regions `taken` `[..., R]`."""
+    of_regions = weights.unflatten(-1, (taken.shape[-1], -1))
+    return of_regions.masked_fill(taken[..., None], 0.0).flatten(-2)
 
 
 def periphery(weights: Tensor, total: Tensor, mean_values: Tensor) -> Part:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gazepatch.backend import choose, kernels_fit
 from gazepatch.config import GazeConfig
-from gazepatch.ops.decode import periphery
+from gazepatch.ops.decode import periphery, unread
 from gazepatch.ops.partial import Part, attend, combine, sink
 from gazepatch.regions import ABSENT, Regions
 from gazepatch.scores import Scores, added, as_bias
@@ -93,8 +93,8 @@ def _block(queries: Queries, keys: Keys, config: GazeConfig) -> Tensor:
     read = _attend_kernel if _fits_kernel(grouped, keys, scores, config.backend) else _attend_masked
     parts = [read(grouped, keys, taken, queries.positions, bias, scores)]
     if config.periphery and keys.mean_values is not None:
-        far = weights.unflatten(-1, (-1, regions.windows)).masked_fill(taken[..., None], 0.0).flatten(-2)
-        parts.append(periphery(far.flatten(2, 3), logits.logsumexp(-1).flatten(2, 3), keys.mean_values))
+        far = unread(weights, taken).flatten(2, 3)
+        parts.append(periphery(far, logits.logsumexp(-1).flatten(2, 3), keys.mean_values))
     if scores.sinks is not None:
         parts.append(sink(scores.sinks))
     output = combine(parts).view(batch, key_heads, count, group, -1)

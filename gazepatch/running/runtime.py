@@ -60,9 +60,6 @@ class Runtime:
         config: Settings.
         gaze_layers: Indices of the layers that gaze.
 
-    Attributes are sets wherever layers are looked up: of a tuple torch.compile, whose index of a layer may be a symbol,
-    finds that nothing is in it (torch 2.13).
-
     Attributes:
         store_of: For every layer that reads the keys of another one: that layer.
         latent: Whether caches hold latents, a single key head for all query heads.
@@ -75,6 +72,7 @@ class Runtime:
         self, adapter: Adapter, model_config: Any, decoder: nn.Module, config: GazeConfig, gaze_layers: Sequence[int]
     ) -> None:
         self.adapter, self.model_config, self.config = adapter, model_config, config
+        # Sets, wherever layers are looked up: torch.compile does not find a symbolic index in a tuple (torch 2.13).
         self.text_config = adapter.text_config(model_config)
         self.gaze_layers = frozenset(gaze_layers)
         self.flash = str(decoder.config._attn_implementation).startswith("flash")  # type: ignore[union-attr]

@@ -28,17 +28,17 @@ class TrainConfig:
         trainable: What learns: the `context` tokens alone, `lora` adapters of the text decoder and the context tokens,
             or the `full` model and the context tokens.
         epochs: Passes over the data, unless `steps` is given.
-        steps: Updates; None: as many as `epochs` makes.
+        steps: Number of updates; None: as many as `epochs` gives.
         batch_size: Records of one update, over all processes.
-        accumulate: Parts that a process computes its records of one update in, to save memory.
+        accumulate: Gradient accumulation steps: in how many parts a process computes its records of one update.
         learning_rate: Peak of the learning rate; None: 0.003 for context, 0.0002 for lora, 0.00001 for full.
         context_learning_rate: That of the context tokens beside lora or full; None: 0.003. They are few and start far
             from where they are wanted; weights are many and must not move far.
         schedule: Share of the steps over which the budget falls, from dense by way of 8, 4 and 2 times the final one.
         lora_rank: Rank of the LoRA adapters.
-        seed: Of the first context tokens and of the order of the records.
+        seed: Seed for the initial context tokens and the order of the records.
         save_every: Steps between checkpoints, from which an interrupted training goes on.
-        log_every: Steps between two figures of loss and agreement.
+        log_every: Log loss and agreement every so many steps.
 
     Raises:
         ConfigError: A setting has the wrong type or value.
@@ -85,7 +85,7 @@ class TrainConfig:
 
     @property
     def context_peak_rate(self) -> float:
-        """That of the context tokens."""
+        """The learning rate of the context tokens in use."""
         if self.trainable == "context":
             return self.peak_rate
         return RATES["context"] if self.context_learning_rate is None else self.context_learning_rate

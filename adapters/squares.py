@@ -81,7 +81,7 @@ class PerceptionLM(Squares):
         pixels = call.get("pixel_values")
         if modality == "video" or pixels is None or pixels.dim() != 5:
             return None
-        images, tiles = pixels.shape[:2]
+        images, tiles = (int(size) for size in pixels.shape[:2])
         return list(self.run(config, modality, tiles * self.side(config) ** 2) or ()) * images
 
 

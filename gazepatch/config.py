@@ -87,7 +87,7 @@ class GazeConfig:
 
     def changed(self, settings: Mapping[str, Any]) -> GazeConfig:
         """These settings with others in the place of some."""
-        return self.from_dict(self.to_dict() | settings)
+        return self.from_dict({**self.to_dict(), **settings})
 
     @classmethod
     def paper(cls, **settings: Any) -> GazeConfig:

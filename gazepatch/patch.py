@@ -83,27 +83,11 @@ def apply(
     adapter = adapter_for(root.config.model_type)
     decoder = adapter.decoder(root)
     layers = gaze_layers(adapter, root.config, config)
-    original = decoder.config._attn_implementation
-    if original.startswith(PREFIX):
-        raise PatchError(
-            "a part of this model, or a model around it, is patched already: call gazepatch.restore on that one first"
-        )
-    if original not in ORIGINALS:
-        raise UnsupportedModelError(
-            f"expected a text decoder with attn_implementation in {', '.join(ORIGINALS)}, got {original!r}: "
-            "load the model with attn_implementation='sdpa'"
-        )
+    original = _attention(decoder)
     hidden_size = adapter.text_config(root.config).hidden_size
     config, tokens = with_context_tokens(config, context_tokens, root.config.model_type, hidden_size)
-    if tokens is not None and (reason := adapter.context_reason(root.config)):
-        raise UnsupportedModelError(
-            f"this {root.config.model_type} takes no context tokens, because {reason}: patch it with context_tokens=0"
-        )
-    if tokens is not None and original.startswith("flash") and _has_local_layers(adapter, root.config):
-        raise UnsupportedModelError(
-            "context tokens in a model with local attention layers need a mask, which flash attention does not take: "
-            "load the model with attn_implementation='sdpa'"
-        )
+    if tokens is not None:
+        _check_context_tokens(adapter, root.config, original)
     if config.backend == "triton" and not torch.cuda.is_available():
         choose(config.backend, root.device)  # the model cannot be moved to a GPU later either
     runtime = Runtime(adapter, root.config, decoder, config, layers)
@@ -304,6 +288,34 @@ def generating_model(model: nn.Module) -> Any:
             "with AutoModelForImageTextToText"
         )
     return root
+
+
+def _attention(decoder: nn.Module) -> str:
+    """The name of the attention of a text decoder, which a patch can stand in for."""
+    name: str = decoder.config._attn_implementation  # type: ignore[union-attr, assignment]
+    if name.startswith(PREFIX):
+        raise PatchError(
+            "a part of this model, or a model around it, is patched already: call gazepatch.restore on that one first"
+        )
+    if name not in ORIGINALS:
+        raise UnsupportedModelError(
+            f"expected a text decoder with attn_implementation in {', '.join(ORIGINALS)}, got {name!r}: "
+            "load the model with attn_implementation='sdpa'"
+        )
+    return name
+
+
+def _check_context_tokens(adapter: Adapter, model_config: Any, attention: str) -> None:
+    """Raise UnsupportedModelError where a model takes none."""
+    if reason := adapter.context_reason(model_config):
+        raise UnsupportedModelError(
+            f"this {model_config.model_type} takes no context tokens, because {reason}: patch it with context_tokens=0"
+        )
+    if attention.startswith("flash") and _has_local_layers(adapter, model_config):
+        raise UnsupportedModelError(
+            "context tokens in a model with local attention layers need a mask, which flash attention does not take: "
+            "load the model with attn_implementation='sdpa'"
+        )
 
 
 def _has_local_layers(adapter: Adapter, model_config: Any) -> bool:

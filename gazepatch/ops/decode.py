@@ -255,7 +255,7 @@ def _attend_periphery(logits: Tensor, weights: Tensor, mean_values: Tensor, sele
 
 def unread(weights: Tensor, taken: Tensor) -> Tensor:
     """Weights of windows `[..., R * C]`, 0 for those of the regions `taken` `[..., R]`."""
-    of_regions = weights.unflatten(-1, (taken.shape[-1], -1))
+    of_regions: Tensor = weights.unflatten(-1, (taken.shape[-1], -1))
     return of_regions.masked_fill(taken[..., None], 0.0).flatten(-2)
 
 

@@ -123,7 +123,7 @@ class TrainConfig:
                 f"{', '.join(of_gaze)} cannot be among the settings of a training: they are of the gaze, so give "
                 "config=GazeConfig.paper(...) with them"
             )
-        return self.from_dict(self.to_dict() | settings)
+        return self.from_dict({**self.to_dict(), **settings})
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> TrainConfig:

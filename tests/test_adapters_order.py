@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import Case, built
+import transformers
+from tiny import Case, built, tiny
+
+import gazepatch
+from gazepatch.patch import patch_of
 
 Cell = tuple[Any, ...]
 
@@ -96,3 +100,26 @@ def test_tiles_of_any_resolution_are_one_picture_row_by_row() -> None:
     index = [(0, 1 + y // 6 * 2 + x // 6, *cell(y % 6, x % 6, 4)) for y, x in cells]
     moved = features_moved(case, {key: value[:1] for key, value in case.rows[0][0].inputs.items()}, index)
     assert share(moved, [36 + (y - 1) * 13 + x for y, x in cells]) > 0.4
+
+
+@torch.no_grad()
+def test_features_made_before_are_laid_out_as_their_own_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = []
+    for size in ((1, 4, 9), (1, 9, 4)):  # as many tokens in both
+        monkeypatch.setattr("tiny.thw.IMAGES", (size,))
+        cases.append(tiny("qwen2_5_vl"))
+    model = cases[0].model
+    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+        pytest.skip(f"transformers {transformers.__version__} takes no features that were made before")
+    with gazepatch.patched(model, min_visual_tokens=0):
+        pixels = [(case.inputs["pixel_values"], case.inputs["image_grid_thw"]) for case in cases]
+        features = [model.model.get_image_features(*of_case, return_dict=True) for of_case in pixels]
+        for case, made in zip(cases, features, strict=True):
+            inputs = {name: value for name, value in case.inputs.items() if name != "pixel_values"}
+            cache = transformers.DynamicCache()
+            model(**inputs, mm_encoder_outputs={"image": made}, past_key_values=cache)
+            assert cache.gaze.spans == case.spans
+        made = model.model.get_image_features(*pixels[0], return_dict=True)
+        assert len(patch_of(model).runtime.running.made._held) == 3
+        del features, made
+        assert len(patch_of(model).runtime.running.made._held) == 0

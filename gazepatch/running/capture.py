@@ -30,7 +30,10 @@ class Capture:
         bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments if args else kwargs
         ids, mask = bound.get("input_ids"), bound.get("attention_mask")
         running.ids = ids if torch.is_tensor(ids) else None
-        running.encoded = bool(bound.get("mm_encoder_outputs"))
+        running.encoded = bool(encoded := bound.get("mm_encoder_outputs"))
+        for modality, features in (encoded or {}).items():  # made before, and perhaps others since
+            if (arguments := running.made.of(features)) is not None:
+                running.captured[modality] = arguments
         running.mask = mask if torch.is_tensor(mask) and mask.dim() == 2 else None
 
     def after_model(self, *_: Any) -> None:
@@ -48,12 +51,14 @@ class Capture:
             # Video features are often made by way of image features; a dense forward needs none of this.
             if running.capturing or running.dense:
                 return function(*args, **kwargs)
-            running.captured[modality] = _arguments(signature, args, kwargs)
+            running.captured[modality] = arguments = _arguments(signature, args, kwargs)
             running.capturing = True
             try:
-                return function(*args, **kwargs)
+                features = function(*args, **kwargs)
             finally:
                 running.capturing = False
+            running.made.note(features, arguments)
+            return features
 
         return captured
 

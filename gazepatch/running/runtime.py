@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +17,26 @@ from gazepatch.errors import PatchError
 from gazepatch.running.forward import Forward
 from gazepatch.stats import Counters, PromptReads
 from gazepatch.trace import Trace
+from gazepatch.untraced import untraced
+
+
+class Made:
+    """What features were made from, as long as somebody keeps them."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[weakref.ref[Any], dict[str, Any]]] = {}
+
+    @untraced
+    def note(self, features: Any, arguments: dict[str, Any]) -> None:
+        """Remember the arguments of features, unless these are of a kind that Python has no weak references to."""
+        key = id(features)
+        with suppress(TypeError):
+            self._held[key] = weakref.ref(features, lambda _: self._held.pop(key, None)), arguments
+
+    def of(self, features: Any) -> dict[str, Any] | None:
+        """The arguments that these features were made from; None: not known."""
+        kept, arguments = self._held.get(id(features), (lambda: None, None))
+        return arguments if kept() is features else None
 
 
 class Running(threading.local):
@@ -26,6 +48,7 @@ class Running(threading.local):
         encoded: Whether it was called with features that were made before.
         captured: By modality, the arguments that features were made from, until a forward of the decoder takes them.
         capturing: Whether features are being made right now.
+        made: The arguments of features that somebody still keeps, who may give them to a forward later.
         dense: Blocks that are on, each of which lets the model read densely.
         forward: The running forward of the decoder.
         last_row: What stands for that of the mask over images, where somebody knows (`gazepatch.running.repeating`).
@@ -41,6 +64,7 @@ class Running(threading.local):
         self.encoded = False
         self.captured: dict[str, dict[str, Any]] = {}
         self.capturing = False
+        self.made = Made()
         self.dense: set[object] = set()
         self.forward: Forward | None = None
         self.last_row: object | None = None

@@ -9,7 +9,8 @@ import pytest
 import torch
 from on_kernels import DEVICE, KERNELS, needs_gpu, on_device
 from sequences import BASE, LAYOUTS, Filled
-from tiny import batch, tiny
+from stepping import supported
+from tiny import batch
 from torch._dynamo.utils import counters
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -68,11 +69,11 @@ def test_a_store_of_more_than_two_billion_numbers() -> None:
     torch.testing.assert_close(output[:, None], expected, atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("family", ["llava", "llava_latent", "mllama", "qwen2_vl"])
 @pytest.mark.usefixtures("fresh")
 @torch.no_grad()
 def test_generate_compiles_its_steps(family: str) -> None:
-    case = batch(tiny(family))
+    case = batch(supported(family))
     model = case.model.to(DEVICE)
     inputs = {name: x.to(DEVICE) if torch.is_tensor(x) else x for name, x in case.inputs.items()}
     found = {}

@@ -95,10 +95,13 @@ def test_the_words_of_the_table_are_true(case: Case, request: pytest.FixtureRequ
     assert adapter.context_reason(config) == adapter.no_context
 
 
-def test_the_table_in_the_readme_is_that_of_the_adapters() -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    table = readme.partition("<!-- families -->\n")[2].partition("\n<!-- end of families -->")[0]
+def test_the_tables_of_the_page_are_those_of_the_adapters() -> None:
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "families.md").read_text(encoding="utf-8")
+    table = page.partition("<!-- families -->\n")[2].partition("\n<!-- end of families -->")[0]
     assert table == markdown(families()), "put the output of `gazepatch families --markdown` there"
+    number = sum(not family.refused for family in families())
+    assert f"\n{number} model types, " in (root / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_page_on_adding_a_family_shows_what_is_there() -> None:

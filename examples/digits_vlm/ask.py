@@ -18,6 +18,12 @@ from gazepatch.caches.name import CACHE
 
 MODELS = Path(__file__).parent / "models"
 
+INTRODUCTION = """\
+A board has 8 x 8 coloured digits: r2 c5 is row 2, column 5, counted from 0. "most" asks for the colour of most digits,
+"more" which of two colours has more, "frame magenta" for a digit of the board with a magenta background. Each line is a
+question with its right answer. A wrong answer follows it, named after its model: dense reads everything, gaze little.
+"""
+
 
 def answers(model: Any, processor: Any, asked: Asked) -> list[str]:
     """What the model writes behind each question; every one sees those before it, with the right answers.
@@ -56,6 +62,7 @@ def main() -> None:
     tally = {"dense": 0, "gaze": 0}
     shares = []
     questions = 0
+    print(INTRODUCTION)
     for asked in load():
         print(", ".join(asked.images))
         whole, gazed = answers(dense, processor, asked), answers(gaze, processor, asked)

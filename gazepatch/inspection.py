@@ -173,7 +173,8 @@ def _notes(spans: list[Span], settings: GazeConfig, inputs: Mapping[str, Any] | 
         notes.append(f"the grid is not known at {where}: regions are one-dimensional runs there")
     least = settings.min_visual_tokens
     for row, tokens in read_whole(spans, least).items():
-        notes.append(f"row {row} has {tokens} visual tokens, fewer than min_visual_tokens={least}: it is read whole")
+        few = f"row {row} has {tokens} visual tokens, fewer than min_visual_tokens={least}"
+        notes.append(f"{few}: it is read whole (with 0 it would gaze)")
     return notes
 
 

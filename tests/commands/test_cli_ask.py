@@ -87,7 +87,7 @@ def test_a_file_that_is_no_image_is_found_before_the_weights_are_read(
 
 
 def test_what_is_read_whole_is_said(base: Path, page: Path, tmp_path: Path) -> None:
-    said = "visual tokens, fewer than min_visual_tokens=2048: it is read whole]"
+    said = "visual tokens, fewer than min_visual_tokens=2048: it is read whole (with 0 it would gaze)]"
     short = ("--max-new-tokens", "2")
     assert said in gaze("ask", base, page, "this ?", *short).stdout
     assert said not in gaze("ask", base, page, "this ?", "--dense", *short).stdout

@@ -60,7 +60,7 @@ def _explained(error: BaseException, repo: str, said: str) -> str | None:
     if (status := getattr(getattr(error, "response", None), "status_code", None)) is not None:
         return f"{_refused(error, status, repo, said)} (status {status})"
     if isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.partition(".")[0] in _CLIENTS:
-        return f"the connection to the Hub failed or broke off ({type(error).__name__}: {_text([error])})"
+        return f"the connection to the Hub failed or broke off ({type(error).__name__}: {_text([error])}): check it"
     if isinstance(error, ValueError) and any(word in said.lower() for word in _QUOTA_WORDS):
         return f"the Hub has no room for it: {said}"
     return None

@@ -59,7 +59,7 @@ def fetch(
 
 def try_again(repo: str) -> str:
     """What to do once the Hub gives a model or an artefact; a mistyped folder is taken for one of its ids."""
-    return f"then try again; there is no folder {repo} here either"
+    return f"then try again. There is no folder {repo} here either: if one was meant, check the path"
 
 
 def is_repo_id(name: str) -> bool:

@@ -39,7 +39,7 @@ def test_a_mistyped_folder(hub: Hub) -> None:
     for command in ("inspect", "ask"):
         result = CliRunner().invoke(main, [command, "tiny-gaez", *(("what ?",) if command == "ask" else ())])
         assert result.exit_code == 1 and "tiny-gaez does not exist, or the token" in result.stderr
-        assert "there is no folder tiny-gaez here either" in result.stderr
+        assert "There is no folder tiny-gaez here either: if one was meant, check the path" in result.stderr
 
 
 def gated(hub: Hub, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -86,7 +86,8 @@ def test_failures_are_no_answers(
         with pytest.raises(HubError) as caught:
             asking(BASE)
         assert str(caught.value).startswith(f"looking for gaze_config.json in lab/tiny failed: {message}")
-        assert str(caught.value).endswith("; then try again; there is no folder lab/tiny here either")
+        again = "; then try again. There is no folder lab/tiny here either: if one was meant, check the path"
+        assert str(caught.value).endswith(again)
     result = CliRunner().invoke(main, ["inspect", BASE])
     assert result.exit_code == 1 and message in result.stderr and result.stderr.count("\n") == 1
 

@@ -15,11 +15,18 @@ from gazepatch.cli.settings import reading_options
 PAGE = Path("gaze.html")
 
 
-@click.command("look")
+@click.command("look", short_help="Show where MODEL looks while it answers, as a page.")
 @click.argument("model")
 @click.argument("images", metavar="IMAGE...", nargs=-1, type=click.Path(exists=True, dir_okay=False))
 @click.argument("prompt")
-@click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(min=1), metavar="N")
+@click.option(
+    "--max-new-tokens",
+    default=128,
+    show_default=True,
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Where an answer is cut off.",
+)
 @click.option(
     "-o",
     "--out",
@@ -43,16 +50,16 @@ def command(
     For every token of the answer, the page shows which regions of the images were read, in all layers or in one. It
     holds all it needs, the images too. With --json the same is printed; a page is then written only with --out.
     """
+    check_prompt(images, prompt)
+    out = PAGE if out is None and not as_json else out
+    place = None if out is None else _place(out)
+
     import gazepatch
     from gazepatch.answering import answer
     from gazepatch.cli.opening import open_model, prompt_inputs
     from gazepatch.files import replace_file
     from gazepatch.viewer import answer_trace, render
 
-    check_prompt(images, prompt)
-    out = PAGE if out is None and not as_json else out
-    if out is not None and not out.parent.is_dir():
-        raise click.UsageError(f"no folder {out.parent} to write {out.name} to", click.get_current_context())
     pictures = open_images(images)
     patched, processor = open_model(model, reading)
     inputs = prompt_inputs(patched, processor, pictures, prompt)
@@ -60,11 +67,21 @@ def command(
     with gazepatch.trace(patched) as trace:
         given = answer(patched, processor.tokenizer, inputs, max_new_tokens=max_new_tokens, show=show)
     traced = {"model": model, "prompt": prompt, **answer_trace(given, trace, processor.tokenizer)}
-    if out is not None:
-        replace_file(out, render(traced, pictures, getattr(processor, "image_processor", None)))
+    if place is not None:
+        replace_file(place, render(traced, pictures, getattr(processor, "image_processor", None)))
     if as_json:
         click.echo(json.dumps(traced))  # a line for each of so many numbers would be long to read
     else:
         click.echo(f"\n[{entries_read(given, images)}: {out}]")
         if images:
             say_notes(patched, inputs)
+
+
+def _place(out: Path) -> Path:
+    """Where the page is to be written. A place where it cannot be is a usage error."""
+    from gazepatch.files import place_of
+
+    try:
+        return place_of(out)
+    except OSError as error:
+        raise click.UsageError(str(error), click.get_current_context()) from None

@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.argument("images", metavar="IMAGE...", nargs=-1, type=click.Path(exists=True, dir_okay=False))
 @click.argument("prompt")
-@click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(min=1), metavar="N")
+@click.option(
+    "--max-new-tokens",
+    default=128,
+    show_default=True,
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Where an answer is cut off.",
+)
 @click.option("--dense", is_flag=True, help="Let the model's own attention answer.")
 @click.option("--compare", is_flag=True, help="Let both answer, one after the other.")
 @reading_options

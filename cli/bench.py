@@ -12,11 +12,25 @@ from gazepatch.cli.sample import PROMPT, sample_image
 from gazepatch.cli.settings import reading_options
 
 
-@click.command("bench")
+@click.command("bench", short_help="Time a token of MODEL here, unpatched and with gaze.")
 @click.argument("model")
 @click.argument("asked", metavar="[IMAGE... PROMPT]", nargs=-1)
-@click.option("--new-tokens", default=32, show_default=True, type=click.IntRange(min=2), metavar="N")
-@click.option("--rounds", default=5, show_default=True, type=click.IntRange(min=1), metavar="N")
+@click.option(
+    "--new-tokens",
+    default=32,
+    show_default=True,
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Tokens to generate each time.",
+)
+@click.option(
+    "--rounds",
+    default=5,
+    show_default=True,
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Rounds to time, after one that is not counted.",
+)
 @reading_options
 @json_option
 def command(model: str, asked: tuple[str, ...], new_tokens: int, rounds: int, as_json: bool, **reading: Any) -> None:

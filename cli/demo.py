@@ -10,7 +10,7 @@ import click
 from gazepatch.cli.output import json_option, print_json
 
 
-@click.command("demo")
+@click.command("demo", short_help="Convert a small model offline and ask it about a page.")
 @click.option(
     "--keep",
     metavar="DIR",

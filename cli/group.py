@@ -24,22 +24,37 @@ class Commands(click.Group):
             return None
         command = importlib.import_module(f"gazepatch.cli.{cmd_name}").command
         assert isinstance(command, click.Command)
+        if DEBUG not in command.params:
+            command.params.append(DEBUG)
         return command
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        with _one_line(debug=False):
+        with _one_line():
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with _one_line(debug=ctx.params["debug"]):
+        with _one_line(ctx):
             return super().invoke(ctx)
 
 
+def _debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.meta["gazepatch.debug"] = True  # which a command and its group share
+
+
+#: Taken before a command and behind it.
+DEBUG = click.Option(
+    ["--debug"], is_flag=True, expose_value=False, callback=_debug, help="Show the traceback of an error."
+)
+
+
 @contextmanager
-def _one_line(debug: bool) -> Iterator[None]:
-    """Whatever goes wrong inside ends as `Error: ...`, and with `debug` as a traceback."""
+def _one_line(ctx: click.Context | None = None) -> Iterator[None]:
+    """Whatever goes wrong inside ends as `Error: ...`, and with --debug as a traceback."""
     try:
         yield
+    except BrokenPipeError:
+        raise  # whoever reads our output has seen enough: click ends in silence
     except click.UsageError as error:
         hint = f" (see {error.ctx.command_path} --help)" if error.ctx is not None else ""
         short = click.UsageError(" ".join(error.format_message().split()) + hint)
@@ -47,7 +62,7 @@ def _one_line(debug: bool) -> Iterator[None]:
     except (click.ClickException, click.exceptions.Exit, click.Abort):
         raise
     except Exception as error:
-        if debug:
+        if ctx is not None and ctx.meta.get("gazepatch.debug"):
             raise
         raise click.ClickException(_message(error)) from error
 
@@ -60,11 +75,15 @@ def _message(error: Exception) -> str:
     return text if isinstance(error, GazeError) else f"{type(error).__name__}: {text}"
 
 
-@click.group(cls=Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.group(
+    cls=Commands,
+    invoke_without_command=True,
+    params=[DEBUG],
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(package_name="gazepatch")
 @click.pass_context
-def main(ctx: click.Context, debug: bool) -> None:
+def main(ctx: click.Context) -> None:
     """Gaze attention for vision-language models: each token reads only the image regions it needs."""
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())

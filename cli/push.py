@@ -13,7 +13,7 @@ from gazepatch.cli.usage import bad_usage
 UNCHANGED = "Nothing to do: the repository holds just that."
 
 
-@click.command("push")
+@click.command("push", short_help="Publish the artefact in DIR on the Hub as REPO.")
 @click.argument("folder", metavar="DIR")
 @click.argument("repo")
 @click.option("--private", is_flag=True, help="Make the repository private; an existing public one is refused.")

@@ -6,7 +6,7 @@ import dataclasses
 import re
 import typing
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -22,8 +22,8 @@ def options_of(defaults: Any, without: Collection[str] = ()) -> Callable[[Comman
 
     The command takes them as `**settings`, for `config_from`; fields `without` an option keep their value.
     """
-    names = [field.name for field in dataclasses.fields(defaults) if field.name not in without]
-    return _options(type(defaults), {name: _text(getattr(defaults, name)) for name in names})
+    fields = [field.name for field in dataclasses.fields(defaults) if field.name not in without]
+    return _options(type(defaults), {name: _text(getattr(defaults, name)) for name in fields})
 
 
 def reading_options(command: Command) -> Command:
@@ -36,18 +36,23 @@ def least_option(command: Command) -> Command:
     return _options(GazeConfig, {"min_visual_tokens": "MODEL's own"})(command)
 
 
-def _options(kind: type, shown: Mapping[str, str]) -> Callable[[Command], Command]:
-    """Options for the fields of a dataclass that are named in `shown`, with what its help calls their defaults."""
+def _options(kind: type, shown: Mapping[str, str | None]) -> Callable[[Command], Command]:
+    """Options for the fields of a dataclass named in `shown`, with what its help calls their defaults.
+
+    Where that is None, the words of the docstring for `None` stand there.
+    """
     hints, helps = typing.get_type_hints(kind), _field_helps(kind)
 
     def add(command: Command) -> Command:
         for name in reversed(list(shown)):
-            flag, text = "--" + name.replace("_", "-"), f"{helps[name]}  [default: {shown[name]}]"
+            help_text, none = helps[name]
+            text = f"{help_text}  [default: {none if shown[name] is None else shown[name]}]"
+            flag = _flag(name)
             if hints[name] is bool:
                 option = click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)
             else:
-                metavar, parse = _PARSERS[hints[name]]
-                option = click.option(flag, name, metavar=metavar, callback=_parsed_by(parse, metavar), help=text)
+                value = _VALUES[hints[name]]
+                option = click.option(flag, name, metavar=value.metavar, callback=_parsed_as(value), help=text)
             command = option(command)
         return command
 
@@ -63,14 +68,20 @@ def config_from(settings: Mapping[str, Any], defaults: Settings) -> Settings:
         return dataclasses.replace(defaults, **given)
 
 
-def _parsed_by(parse: Callable[[str], object], metavar: str) -> Callable[..., object]:
-    """Text to value, by a function that raises ValueError."""
+class _Value(NamedTuple):
+    """What an option takes: its name in the help, what is wanted in words, and text to value, or ValueError."""
 
+    metavar: str
+    wanted: str
+    parse: Callable[[str], object]
+
+
+def _parsed_as(kind: _Value) -> Callable[..., object]:
     def callback(ctx: click.Context, param: click.Parameter, value: str | None) -> object:
         try:
-            return None if value is None else parse(value)
+            return None if value is None else kind.parse(value)
         except ValueError:
-            raise click.BadParameter(f"expected {metavar}, got {value!r}", ctx, param) from None
+            raise click.BadParameter(f"expected {kind.wanted}, got {value!r}", ctx, param) from None
 
     return callback
 
@@ -82,7 +93,7 @@ def _integers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.replace("x", ",").split(",")) if text else ()
 
 
-def _block_or_none(text: str) -> object:
+def _size_or_none(text: str) -> object:
     return _NONE if text == "none" else _integers(text)
 
 
@@ -91,29 +102,49 @@ def share_or_number(text: str) -> float | int:
     return int(text) if text.lstrip("+-").isdigit() else float(text)
 
 
-_PARSERS: dict[Any, tuple[str, Callable[[str], object]]] = {
-    Size: ("H,W,T", _integers),
-    Size | None: ("H,W,T|none", _block_or_none),
-    float | int: ("SHARE|NUMBER", share_or_number),
-    tuple[int, ...]: ("N,N,...", _integers),
-    int: ("N", int),
-    int | None: ("N", int),
-    float: ("NUMBER", float),
-    float | None: ("NUMBER", float),
-    str: ("NAME", str),
+_WHOLE = _Value("N", "a whole number, such as 8", int)
+_NUMBER = _Value("NUMBER", "a number, such as 0.5", float)
+_VALUES: dict[Any, _Value] = {
+    Size: _Value("H,W,T", "three whole numbers H,W,T, such as 6,6,1", _integers),
+    Size | None: _Value("H,W,T|none", "three whole numbers H,W,T, such as 3,3,1, or none", _size_or_none),
+    float | int: _Value("SHARE|NUMBER", "a share or a number of regions, such as 0.25 or 8", share_or_number),
+    tuple[int, ...]: _Value("N,N,...", "whole numbers, such as 0,1", _integers),
+    int: _WHOLE,
+    int | None: _WHOLE,
+    float: _NUMBER,
+    float | None: _NUMBER,
+    str: _Value("NAME", "a name", str),
+}
+
+# Where the words of the docstring are for Python alone.
+_HELPS = {
+    "budget": "Regions one query may read: a share of those it can see, such as 0.25, or their number, such as 8. "
+    "1 is one region, 1.0 is all of them."
 }
 
 
-def _field_helps(kind: type) -> dict[str, str]:
-    """The texts of `Args:` in the docstring of a dataclass, by field."""
+def _field_helps(kind: type) -> dict[str, tuple[str, str]]:
+    """The texts of `Args:` in the docstring of a dataclass, by field, and what each says of None (`; None: ...`)."""
     names = [field.name for field in dataclasses.fields(kind)]
     section = (kind.__doc__ or "").partition("Args:")[2].partition("Raises:")[0]
     parts = re.split(rf"\n\s+({'|'.join(names)}): ", section)
-    found = {name: " ".join(text.split()) for name, text in zip(parts[1::2], parts[2::2], strict=True)}
-    return {name: found.get(name, "").replace("`", "") for name in names}
+    found = dict.fromkeys(names, ("", "none"))
+    for name, text in zip(parts[1::2], parts[2::2], strict=True):
+        words = re.sub("`([a-z_]+)`", lambda match: _flag(match[1]) if match[1] in names else match[1], text)
+        words = " ".join(words.replace("`", "").replace("None means", "none means").split())
+        none = re.search(r"; None: (.*?)\.(?= |$)", words)
+        help_text = words.replace(none[0], ".") if none else words
+        found[name] = (_HELPS.get(name, help_text), none[1] if none else "none")
+    return found
 
 
-def _text(value: object) -> str:
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _text(value: object) -> str | None:
+    if value is None:
+        return None
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, tuple):

@@ -14,10 +14,21 @@ if TYPE_CHECKING:
     from gazepatch.answering import Answer
 
 
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
 def check_prompt(images: Sequence[str], prompt: str) -> None:
-    """Refuse an image in the prompt's place: a usage error."""
-    if not images and os.path.isfile(prompt):
+    """Refuse an image in the prompt's place, there or not: a usage error."""
+    if images:
+        return
+    if os.path.isfile(prompt):
         raise click.UsageError(f"PROMPT is missing: {prompt} is a file", click.get_current_context())
+    if prompt.lower().endswith(IMAGE_SUFFIXES):
+        raise click.UsageError(
+            f"PROMPT is missing, and there is no file {prompt}: give an image that exists, then the prompt. If that is "
+            "the prompt, end it with a question mark or a full stop",
+            click.get_current_context(),
+        )
 
 
 def images_and_prompt(given: Sequence[str], default: str) -> tuple[list[str], str]:

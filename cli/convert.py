@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from gazepatch.cli.output import bar_of, json_option, print_json
+from gazepatch.cli.output import bar_of, json_option, print_json, quiet
 from gazepatch.cli.settings import config_from, options_of
 from gazepatch.cli.usage import bad_usage
 from gazepatch.config import GazeConfig
@@ -53,8 +53,10 @@ def command(
         _check_push(repo, model, full)
 
     import gazepatch
+    from gazepatch.artefact.manifest import read
 
-    with bar_of("copy", "B") as progress:
+    quiet()
+    with bar_of("copy", "B") as progress, bad_usage():
         folder = gazepatch.convert(
             model,
             out,
@@ -69,7 +71,8 @@ def command(
     fidelity = _measured(folder) if verify else None
     url = gazepatch.push(folder, repo).url if repo is not None else None
     if as_json:
-        print_json({"path": str(folder), "model": model, "gaze": config.to_dict(), "fidelity": fidelity, "url": url})
+        written = read(folder).gaze.to_dict()  # the number of context tokens is that of the file
+        print_json({"path": str(folder), "model": model, "gaze": written, "fidelity": fidelity, "url": url})
     else:
         ask = f"gazepatch ask {shlex.quote(out)} IMAGE PROMPT"
         click.echo(f"{folder}\nLoad it with gazepatch.load({out!r}), or try: {ask}")

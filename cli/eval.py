@@ -8,17 +8,21 @@ import click
 
 from gazepatch.cli.output import bar_of, json_option, print_json, print_table
 from gazepatch.cli.settings import least_option, share_or_number
-from gazepatch.config import budget_text
+from gazepatch.config import GazeConfig, budget_text
+from gazepatch.errors import ConfigError
 
 
 def _budgets(ctx: click.Context, param: click.Parameter, value: str | None) -> list[float | int]:
     try:
-        return [] if value is None else [share_or_number(part) for part in value.split(",")]
+        budgets = [] if value is None else [share_or_number(part) for part in value.split(",")]
+        return [GazeConfig(budget=budget).budget for budget in budgets]
+    except ConfigError as error:
+        raise click.BadParameter(str(error), ctx, param) from None
     except ValueError:
         raise click.BadParameter(f"expected shares or numbers such as 0.1,0.25,8, got {value!r}", ctx, param) from None
 
 
-@click.command("eval")
+@click.command("eval", short_help="Measure how closely MODEL with gaze follows itself dense.")
 @click.argument("model")
 @click.argument("data")
 @click.option("--budgets", metavar="B,B,...", callback=_budgets, help="Budgets to measure, by default the model's own.")
@@ -36,7 +40,9 @@ def command(
     """
     import gazepatch
     from gazepatch.cli.opening import open_model
+    from gazepatch.training.records import read_records
 
+    read_records(data)  # broken data are found before any weights are read
     patched, processor = open_model(model, reading)
     with bar_of("eval", " conversations") as progress:
         scores = gazepatch.evaluate(patched, processor, data, budgets=budgets, limit=limit, progress=progress)

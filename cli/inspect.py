@@ -6,7 +6,7 @@ import json
 
 import click
 
-from gazepatch.cli.output import json_option, print_json
+from gazepatch.cli.output import json_option, print_json, quiet
 
 
 @click.command("inspect")
@@ -20,6 +20,7 @@ def command(model: str, as_json: bool) -> None:
     import gazepatch
     from gazepatch.cli.opening import device
 
+    quiet()
     report = gazepatch.inspect(model, device=device())
     if as_json:
         print_json(report)

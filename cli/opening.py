@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from gazepatch.cli.output import quiet
 from gazepatch.cli.settings import config_from
 from gazepatch.config import GazeConfig
+from gazepatch.errors import ArtefactError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -19,8 +21,7 @@ def open_model(source: str, reading: Mapping[str, Any] | None = None) -> tuple[A
         source: Local folder or Hub id.
         reading: Settings that were given in the place of these, by `reading_options`.
     """
-    import transformers
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     import gazepatch
     from gazepatch.artefact.finding import artefact_folder, base_config, base_of, is_artefact
@@ -28,21 +29,51 @@ def open_model(source: str, reading: Mapping[str, Any] | None = None) -> tuple[A
     from gazepatch.patch import context_tokens_of, patch_of
 
     given = {name: value for name, value in (reading or {}).items() if value is not None}
-    settings = config_from(given, GazeConfig())  # bad ones are refused before any weights are read
-    transformers.utils.logging.set_verbosity_error()  # hints about settings that nobody here has chosen
-    if is_artefact(source):
+    settings = config_from(given, GazeConfig())
+    quiet()
+    # Bad settings, an unknown architecture and a missing processor are refused before any weights are read.
+    base, revision = source, None
+    if ours := is_artefact(source):
+        folder = artefact_folder(source)
+        base, revision = base_of(read(folder), folder)
+    base_config(base, revision=revision)
+    processor = open_processor(base, revision)
+    if ours:
         model: Any = gazepatch.load(source)
         if given:
             settings, tokens = config_from(given, patch_of(model).config), context_tokens_of(model)
             gazepatch.apply(gazepatch.restore(model), settings, context_tokens=tokens)
-        folder = artefact_folder(source)
-        base, revision = base_of(read(folder), folder)
     else:
-        base_config(source)  # an unknown architecture is refused before its weights are read
         model = gazepatch.apply(AutoModelForImageTextToText.from_pretrained(source), settings)
-        base, revision = source, None
-    processor = AutoProcessor.from_pretrained(base, revision=revision)
     return model.to(device()), processor
+
+
+def open_processor(source: str, revision: str | None = None) -> Any:
+    """The processor of a model, by which images and a prompt become its inputs.
+
+    Raises:
+        ArtefactError: There is none, or it has no chat template.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(source, revision=revision)
+    except Exception as error:  # what its many classes raise where files or packages are missing
+        todo = "" if isinstance(error, ImportError) else "; its processor's files must lie beside the model's"
+        raise ArtefactError(
+            f"the processor of {source} cannot be loaded: {' '.join(str(error).split())}{todo}"
+        ) from error
+    if getattr(processor, "tokenizer", None) is None:  # transformers takes a tokenizer alone where there is no more
+        raise ArtefactError(
+            f"expected a model with a processor for images and text, got {source} with a {type(processor).__name__} "
+            "alone: the processor's files must lie beside the model's"
+        )
+    if not getattr(processor, "chat_template", None):
+        raise ArtefactError(
+            f"the processor of {source} has no chat template, which says how a prompt reads: put a "
+            "chat_template.jinja there"
+        )
+    return processor
 
 
 def device() -> str:

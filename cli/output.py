@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,15 @@ from typing import Any
 import click
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs to read.")
+
+
+def quiet() -> None:
+    """Keep what transformers and the Hub's client say off stderr: hints, and bars that no person is there to see."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()  # hints about settings that nobody here has chosen
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()  # the bars of the Hub's client as well
 
 
 def print_json(value: object) -> None:

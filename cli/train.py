@@ -5,17 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
 
-from gazepatch.cli.output import json_option, print_json
+from gazepatch.cli.output import json_option, print_json, quiet
 from gazepatch.cli.settings import config_from, options_of
+from gazepatch.cli.usage import bad_usage
 from gazepatch.config import GazeConfig
 from gazepatch.training.settings import TrainConfig
 
 
-@click.command("train")
+@click.command("train", short_help="Train MODEL to read few regions of its images.")
 @click.argument("model")
 @click.argument("data")
 @click.option("-o", "--out", required=True, metavar="DIR", help="Folder to write; it must not exist yet.")
@@ -44,25 +49,45 @@ def command(
     config = config_from(settings, GazeConfig.paper())
     arguments = dict(_argument(text) for text in trainer)
 
-    import transformers
-
     import gazepatch
     from gazepatch.artefact.manifest import read
 
-    transformers.utils.logging.set_verbosity_error()  # hints about settings that nobody here has chosen
-    folder = gazepatch.train(
-        model, data, out, config=config, training=training, trainer_arguments=arguments, force=force
-    )
+    quiet()
+    with bad_usage(), _going_on(out):
+        folder = gazepatch.train(
+            model, data, out, config=config, training=training, trainer_arguments=arguments, force=force
+        )
     if int(os.environ.get("RANK", 0)):
         return  # the first process speaks for all
-    provenance = dict(read(folder).provenance or {})
+    manifest = read(folder)
+    provenance = dict(manifest.provenance or {})
     if as_json:
-        print_json({"path": str(folder), "model": model, "gaze": config.to_dict(), "training": provenance})
+        print_json({"path": str(folder), "model": model, "gaze": manifest.gaze.to_dict(), "training": provenance})
     else:
+        agreement = provenance["final_agreement_in_training"]  # None where there was nothing to compare with
+        agrees = "" if agreement is None else f", agreement with dense {agreement:.1%}"
         click.echo(
-            f"{folder}\nLast loss {provenance['final_loss']:.4g}, agreement with dense "
-            f"{provenance['final_agreement_in_training']:.1%}, on its own data. Try: gazepatch ask {out} IMAGE PROMPT"
+            f"{folder}\nLast loss {provenance['final_loss']:.4g}{agrees}, on its own data. "
+            f"Try: gazepatch ask {shlex.quote(out)} IMAGE PROMPT"
         )
+
+
+@contextmanager
+def _going_on(out: str) -> Iterator[None]:
+    """Say how a training goes on that is interrupted from the keyboard."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if int(os.environ.get("RANK", 0)):
+            raise  # the first process speaks for all
+        from gazepatch.training.checkpoints import MARK_NAME
+
+        work = Path(f"{os.path.abspath(out)}.work")  # as `gazepatch.train` names it
+        if any(work.glob(f"checkpoint-*/{MARK_NAME}")):
+            then = f"the same command goes on from the last checkpoint in {work}"
+        else:
+            then = "there is no checkpoint yet (--save-every), so the same command begins anew"
+        raise click.ClickException(f"interrupted: {then}") from None
 
 
 def _argument(text: str) -> tuple[str, Any]:

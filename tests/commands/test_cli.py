@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from commanding import fails, gaze
 
 import gazepatch
 from gazepatch.artefact.manifest import FILE_NAME, read
+from gazepatch.cli import main
 from gazepatch.cli.group import COMMANDS
 from gazepatch.config import GazeConfig
 from gazepatch.context import write_context_tokens
 from gazepatch.files import replace_file
 from gazepatch.registry import MODULES
+from gazepatch.training.checkpoints import MARK_NAME
 
 # ---- the group
 
@@ -47,6 +53,20 @@ def test_bad_usage_is_status_2() -> None:
     fails(2, "No such option '--nope'", "families", "--nope")
 
 
+def test_the_list_of_commands_fits_a_terminal() -> None:
+    listed = CliRunner().invoke(main, ["--help"], terminal_width=80).stdout.partition("Commands:\n")[2].splitlines()
+    assert [line.split()[0] for line in listed] == list(COMMANDS)
+    assert all(line.endswith(".") and not line.endswith("...") for line in listed)
+
+
+def test_a_reader_who_has_seen_enough() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    run = subprocess.run([sys.executable, "-m", "gazepatch.cli", "families"], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert run.stderr == b""
+
+
 def test_a_failed_run_is_status_1() -> None:
     fails(1, "expected a folder or a Hub id", "convert", "/no/such/folder", "-o", "out")
 
@@ -60,8 +80,10 @@ def test_errors_of_others_tell_their_type(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    result = gaze("--debug", "convert", tmp_path, "-o", tmp_path / "out")
-    assert isinstance(result.exception, gazepatch.ArtefactError)
+    arguments = ("convert", tmp_path, "-o", tmp_path / "out")
+    for debug in (("--debug", *arguments), (*arguments, "--debug")):
+        assert isinstance(gaze(*debug).exception, gazepatch.ArtefactError)
+    fails(1, "expected a folder with config.json", *arguments)
 
 
 # ---- convert
@@ -101,6 +123,8 @@ def test_convert_with_context_tokens(base: Path, tmp_path: Path) -> None:
     given = ("--context-tokens", tmp_path / "trained.safetensors")
     assert gaze("convert", base, "-o", tmp_path / "gaze", *given).exit_code == 0
     assert read(tmp_path / "gaze").gaze.context_tokens == 2
+    said = json.loads(gaze("convert", base, "-o", tmp_path / "again", *given, "--json").stdout)
+    assert said["gaze"] == read(tmp_path / "again").gaze.to_dict() and said["gaze"]["context_tokens"] == 2
     fails(2, "does not exist", "convert", base, "-o", tmp_path / "other", "--context-tokens", "4")
 
 
@@ -160,15 +184,69 @@ def test_no_window(base: Path, tmp_path: Path) -> None:
     [
         (["--budget", "1.5"], "budget must be a share"),
         (["--budget", "nan"], "budget must be a share"),
-        (["--budget", "half"], "expected SHARE|NUMBER, got 'half'"),
+        (["--budget", "25%"], "expected a share or a number of regions, such as 0.25 or 8, got '25%'"),
+        (["--dense-layers", "first"], "expected whole numbers, such as 0,1, got 'first'"),
+        (["--min-visual-tokens", "few"], "expected a whole number, such as 8, got 'few'"),
+        (["--window", "nine"], "expected three whole numbers H,W,T, such as 3,3,1, or none, got 'nine'"),
         (["--region", "6,6"], "region must be three integers"),
-        (["--region", "six"], "expected H,W,T, got 'six'"),
+        (["--region", "six"], "expected three whole numbers H,W,T, such as 6,6,1, got 'six'"),
         (["--window", "4,4,1"], "window must divide region"),
         (["--prefill", "sparse"], "prefill must be one of"),
     ],
 )
 def test_bad_settings_are_bad_usage(arguments: list[str], message: str) -> None:
     fails(2, message, "convert", "model", "-o", "out", *arguments)
+
+
+def test_settings_that_the_model_refuses_are_bad_usage(base: Path, tmp_path: Path) -> None:
+    fails(2, "dense_layers must be below 2", "convert", base, "-o", tmp_path / "gaze", "--dense-layers", "9")
+
+
+def test_none_is_said_in_words() -> None:
+    helps = {name: " ".join(gaze(name, "--help").stdout.split()) for name in ("convert", "train")}
+    assert not any("None" in text for text in helps.values())
+    for said in (
+        "Updates. [default: as many as --epochs makes]",
+        "[default: 0.003 for context, 0.0002 for lora, 0.00001 for full]",
+        "none means the region itself",
+        "[default: none]",
+    ):
+        assert said in helps["train"]
+    assert "1 is one region, 1.0 is all of them. [default: 0.25]" in helps["convert"]
+
+
+# ---- train
+
+
+def test_training_settings_are_found_at_once(base: Path, tmp_path: Path) -> None:
+    fails(2, "prefill must be 'gaze'", "train", base, "talk.jsonl", "-o", tmp_path / "out", "--prefill", "dense")
+    fails(2, "expected a number, such as 0.5, got 'fast'", "train", base, "x", "-o", "out", "--learning-rate", "fast")
+
+
+def test_an_interrupted_training_says_how_it_goes_on(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gazepatch, "train", interrupted)
+    train = ("train", base, "talk.jsonl", "-o", tmp_path / "out")
+    fails(1, "interrupted: there is no checkpoint yet (--save-every), so the same command begins anew", *train)
+    checkpoint = tmp_path / "out.work" / "checkpoint-100"
+    checkpoint.mkdir(parents=True)
+    fails(1, "there is no checkpoint yet", *train)
+    (checkpoint / MARK_NAME).touch()
+    fails(1, f"the same command goes on from the last checkpoint in {tmp_path / 'out.work'}", *train)
+
+
+def test_a_training_without_an_agreement(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = gazepatch.convert(base, tmp_path / "out")
+    provenance = {"final_loss": 0.5, "final_agreement_in_training": None}
+    replace_file(out / FILE_NAME, dataclasses.replace(read(out), provenance=provenance).to_json())
+    monkeypatch.setattr(gazepatch, "train", lambda *_, **__: out)
+    result = gaze("train", base, "talk.jsonl", "-o", out)
+    assert result.exit_code == 0, result.output
+    assert "Last loss 0.5, on its own data. Try: gazepatch ask " in result.stdout
 
 
 # ---- inspect, families

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,6 +76,7 @@ def test_ask_refuses(artefact: Path, page: Path) -> None:
 def test_a_forgotten_prompt(artefact: Path, page: Path) -> None:
     for command in ("ask", "look", "verify", "bench"):
         fails(2, f"PROMPT is missing: {page} is a file", command, artefact, page)
+        fails(2, "PROMPT is missing, and there is no file gone.PNG", command, artefact, "gone.PNG")
 
 
 def test_a_file_that_is_no_image_is_found_before_the_weights_are_read(
@@ -122,3 +126,43 @@ def test_a_budget_that_is_none_is_found_before_the_weights_are_read(
     for command in ("ask", "look", "bench"):
         fails(2, "budget must be a share", command, artefact, page, "this", "--budget", "1.5")
         fails(2, "min_visual_tokens must be an integer", command, artefact, page, "this", "--min-visual-tokens", "-1")
+
+
+def test_a_processor_that_does_not_do_is_found_before_the_weights_are_read(
+    base: Path, artefact: Path, page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    for place, name in ((gazepatch, "load"), (AutoModelForImageTextToText, "from_pretrained")):
+        monkeypatch.setattr(place, name, lambda *_, **__: pytest.fail("the weights were read"))
+    for name, missing, message in (
+        (
+            "silent",
+            ("chat_template.jinja",),
+            "has no chat template, which says how a prompt reads",
+        ),
+        ("blind", ("processor_config.json", "chat_template.jinja"), "cannot be loaded: Can't load image processor"),
+    ):
+        folder = Path(shutil.copytree(base, tmp_path / name))
+        for file in missing:
+            (folder / file).unlink()
+        made = gazepatch.convert(folder, tmp_path / f"{name}-gaze")
+        for model in (folder, made):
+            fails(1, f"the processor of {folder} {message}", "ask", model, page, "this ?")
+            for command in ("verify", "bench"):
+                fails(1, message, command, model)
+
+
+def test_a_tokenizer_alone_is_no_processor(base: Path, page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoProcessor, AutoTokenizer
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *_, **__: AutoTokenizer.from_pretrained(base))
+    fails(1, "expected a model with a processor for images and text, got", "ask", base, page, "this ?")
+
+
+def test_nothing_is_said_on_stderr_where_nobody_watches(artefact: Path, page: Path) -> None:
+    arguments = ("ask", artefact, page, "this ?", "--max-new-tokens", 2)
+    run = subprocess.run(
+        [sys.executable, "-m", "gazepatch.cli", *map(str, arguments)], capture_output=True, text=True, check=True
+    )
+    assert run.stderr == ""

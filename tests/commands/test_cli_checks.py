@@ -81,8 +81,18 @@ def test_eval(base: Path, tmp_path: Path, page: Path) -> None:
     assert json.loads(many.stdout)[0]["whole"] == 0 and json.loads(many.stdout)[0]["read_share"] < 0.35
     assert "2 of these conversations were read whole: fewer than min_visual_tokens=2048" in few.stdout
     fails(2, "expected shares or numbers", *data, "--budgets", "half")
+    fails(2, "budget must be a share of the regions", *data, "--budgets", "0.5,0")
     (tmp_path / "words.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "this ?"}, said]}))
     assert "  no images  " in gaze("eval", artefact, tmp_path / "words.jsonl").stdout
+
+
+def test_eval_reads_the_data_before_the_weights(
+    artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gazepatch, "load", lambda *_: pytest.fail("the weights were read"))
+    (tmp_path / "data.jsonl").write_text("{")
+    fails(1, "data.jsonl, line 1: must be JSON", "eval", artefact, tmp_path / "data.jsonl")
+    fails(1, "expected a file of records, got nothing at", "eval", artefact, tmp_path / "gone.jsonl")
 
 
 def test_bench(base: Path, tmp_path: Path, page: Path) -> None:

@@ -206,7 +206,7 @@ def test_none_is_said_in_words() -> None:
     helps = {name: " ".join(gaze(name, "--help").stdout.split()) for name in ("convert", "train")}
     assert not any("None" in text for text in helps.values())
     for said in (
-        "Updates. [default: as many as --epochs makes]",
+        "Number of updates. [default: as many as --epochs gives]",
         "[default: 0.003 for context, 0.0002 for lora, 0.00001 for full]",
         "none means the region itself",
         "[default: none]",

@@ -148,7 +148,7 @@ def test_the_command(base: Path, data: Path, tmp_path: Path) -> None:
 USAGE: dict[str, tuple[list[str], str]] = {
     "objective": (["--objective", "x"], "objective must be one of"),
     "budget": (["--budget", "0.0"], "budget must be a share"),
-    "steps": (["--steps", "many"], "expected N, got 'many'"),
+    "steps": (["--steps", "many"], "expected a whole number, such as 8, got 'many'"),
     "trainer": (["--trainer", "bf16"], "--trainer takes NAME=VALUE, got 'bf16'"),
 }
 
@@ -169,4 +169,4 @@ def test_arguments_of_the_trainer_reach_it(base: Path, data: Path, tmp_path: Pat
     assert result.exit_code == 0, result.output
     assert seen[0].max_grad_norm == 0.5
     refused = gaze_train(base, data, "-o", tmp_path / "b", "--trainer", "output_dir=x")
-    assert refused.exit_code == 1 and "output_dir cannot be among" in refused.stderr
+    assert refused.exit_code == 2 and "output_dir cannot be among" in refused.stderr

@@ -10,7 +10,7 @@ HEAD = ("model type", "images", "videos", "regions", "layers that gaze", "contex
 
 
 @click.command("families")
-@click.option("--markdown", "as_markdown", is_flag=True, help="Print the tables of the README.")
+@click.option("--markdown", "as_markdown", is_flag=True, help="Print the tables of docs/families.md.")
 @json_option
 def command(as_markdown: bool, as_json: bool) -> None:
     """List the model types that can gaze, and why others cannot."""

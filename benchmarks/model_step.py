@@ -98,7 +98,8 @@ def filled(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> tuple[Stati
         entries = torch.empty(shape, dtype=model.dtype, device=model.device).normal_(generator=generator)
         cache.update(*entries, i)
         if state is not None and i in runtime.gaze_layers:
-            state.expect(i, entries.new_empty(batch, text.num_attention_heads, 0, dim), *entries)
+            query = entries.new_empty(batch, text.num_attention_heads, 0, dim)
+            state.expect(i, query, text.num_key_value_heads, dim)
         del entries  # before those of the next layer are made
     if state is not None:
         state.finish(True)

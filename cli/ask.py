@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gazepatch.cli.asked import check_prompt, entries_read, open_images, say_notes
+from gazepatch.cli.asked import check_prompt, entries_read, max_new_tokens_option, open_images, say_notes
 from gazepatch.cli.output import json_option, print_json
 from gazepatch.cli.settings import reading_options
 
@@ -20,14 +20,7 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.argument("images", metavar="IMAGE...", nargs=-1, type=click.Path(exists=True, dir_okay=False))
 @click.argument("prompt")
-@click.option(
-    "--max-new-tokens",
-    default=128,
-    show_default=True,
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Where an answer is cut off.",
-)
+@max_new_tokens_option
 @click.option("--dense", is_flag=True, help="Let the model's own attention answer.")
 @click.option("--compare", is_flag=True, help="Let both answer, one after the other.")
 @reading_options

@@ -14,6 +14,15 @@ if TYPE_CHECKING:
     from gazepatch.answering import Answer
 
 
+max_new_tokens_option = click.option(
+    "--max-new-tokens",
+    default=128,
+    show_default=True,
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Where an answer is cut off.",
+)
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 

@@ -42,10 +42,10 @@ def command(
     from gazepatch.cli.opening import open_model
     from gazepatch.training.records import read_records
 
-    read_records(data)  # broken data are found before any weights are read
+    records = read_records(data)  # broken data are found before any weights are read
     patched, processor = open_model(model, reading)
     with bar_of("eval", " conversations") as progress:
-        scores = gazepatch.evaluate(patched, processor, data, budgets=budgets, limit=limit, progress=progress)
+        scores = gazepatch.evaluate(patched, processor, records, budgets=budgets, limit=limit, progress=progress)
     if as_json:
         print_json(scores)
         return

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from gazepatch.cli.asked import check_prompt, entries_read, open_images, say_notes
+from gazepatch.cli.asked import check_prompt, entries_read, max_new_tokens_option, open_images, say_notes
 from gazepatch.cli.output import json_option
 from gazepatch.cli.settings import reading_options
 
@@ -19,14 +19,7 @@ PAGE = Path("gaze.html")
 @click.argument("model")
 @click.argument("images", metavar="IMAGE...", nargs=-1, type=click.Path(exists=True, dir_okay=False))
 @click.argument("prompt")
-@click.option(
-    "--max-new-tokens",
-    default=128,
-    show_default=True,
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Where an answer is cut off.",
-)
+@max_new_tokens_option
 @click.option(
     "-o",
     "--out",

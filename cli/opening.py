@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from gazepatch.cli.output import quiet
 from gazepatch.cli.settings import config_from
 from gazepatch.config import GazeConfig
-from gazepatch.errors import ArtefactError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,6 +26,7 @@ def open_model(source: str, reading: Mapping[str, Any] | None = None) -> tuple[A
     from gazepatch.artefact.finding import artefact_folder, base_config, base_of, is_artefact
     from gazepatch.artefact.manifest import read
     from gazepatch.patch import context_tokens_of, patch_of
+    from gazepatch.processors import open_processor
 
     given = {name: value for name, value in (reading or {}).items() if value is not None}
     settings = config_from(given, GazeConfig())
@@ -46,34 +46,6 @@ def open_model(source: str, reading: Mapping[str, Any] | None = None) -> tuple[A
     else:
         model = gazepatch.apply(AutoModelForImageTextToText.from_pretrained(source), settings)
     return model.to(device()), processor
-
-
-def open_processor(source: str, revision: str | None = None) -> Any:
-    """The processor of a model, by which images and a prompt become its inputs.
-
-    Raises:
-        ArtefactError: There is none, or it has no chat template.
-    """
-    from transformers import AutoProcessor
-
-    try:
-        processor = AutoProcessor.from_pretrained(source, revision=revision)
-    except Exception as error:  # what its many classes raise where files or packages are missing
-        todo = "" if isinstance(error, ImportError) else "; its processor's files must lie beside the model's"
-        raise ArtefactError(
-            f"the processor of {source} cannot be loaded: {' '.join(str(error).split())}{todo}"
-        ) from error
-    if getattr(processor, "tokenizer", None) is None:  # transformers takes a tokenizer alone where there is no more
-        raise ArtefactError(
-            f"expected a model with a processor for images and text, got {source} with a {type(processor).__name__} "
-            "alone: the processor's files must lie beside the model's"
-        )
-    if not getattr(processor, "chat_template", None):
-        raise ArtefactError(
-            f"the processor of {source} has no chat template, which says how a prompt reads: put a "
-            "chat_template.jinja there"
-        )
-    return processor
 
 
 def device() -> str:

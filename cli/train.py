@@ -80,10 +80,10 @@ def _going_on(out: str) -> Iterator[None]:
     except KeyboardInterrupt:
         if int(os.environ.get("RANK", 0)):
             raise  # the first process speaks for all
-        from gazepatch.training.checkpoints import MARK_NAME
+        from gazepatch.training.checkpoints import newest_checkpoint, working_folder
 
-        work = Path(f"{os.path.abspath(out)}.work")  # as `gazepatch.train` names it
-        if any(work.glob(f"checkpoint-*/{MARK_NAME}")):
+        work = working_folder(Path(out).absolute())
+        if newest_checkpoint(work) is not None:
             then = f"the same command goes on from the last checkpoint in {work}"
         else:
             then = "there is no checkpoint yet (--save-every), so the same command begins anew"

@@ -27,7 +27,7 @@ from gazepatch.patch import (
 from gazepatch.registry import adapter_for
 from gazepatch.training.chat import Collator, supervised
 from gazepatch.training.objectives import agreed, distill
-from gazepatch.training.records import read_records
+from gazepatch.training.records import Records, read_records
 from gazepatch.training.trainer import logits_at
 
 
@@ -61,7 +61,7 @@ class Score:
 def evaluate(
     model: nn.Module,
     processor: Any,
-    data: str | Path,
+    data: str | Path | Records,
     *,
     budgets: Sequence[float | int] | float | int = (),
     limit: int | None = None,
@@ -76,7 +76,8 @@ def evaluate(
     Args:
         model: The patched model; it is left as it was. Caches that it has filled cannot be used any more.
         processor: The model's.
-        data: File of records, folder with one, or name of a set of `datasets`: see `gazepatch.training.records`.
+        data: File of records, folder with one, or name of a set of `datasets`: see `gazepatch.training.records`; or
+            what `read_records` there has made of one.
         budgets: Budgets to measure, one or several; by default the model's own.
         limit: Read so many conversations only.
         progress: Called with the conversations done and those there are.
@@ -94,7 +95,7 @@ def evaluate(
     gazes = [replace(config, prefill="gaze", budget=budget) for budget in wanted or (config.budget,)]
     if limit is not None and limit < 1:
         raise ConfigError(f"limit must be at least 1, got {limit}")
-    collator, records = Collator(processor), read_records(data)
+    collator, records = Collator(processor), data if isinstance(data, Records) else read_records(data)
     count = min(len(records), limit or len(records))
     sums, whole = [_Sums(gaze.budget) for gaze in gazes], 0
     modes = {module: module.training for module in model.modules()}

@@ -109,7 +109,7 @@ def _report(
 ) -> Inspection:
     adapter = adapter_for(config.model_type)
     text, in_force = adapter.text_config(config), settings or GazeConfig()
-    reasons, layers = dense_reasons(adapter, config, in_force), len(adapter.runs(config))
+    reasons = dense_reasons(adapter, config, in_force)
     spans = locate(adapter, root, inputs) if inputs is not None else []
     path = ""
     if root is not None:
@@ -118,9 +118,9 @@ def _report(
     return Inspection(
         family=config.model_type,
         decoder=f"{text.model_type}{path}",
-        layers=layers,
-        gaze_layers=[i for i in range(layers) if i not in reasons],
-        reasons=reasons,
+        layers=len(reasons),
+        gaze_layers=[number for number, reason in reasons.items() if reason is None],
+        reasons={number: reason for number, reason in reasons.items() if reason is not None},
         patched=root is not None and is_patched(root),
         settings=in_force,
         backend=_backend(in_force.backend, device),

@@ -44,6 +44,8 @@ def everything(case: Case) -> Any:
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_an_image_in_pieces_is_refused(name: str) -> None:
     case = tiny(name)
+    if not hasattr(case.model, "_supports_mm_encoder_outputs"):
+        pytest.skip("this transformers loses the images of a prompt that it cuts")
     with patched(case.model, GAZE, context_tokens=context()):
         with pytest.raises(CacheError, match="generate without prefill_chunk_size"):
             case.model.generate(**case.inputs, max_new_tokens=2, prefill_chunk_size=16)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gazepatch.patch import context_tokens_of, dense, patch_of, patched, restored, root_model, stats
+from gazepatch.patch import context_tokens_of, patch_of, patched, restored, root_model, stats
 from gazepatch.verification import Verification, generate_logits
 
 
@@ -30,11 +30,11 @@ def measure_fidelity(model: nn.Module, inputs: Mapping[str, Any], *, steps: int 
         `KL(dense || gaze)` in nats; `read_share` of the visual entries; `steps`, and what it was measured with.
     """
     settings, context_tokens = replace(patch_of(model).config, min_visual_tokens=0), context_tokens_of(model)
-    with dense(model):
+    with restored(model):
         whole, tokens = generate_logits(model, inputs, steps - 1)
-    with restored(model), patched(model, settings, context_tokens=context_tokens):
-        gazed, _ = generate_logits(model, inputs, steps - 1, tokens)
-        read_share = stats(model).read_share
+        with patched(model, settings, context_tokens=context_tokens):
+            gazed, _ = generate_logits(model, inputs, steps - 1, tokens)
+            read_share = stats(model).read_share
     # In float32 the rounding of distributions that are nearly the same makes it negative.
     log_p, log_q = whole.double().log_softmax(-1), gazed.double().log_softmax(-1)
     return {

@@ -142,21 +142,12 @@ def save(
     if full and has_lora(root):
         raise ArtefactError("a full artefact has no LoRA adapters beside it: merge them into the model first")
     source = getattr(config, "_name_or_path", "") or None
-    known = source is not None and (os.path.isdir(source) or getattr(config, "_commit_hash", None) is not None)
-    if source is not None and not known and not full:
-        raise ArtefactError(
-            f"an artefact names its base model, and this one was loaded from {source!r}, which is neither a folder "
-            "(seen from here) nor a model of the Hub: set model.config._name_or_path to the folder"
-        )
-    if source is None and not full:
-        raise ArtefactError(
-            "an artefact names its base model, and this one was not loaded from anywhere: "
-            "restore it, call model.save_pretrained(folder), and load it from there"
-        )
     out, local = Path(out).absolute(), _local(source)
-    check_output(out, local, force)
     # A full artefact does not need a folder of this machine, and others need not know of it.
-    base = source if local is None and known else None if full else str(local)
+    base = (None if full else str(local)) if local is not None else _on_hub(config)
+    if base is None and not full:
+        raise ArtefactError(f"an artefact names its base model, and this one {_nowhere(source)}")
+    check_output(out, local, force)
     manifest = replace(Manifest.of(config, gaze, base), full=full, provenance=provenance)
     if source is not None:
         geometry = processor_geometry(source, revision=manifest.base_revision)
@@ -193,6 +184,21 @@ def record_fidelity(folder: Path, fidelity: Mapping[str, Any]) -> None:
 
 def _local(source: str | Path | None) -> Path | None:
     return Path(source).resolve() if source is not None and os.path.isdir(source) else None
+
+
+def _on_hub(config: Any) -> str | None:
+    """The Hub's id of what a model was loaded from, if it was loaded from there."""
+    return config._name_or_path if getattr(config, "_commit_hash", None) is not None else None
+
+
+def _nowhere(source: str | None) -> str:
+    """What keeps a model's source from being named, and what to do."""
+    if source is None:
+        return "was not loaded from anywhere: restore it, call model.save_pretrained(folder), and load it from there"
+    return (
+        f"was loaded from {source!r}, which is neither a folder (seen from here) nor a model of the Hub: set "
+        "model.config._name_or_path to the folder"
+    )
 
 
 def _copy_beside(source: str, revision: str | None, folder: Path) -> None:

@@ -16,6 +16,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from gazepatch.errors import TrainingError
+from gazepatch.processors import lack_of
 from gazepatch.training.images import open_image
 from gazepatch.training.records import Record
 
@@ -39,24 +40,15 @@ class Collator:
         processor: The model's.
 
     Raises:
-        TrainingError: The processor has no chat template.
+        TrainingError: It does not take images and conversations, or has no chat template.
     """
 
     def __init__(self, processor: Any) -> None:
-        tokenizer = getattr(processor, "tokenizer", None)
-        if tokenizer is None or getattr(processor, "image_processor", None) is None:
-            raise TrainingError(
-                f"expected a processor for images and text, got {type(processor).__name__}: the model's folder must "
-                "hold its processor's files"
-            )
-        if not getattr(processor, "chat_template", None):
-            raise TrainingError(
-                "the model's processor has no chat template, so nothing says how a conversation reads: "
-                "put a chat_template.jinja into the model's folder"
-            )
-        if tokenizer.pad_token is None:
+        if lack := lack_of(processor):
+            raise TrainingError(lack)
+        if processor.tokenizer.pad_token is None:
             processor = copy.deepcopy(processor)  # the given one stays as it is
-            processor.tokenizer.pad_token = tokenizer.eos_token
+            processor.tokenizer.pad_token = processor.tokenizer.eos_token
         self.processor, self.tokenizer = processor, processor.tokenizer
 
     def __call__(self, records: Sequence[Record]) -> dict[str, Any]:

@@ -17,6 +17,17 @@ RUN_NAME = "run.json"
 MARK_NAME = "complete"
 
 
+def working_folder(out: Path) -> Path:
+    """Where the training of an artefact keeps its checkpoints."""
+    return out.with_name(f"{out.name}.work")
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in a working folder that is whole, if there is one."""
+    whole = [checkpoint for checkpoint in _checkpoints(folder) if (checkpoint / MARK_NAME).is_file()]
+    return whole[-1] if whole else None
+
+
 class Work:
     """The working folder of a training.
 
@@ -26,7 +37,7 @@ class Work:
     """
 
     def __init__(self, out: Path, run: dict[str, Any]) -> None:
-        self.folder, self.run = out.with_name(f"{out.name}.work"), json.loads(json.dumps(run, default=str))
+        self.folder, self.run = working_folder(out), json.loads(json.dumps(run, default=str))
 
     def open(self) -> Path | None:
         """Make the folder, or enter it again; the newest whole checkpoint, if there is one.
@@ -42,31 +53,25 @@ class Work:
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             replace_file(path, json.dumps(self.run, indent=2))
-        whole = [folder for folder in self._checkpoints() if (folder / MARK_NAME).is_file()]
-        return whole[-1] if whole else None
+        return newest_checkpoint(self.folder)
 
     def complete(self, step: int) -> None:
         """The checkpoint of a step is whole: mark it, and remove the others."""
         newest = self.folder / f"checkpoint-{step}"
         (newest / MARK_NAME).touch()
-        for folder in self._checkpoints():
+        for folder in _checkpoints(self.folder):
             if folder != newest:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def discard_broken(self) -> None:
         """Remove checkpoints that a killed training left half-written."""
-        for folder in self._checkpoints():
+        for folder in _checkpoints(self.folder):
             if not (folder / MARK_NAME).is_file():
                 shutil.rmtree(folder)
 
     def remove(self) -> None:
         """The training is done."""
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _checkpoints(self) -> list[Path]:
-        """By step."""
-        found = [path for path in self.folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-        return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
     def _compare(self, path: Path) -> None:
         try:
@@ -80,3 +85,9 @@ class Work:
                     f"{self.folder} holds a training that was interrupted, with {key} {old!r}, and this one has "
                     f"{new!r}: give the same settings to go on, or remove that folder to begin anew"
                 )
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """By step."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))

@@ -202,16 +202,16 @@ def _of_file(path: Path) -> Records:
 
 def _of_list(path: Path) -> Records:
     text = path.read_bytes()
-    values = _parsed(text, path.name)
+    values = _parsed(text, path.name, "a list in JSON")
     records = [record(value, f"{path.name}, record {number}", path.parent) for number, value in enumerate(values, 1)]
     return Records(str(path), hashlib.sha256(text).hexdigest(), len(records), records.__getitem__)
 
 
-def _parsed(text: bytes, where: str) -> Any:
+def _parsed(text: bytes, where: str, wanted: str = "JSON, one record a line or all of them in one list") -> Any:
     try:
         return json.loads(text)
     except ValueError as error:  # bad JSON and bad UTF-8 alike
-        raise TrainingError(f"{where}: must be JSON: {error}") from None
+        raise TrainingError(f"{where}: must be {wanted}: {error}") from None
 
 
 def _of_hub(name: str) -> Records:

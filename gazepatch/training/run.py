@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback, TrainingArguments, set_seed
+from transformers import AutoModelForImageTextToText, PrinterCallback, TrainingArguments, set_seed
 
 from gazepatch.artefact.finding import base_config, refuse_artefact
 from gazepatch.artefact.folders import check_output
@@ -23,6 +23,7 @@ from gazepatch.errors import ConfigError, TrainingError
 from gazepatch.layers import gaze_layers
 from gazepatch.lora import require_peft
 from gazepatch.patch import apply, set_budget
+from gazepatch.processors import open_processor
 from gazepatch.registry import adapter_for
 from gazepatch.training.bar import Bar
 from gazepatch.training.chat import Collator
@@ -76,7 +77,7 @@ def train(
         ConfigError: A setting is wrong, or does not fit the others.
         TrainingError: The data are broken, a package is missing, or `out` + `.work` holds another training.
         UnsupportedModelError: The architecture has no adapter, or no layer of it can gaze.
-        ArtefactError: `source` is not a model, or an artefact already, or `out` cannot be written.
+        ArtefactError: `source` is not a model with a processor, or an artefact already, or `out` cannot be written.
     """
     training = settings_of(training, TrainConfig()).changed(settings)
     config = settings_of(config, GazeConfig.paper())
@@ -87,7 +88,7 @@ def train(
     folder = Path(out).absolute()
     check_output(folder, Path(source).resolve() if Path(source).is_dir() else None, force)
     records = read_records(data)
-    collator = Collator(AutoProcessor.from_pretrained(source))
+    collator = Collator(open_processor(str(source)))
     collator.rendered(records[0])  # a template that does not fit is found before the weights are read
     further = trainer_arguments or {}
     work = Work(folder, _identity(source, records, config, training, further))

@@ -63,7 +63,7 @@ def test_embedded_images(tmp_path: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Any, str]] = {
-    "no JSON": ("{", "line 2: must be JSON"),
+    "no JSON": ("{", "line 2: must be JSON, one record a line"),
     "no object": ("3", "must be a JSON object, got int"),
     "no messages": ({"text": "w8"}, "expected a list 'messages'.* got the keys text"),
     "empty": ({"messages": []}, "expected a list 'messages'"),

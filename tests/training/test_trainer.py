@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,17 @@ def test_outputs_that_are_refused_before_the_training(base: Path, data: Path, tm
         trained(base, data, base / "out")
     with pytest.raises(HubError, match="expected a folder or a Hub id"):
         trained(tmp_path / "none", data, tmp_path / "out")
+
+
+def test_a_model_without_a_processor_is_refused(base: Path, data: Path, tmp_path: Path) -> None:
+    alone = Path(shutil.copytree(base, tmp_path / "alone"))
+    (alone / "processor_config.json").unlink()
+    with pytest.raises(ArtefactError, match=r"the processor of .*alone cannot be loaded.*must lie beside the model's"):
+        trained(alone, data, tmp_path / "out")
+    shutil.copytree(base, tmp_path / "silent")
+    (tmp_path / "silent" / "chat_template.jinja").unlink()
+    with pytest.raises(ArtefactError, match=r"the processor of .*silent has no chat template"):
+        trained(tmp_path / "silent", data, tmp_path / "out")
 
 
 def test_steps() -> None:

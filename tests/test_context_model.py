@@ -12,6 +12,7 @@ from naive import lengthened_row
 from tiny import CORE, Case, batch, filled, tiny
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from gazepatch.errors import CacheError
 from gazepatch.patch import patch_of, patched, stats
@@ -47,7 +48,7 @@ def test_an_image_in_pieces_is_refused(name: str) -> None:
     if not hasattr(case.model, "_supports_mm_encoder_outputs"):
         pytest.skip("this transformers loses the images of a prompt that it cuts")
     with patched(case.model, GAZE, context_tokens=context()):
-        with pytest.raises(CacheError, match="generate without prefill_chunk_size"):
+        with pytest.raises(CacheError, match="so generate without prefill_chunk_size"):
             case.model.generate(**case.inputs, max_new_tokens=2, prefill_chunk_size=16)
         whole = generate_logits(case.model, case.inputs, 1)[0]
         pieces = case.model.generate(
@@ -58,6 +59,22 @@ def test_an_image_in_pieces_is_refused(name: str) -> None:
             return_dict_in_generate=True,
         )
         assert torch.equal(torch.stack(pieces.logits, 1).argmax(-1), whole.argmax(-1))
+
+
+@torch.no_grad()
+def test_an_image_in_pieces_from_elsewhere_is_refused() -> None:
+    case = tiny("llava")
+    if not hasattr(case.model, "_supports_mm_encoder_outputs"):
+        pytest.skip("this transformers takes no features that were made before")
+    ids, (image, _) = case.inputs["input_ids"], case.spans
+    features = case.model.get_image_features(case.inputs["pixel_values"]).pooler_output[0]  # nobody saw of what
+    cut = image.start + 32
+    with patched(case.model, GAZE, context_tokens=context()):
+        cache = DynamicCache()
+        first, rest = ({"image": BaseModelOutputWithPooling(pooler_output=[part])} for part in features.split(32))
+        case.model(ids[:, :cut], mm_encoder_outputs=first, past_key_values=cache)
+        with pytest.raises(CacheError, match="an image goes on that the forward before this one began"):
+            case.model(ids[:, cut : image.stop], mm_encoder_outputs=rest, past_key_values=cache)
 
 
 @pytest.mark.parametrize("name", [*CORE, "gemma3n"])

@@ -95,12 +95,19 @@ class GazeLayer(DynamicLayer):
             self._append(new)
             return
         chunk: Chunk = self.state.table("chunk", new[0].device)
-        if chunk.tokens > new[0].shape[-2]:
+        if (back := chunk.tokens - new[0].shape[-2]) > 0:
             # What was kept as text until now is sorted together with what is new.
-            held, self._other, self._used = self._others(), None, 0
-            new = _joined(held, new)
+            new = _joined(self._taken_back(back), new)
         self._append(tuple(chunk.other_entries(x) for x in new))
         self._append_visual(tuple(chunk.visual_entries(x) for x in new), chunk)
+
+    def _taken_back(self, entries: int) -> Stores:
+        """The last so many other entries, which are none any more."""
+        held, rest = self._others(), self._used - entries
+        self._other, self._used = None, 0  # and their room with them
+        if rest:
+            self._append(tuple(x[:, :, :rest] for x in held))
+        return tuple(x[:, :, rest:] for x in held)
 
     def _append(self, new: Stores) -> None:
         start, self._used = self._used, self._used + new[0].shape[-2]

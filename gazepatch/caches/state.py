@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,19 @@ _GROWING = ("region_of", "window_of", "logical_order", "other_positions", "entry
 _OF_REGIONS = ("chunk", "regions", "readable", "sorted_others", *_GROWING)
 
 
+@dataclass(frozen=True)
+class Cut:
+    """The part of a prompt that there is while images are still to come, as with `prefill_chunk_size`.
+
+    Attributes:
+        ids: Token ids of every row, -1 for padding.
+        captured: By modality, what its images and videos were made from.
+    """
+
+    ids: list[list[int]]
+    captured: dict[str, Any]
+
+
 class GazeState:
     """What the layers of one cache share: the layout of the sequence so far, and the forward that is running.
 
@@ -38,9 +51,10 @@ class GazeState:
         spans: Visual tokens so far, by slot.
         regions: Tables of all regions so far. None while every row has fewer visual tokens than `min_visual_tokens`:
             they are then kept like text, and read by the model's own attention.
+        cut: A prompt that goes on, whose images are kept like text until all of them are there; or None.
         order: Where the entries lie that are sorted into regions and others; None as long as none are.
         chunk: The running forward's tokens, when some of them become visual entries. It reaches back to the first
-            token when a sequence gets enough visual tokens only now.
+            token when a sequence gets enough visual tokens only now, and over the images of a prompt that was cut.
         running: Whether a forward of the owner is running.
         decoding: Whether the running forward is one routed decode step.
         follows: Whether the cache crops layers of other kinds before any of these, which can then refuse too late.
@@ -61,6 +75,7 @@ class GazeState:
         self.spans: list[Span] = []
         self.regions: Regions | None = None
         self.order: Order | None = None
+        self.cut: Cut | None = None
         self.chunk: Chunk | None = None
         self.running = self.decoding = self.broken = False
         self.tables = Tables()
@@ -88,7 +103,10 @@ class GazeState:
         return self.length + self.new_tokens
 
     def begin(self, spans: Sequence[Span], rows: int, new_tokens: int, insertion: Insertion | None = None) -> None:
-        """A forward of `new_tokens` slots in each of `rows` rows starts; `spans` are its visual tokens, by slot."""
+        """A forward of `new_tokens` slots in each of `rows` rows starts.
+
+        `spans` are its visual tokens, by slot, and those before it that were kept like text because of a cut.
+        """
         self.check_whole()
         self.running = self.broken = True
         if insertion is not None:
@@ -96,7 +114,7 @@ class GazeState:
             self.tables.forget("recorded")
         self.spans += spans
         self.chunk = self._sort(spans, rows, new_tokens) if spans else None
-        self.decoding = new_tokens == 1 and self.regions is not None
+        self.decoding = new_tokens == 1 and self.regions is not None and self.chunk is None
         if self.chunk is not None:
             self._extend(self.chunk, new_tokens)
         self.new_tokens = new_tokens
@@ -116,11 +134,12 @@ class GazeState:
         self.broken = not completed
 
     def _sort(self, spans: Sequence[Span], rows: int, new_tokens: int) -> Chunk | None:
-        if self.regions is not None:
-            return sort_chunk(spans, rows, self.length, new_tokens, self.config)
-        if self.visual_tokens < self.config.min_visual_tokens:
-            return None
-        return sort_chunk(self.spans, rows, 0, self.length + new_tokens, self.config)
+        first = min(self.length, *(span.start for span in spans))
+        if self.regions is None:
+            if self.visual_tokens < self.config.min_visual_tokens:
+                return None
+            spans, first = self.spans, 0
+        return sort_chunk(spans, rows, first, self.length + new_tokens - first, self.config)
 
     def _extend(self, chunk: Chunk, new_tokens: int) -> None:
         end = self.length + new_tokens
@@ -260,6 +279,8 @@ class GazeState:
     def check_crop(self, tokens: int) -> None:
         """Raise CacheError unless the last `tokens` tokens, none of which may be visual, can be forgotten."""
         last = max(-1 if self.order is None else self.order.last_visual, self.slots.last_context())
+        if self.cut is not None:
+            last = self.length - 1
         if tokens > self.length or self.length - tokens <= last:
             self.broken = self.follows
             raise CacheError(
@@ -279,6 +300,8 @@ class GazeState:
         for span in self.spans:
             of_row.setdefault(span.row, []).append(span)
         self.spans = [replace(span, row=i) for i, row in enumerate(rows.tolist()) for span in of_row.get(row, ())]
+        if self.cut is not None:
+            self.cut = replace(self.cut, ids=[self.cut.ids[row] for row in rows.tolist()])
         self.tables = Tables()
         self._plans.clear()
 

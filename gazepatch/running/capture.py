@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gazepatch.caches.latents import Expand
-from gazepatch.running.runtime import Runtime
+from gazepatch.running.runtime import Origin, Runtime
 
 MODALITIES = ("image", "video")
 #: The argument that tells layers which run several times a token how far behind their own the cache's layer is.
@@ -32,8 +32,8 @@ class Capture:
         running.ids = ids if torch.is_tensor(ids) else None
         running.encoded = bool(encoded := bound.get("mm_encoder_outputs"))
         for modality, features in (encoded or {}).items():  # made before, and perhaps others since
-            if (arguments := running.made.of(features)) is not None:
-                running.captured[modality] = arguments
+            if (origin := running.made.of(features)) is not None:
+                running.captured[modality] = origin
         running.mask = mask if torch.is_tensor(mask) and mask.dim() == 2 else None
 
     def after_model(self, *_: Any) -> None:
@@ -51,13 +51,14 @@ class Capture:
             # Video features are often made by way of image features; a dense forward needs none of this.
             if running.capturing or running.dense:
                 return function(*args, **kwargs)
-            running.captured[modality] = arguments = _arguments(signature, args, kwargs)
+            running.captured[modality] = origin = Origin(_arguments(signature, args, kwargs))
             running.capturing = True
             try:
                 features = function(*args, **kwargs)
             finally:
                 running.capturing = False
-            running.made.note(features, arguments)
+            running.captured[modality] = origin = origin._replace(count=_count(features))
+            running.made.note(features, origin)
             return features
 
         return captured
@@ -85,3 +86,10 @@ def _arguments(signature: inspect.Signature, args: Sequence[Any], kwargs: Mappin
     for name in names:
         extra |= bound.pop(name, {})
     return {**bound, **extra}
+
+
+def _count(features: Any) -> int:
+    """How many features there are: vectors, in a tensor or one for each image; 0 where that cannot be seen."""
+    made = getattr(features, "pooler_output", None)
+    tensors = [made] if torch.is_tensor(made) else made if isinstance(made, (list, tuple)) else []
+    return sum(x.numel() // x.shape[-1] for x in tensors if torch.is_tensor(x))

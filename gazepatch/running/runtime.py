@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -20,23 +20,30 @@ from gazepatch.trace import Trace
 from gazepatch.untraced import untraced
 
 
+class Origin(NamedTuple):
+    """Where the features of a batch's images or videos come from: the `arguments` they were made from, `count` made."""
+
+    arguments: dict[str, Any]
+    count: int = 0
+
+
 class Made:
-    """What features were made from, as long as somebody keeps them."""
+    """The origin of features, as long as somebody keeps them."""
 
     def __init__(self) -> None:
-        self._held: dict[int, tuple[weakref.ref[Any], dict[str, Any]]] = {}
+        self._held: dict[int, tuple[weakref.ref[Any], Origin]] = {}
 
     @untraced
-    def note(self, features: Any, arguments: dict[str, Any]) -> None:
-        """Remember the arguments of features, unless these are of a kind that Python has no weak references to."""
+    def note(self, features: Any, origin: Origin) -> None:
+        """Remember that of some features, unless these are of a kind that Python has no weak references to."""
         key = id(features)
         with suppress(TypeError):
-            self._held[key] = weakref.ref(features, lambda _: self._held.pop(key, None)), arguments
+            self._held[key] = weakref.ref(features, lambda _: self._held.pop(key, None)), origin
 
-    def of(self, features: Any) -> dict[str, Any] | None:
-        """The arguments that these features were made from; None: not known."""
-        kept, arguments = self._held.get(id(features), (lambda: None, None))
-        return arguments if kept() is features else None
+    def of(self, features: Any) -> Origin | None:
+        """The origin of these features; None: not known."""
+        kept, origin = self._held.get(id(features), (lambda: None, None))
+        return origin if kept() is features else None
 
 
 class Running(threading.local):
@@ -46,9 +53,9 @@ class Running(threading.local):
         ids: Token ids that the multimodal model was called with.
         mask: Its padding mask `[B, S]`.
         encoded: Whether it was called with features that were made before.
-        captured: By modality, the arguments that features were made from, until a forward of the decoder takes them.
+        captured: By modality, the origin of features, until a forward of the decoder takes them.
         capturing: Whether features are being made right now.
-        made: The arguments of features that somebody still keeps, who may give them to a forward later.
+        made: The origin of features that somebody still keeps, who may give them to a forward later.
         dense: Blocks that are on, each of which lets the model read densely.
         forward: The running forward of the decoder.
         last_row: What stands for that of the mask over images, where somebody knows (`gazepatch.running.repeating`).
@@ -62,7 +69,7 @@ class Running(threading.local):
         self.ids: Tensor | None = None
         self.mask: Tensor | None = None
         self.encoded = False
-        self.captured: dict[str, dict[str, Any]] = {}
+        self.captured: dict[str, Origin] = {}
         self.capturing = False
         self.made = Made()
         self.dense: set[object] = set()

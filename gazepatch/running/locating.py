@@ -1,0 +1,101 @@
+"""Where the visual tokens of a forward are, also of a prompt that comes in several forwards."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gazepatch.caches.state import Cut, GazeState
+from gazepatch.errors import CacheError
+from gazepatch.layout import Span
+from gazepatch.running.capture import MODALITIES
+from gazepatch.running.runtime import Origin, Runtime
+
+logger = logging.getLogger("gazepatch")
+
+#: What to do about context tokens, which stand behind whole images, one of which may end in any piece of a prompt.
+TOGETHER = (
+    "context tokens need all images in one forward, so generate without prefill_chunk_size, or with one that reaches "
+    "behind the last image"
+)
+
+
+def located(
+    runtime: Runtime, state: GazeState, rows: int, tokens: int, captured: Mapping[str, Origin]
+) -> tuple[list[Span], Tensor | None]:
+    """The spans of a forward, by position in it, and where prompts gaze `[B, S]` which of its tokens are text.
+
+    Images are known by their order among all of a prompt. So while some are still to come (`prefill_chunk_size`), the
+    others wait, and are read as text is; in the forward that brings the last of them, they have positions below 0.
+
+    Args:
+        runtime: Of the model.
+        state: Of the cache, in which a prompt waits that was cut.
+        rows: B.
+        tokens: S.
+        captured: By modality, the features that were made for the prompt. Those of which nothing has come are kept for
+            the forwards behind this one.
+
+    Raises:
+        CacheError: The prompt is cut, and has context tokens.
+    """
+    cut, state.cut, before = state.cut, None, 0
+    if (ids := _ids(runtime, rows, tokens, state.tokens)) is None:
+        return [], None
+    if cut is not None:
+        before, captured = len(cut.ids[0]), {**cut.captured, **captured}
+        ids = [[*held, *new] for held, new in zip(cut.ids, ids, strict=True)]
+    count = {modality: _count(runtime, modality, ids) for modality in captured}
+    runtime.running.captured = {modality: origin for modality, origin in captured.items() if not count[modality]}
+    captured = {modality: origin for modality, origin in captured.items() if count[modality]}
+    encoded, past = runtime.running.encoded, state.length > 0
+    # Generation may repeat each row (beams), and the features with it.
+    to_come = any(origin.count and count[modality] % origin.count for modality, origin in captured.items())
+    answered = past and tokens == 1 and not encoded  # more than ever will have come
+    if to_come and not answered:
+        if runtime.config.context_tokens:
+            raise CacheError(f"images of this prompt are still to come: {TOGETHER}")
+        state.cut = Cut(ids, captured)
+        return [], None
+    # Behind a prompt, tokens of images that come without any are guesses of assisted generation, embedded as words.
+    guessed = past and not captured and not encoded
+    calls = {modality: origin.arguments for modality, origin in captured.items()}
+    spans = [] if guessed else runtime.adapter.locate(runtime.model_config, ids, calls)
+    text = _text(runtime, ids, spans)[:, before:] if runtime.config.prefill == "gaze" else None
+    return [replace(span, start=span.start - before, stop=span.stop - before) for span in spans], text
+
+
+def _count(runtime: Runtime, modality: str, ids: list[list[int]]) -> int:
+    """Tokens that take features of a modality."""
+    return sum(len(runtime.adapter.positions(runtime.model_config, modality, row)) for row in ids)
+
+
+def _ids(runtime: Runtime, rows: int, tokens: int, past: int) -> list[list[int]] | None:
+    """Token ids of the new tokens behind `past` others, -1 for padding."""
+    ids, mask = runtime.running.ids, runtime.running.mask
+    if ids is None or tuple(ids.shape) != (rows, tokens):
+        if tokens > 1 and not runtime.warned:
+            runtime.warned = True
+            found = "without input_ids" if ids is None else f"with {tokens} tokens for input_ids {tuple(ids.shape)}"
+            logger.warning(
+                "gazepatch: the model was called %s, so its images cannot be found and this prompt is read whole", found
+            )
+        return None
+    if mask is not None and mask.shape[1] >= tokens:
+        stop = min(mask.shape[1], past + tokens)  # it may cover all the room of a static cache
+        ids = torch.where(mask[:, stop - tokens : stop].to(ids.device) == 0, -1, ids)
+    listed: list[list[int]] = ids.tolist()
+    return listed
+
+
+def _text(runtime: Runtime, ids: list[list[int]], spans: Sequence[Span]) -> Tensor:
+    """`[B, S]` which tokens are text: not those inside an image (break tokens, newlines)."""
+    media = {i for modality in MODALITIES for i in runtime.adapter.token_ids(runtime.model_config, modality)}
+    text = torch.tensor([[i not in media and i >= 0 for i in row] for row in ids])
+    for span in spans:
+        text[span.row, span.start : span.stop] = False
+    return text

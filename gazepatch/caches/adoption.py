@@ -65,8 +65,9 @@ def gaze_state(cache: object) -> GazeState | None:
 def stepping(cache: object, owner: object) -> StaticState | None:
     """The state of the owner's static cache, if it is ready for a decode step."""
     state = gaze_state(cache)
-    ready = isinstance(state, StaticState) and state.ready and state.cut is None
-    return state if ready and state.owner() is owner else None
+    if isinstance(state, StaticState) and state.ready and state.cut is None and state.owner() is owner:
+        return state
+    return None
 
 
 def adopt(cache: object, owner: object, config: GazeConfig, layers: Layers) -> GazeState:

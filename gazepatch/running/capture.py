@@ -57,7 +57,8 @@ class Capture:
                 features = function(*args, **kwargs)
             finally:
                 running.capturing = False
-            running.captured[modality] = origin = origin._replace(count=_count(features))
+            if running.ids is None:  # outside of a forward, which has room for all that it makes itself
+                running.captured[modality] = origin = origin._replace(tokens=_tokens(features))
             running.made.note(features, origin)
             return features
 
@@ -88,8 +89,8 @@ def _arguments(signature: inspect.Signature, args: Sequence[Any], kwargs: Mappin
     return {**bound, **extra}
 
 
-def _count(features: Any) -> int:
-    """How many features there are: vectors, in a tensor or one for each image; 0 where that cannot be seen."""
+def _tokens(features: Any) -> int:
+    """How many tokens take these features: all in one tensor, or in one for each image; 0 where that cannot be seen."""
     made = getattr(features, "pooler_output", None)
     tensors = [made] if torch.is_tensor(made) else made if isinstance(made, (list, tuple)) else []
     return sum(x.numel() // x.shape[-1] for x in tensors if torch.is_tensor(x))

@@ -54,7 +54,7 @@ def located(
     captured = {modality: origin for modality, origin in captured.items() if count[modality]}
     encoded, past = runtime.running.encoded, state.length > 0
     # Generation may repeat each row (beams), and the features with it.
-    to_come = any(origin.count and count[modality] % origin.count for modality, origin in captured.items())
+    to_come = any(origin.tokens and count[modality] % origin.tokens for modality, origin in captured.items())
     answered = past and tokens == 1 and not encoded  # more than ever will have come
     if to_come and not answered:
         if runtime.config.context_tokens:

@@ -21,10 +21,13 @@ from gazepatch.untraced import untraced
 
 
 class Origin(NamedTuple):
-    """Where the features of a batch's images or videos come from: the `arguments` they were made from, `count` made."""
+    """Where some features come from: the `arguments` they were made from, and how many tokens they are for.
+
+    `tokens` is 0 where nobody needs to know, or can.
+    """
 
     arguments: dict[str, Any]
-    count: int = 0
+    tokens: int = 0
 
 
 class Made:

@@ -6,8 +6,6 @@ Nothing heavy is imported until a name is used: `import gazepatch` costs neither
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,10 +14,9 @@ if TYPE_CHECKING:
     from gazepatch.artefact.making import save as save
     from gazepatch.artefact.pushing import Push as Push
     from gazepatch.artefact.pushing import push as push
-    from gazepatch.bench import Timing as Timing
-    from gazepatch.bench import bench as bench
     from gazepatch.config import GazeConfig as GazeConfig
     from gazepatch.context import initial_context_tokens as initial_context_tokens
+    from gazepatch.counters import Stats as Stats
     from gazepatch.errors import ArtefactError as ArtefactError
     from gazepatch.errors import CacheError as CacheError
     from gazepatch.errors import ConfigError as ConfigError
@@ -41,8 +38,9 @@ if TYPE_CHECKING:
     from gazepatch.patch import set_budget as set_budget
     from gazepatch.patch import stats as stats
     from gazepatch.patch import trace as trace
-    from gazepatch.stats import Stats as Stats
-    from gazepatch.trace import Trace as Trace
+    from gazepatch.timing import Timing as Timing
+    from gazepatch.timing import bench as bench
+    from gazepatch.tracing import Trace as Trace
     from gazepatch.training.run import train as train
     from gazepatch.training.settings import TrainConfig as TrainConfig
     from gazepatch.verification import Check as Check
@@ -63,15 +61,15 @@ _MODULE_OF = {
     "PatchError": "errors",
     "Push": "artefact.pushing",
     "Score": "evaluation",
-    "Stats": "stats",
-    "Timing": "bench",
-    "Trace": "trace",
+    "Stats": "counters",
+    "Timing": "timing",
+    "Trace": "tracing",
     "TrainConfig": "training.settings",
     "TrainingError": "errors",
     "UnsupportedModelError": "errors",
     "Verification": "verification",
     "apply": "patch",
-    "bench": "bench",
+    "bench": "timing",
     "context_tokens_of": "patch",
     "convert": "artefact.making",
     "dense": "patch",
@@ -108,14 +106,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """Importing the submodule `stats` would set it as an attribute of the package, in the place of the function."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _MODULE_OF and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

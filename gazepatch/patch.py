@@ -16,6 +16,7 @@ from gazepatch.adapters.base import Adapter
 from gazepatch.backend import choose
 from gazepatch.config import GazeConfig, settings_of
 from gazepatch.context import parameter, with_context_tokens
+from gazepatch.counters import PromptReads, Stats
 from gazepatch.eager import nothing_compiled
 from gazepatch.errors import PatchError, UnsupportedModelError
 from gazepatch.layers import gaze_layers
@@ -24,8 +25,7 @@ from gazepatch.running.attention import PREFIX, GazeAttention
 from gazepatch.running.changes import Undo, add_parameter, put_hooks, set_attribute, take_back
 from gazepatch.running.decoder import CONTEXT_TOKENS
 from gazepatch.running.runtime import Runtime
-from gazepatch.stats import PromptReads, Stats
-from gazepatch.trace import Trace
+from gazepatch.tracing import Trace
 
 Model = TypeVar("Model", bound=nn.Module)
 

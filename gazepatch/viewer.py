@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gazepatch.answering import Answer
 from gazepatch.pictures import as_seen, data_url
-from gazepatch.trace import Trace
+from gazepatch.tracing import Trace
 
 if TYPE_CHECKING:
     from PIL.Image import Image

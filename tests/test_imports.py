@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,12 +49,10 @@ def test_every_public_name_is_there() -> None:
 
 
 def test_modules_do_not_hide_public_functions() -> None:
-    # A submodule becomes an attribute of the package when it is imported, whatever was meant by that name.
-    code = (
-        "import gazepatch, gazepatch.patch, gazepatch.verification, gazepatch.artefact.making, types\n"
-        "print([name for name in gazepatch.__all__ if isinstance(getattr(gazepatch, name), types.ModuleType)])"
-    )
-    assert python(code) == "[]"
+    # A submodule becomes an attribute of the package when it is imported, in the place of what has its name.
+    modules = {module.name for module in pkgutil.iter_modules(gazepatch.__path__)}
+    assert {"patch", "config"} <= modules
+    assert not modules & set(gazepatch.__all__)
 
 
 def test_the_bare_folder_names_stay_free() -> None:

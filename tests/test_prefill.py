@@ -14,9 +14,9 @@ from torch import Tensor
 from gazepatch.caches.layer import GazeLayer
 from gazepatch.caches.state import GazeState
 from gazepatch.config import GazeConfig
+from gazepatch.counters import PromptReads, QueryReads
 from gazepatch.ops import prefill
 from gazepatch.ops.prefill import Keys, Queries, gaze_prefill
-from gazepatch.stats import PromptReads, QueryReads
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -11,9 +11,9 @@ from tiny import Case, batch, built
 
 from gazepatch.config import GazeConfig
 from gazepatch.context import initial_context_tokens
+from gazepatch.counters import PromptReads, Stats
 from gazepatch.errors import PatchError
 from gazepatch.patch import patched, prompt_reads, stats
-from gazepatch.stats import PromptReads, Stats
 from gazepatch.verification import _uncached, generate_logits
 
 QUARTER = GazeConfig(

@@ -10,11 +10,11 @@ import torch
 from tiny import Case, tiny
 from torch import Tensor
 
-from gazepatch.bench import bench
 from gazepatch.config import GazeConfig
 from gazepatch.errors import ConfigError, UnsupportedModelError
 from gazepatch.patch import is_patched, patched
 from gazepatch.running.attention import GazeAttention
+from gazepatch.timing import bench
 from gazepatch.verification import verify
 
 SMALL = GazeConfig(region=(3, 3, 1), window=None, budget=0.25, min_visual_tokens=0)

@@ -13,6 +13,7 @@ from torch import Tensor
 from gazepatch.caches.order import Order, same_rows
 from gazepatch.caches.tables import Tables
 from gazepatch.config import GazeConfig
+from gazepatch.counters import Counters
 from gazepatch.errors import CacheError
 from gazepatch.insertion import Insertion, Slots
 from gazepatch.layout import Span
@@ -20,7 +21,6 @@ from gazepatch.ops.decode import DecodePlan, Entries
 from gazepatch.ops.plan import plan_for
 from gazepatch.regions import ABSENT, Chunk, Regions, by_window, sort_chunk
 from gazepatch.scores import Scores, as_bias
-from gazepatch.stats import Counters
 
 #: Tables that change with every token.
 _GROWING = ("region_of", "window_of", "logical_order", "other_positions", "entry_positions")

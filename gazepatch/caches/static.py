@@ -18,13 +18,13 @@ from gazepatch.caches.layer import GazeLayer, Stores
 from gazepatch.caches.order import same_rows
 from gazepatch.caches.state import GazeState, bias_of
 from gazepatch.config import GazeConfig
+from gazepatch.counters import StepCounters
 from gazepatch.errors import CacheError
 from gazepatch.insertion import Insertion
 from gazepatch.layout import Span
 from gazepatch.ops.late import Late
 from gazepatch.places import Places, settled
 from gazepatch.scores import as_bias
-from gazepatch.stats import StepCounters
 
 
 class StaticState(GazeState):

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from gazepatch.backend import choose, kernels_fit
 from gazepatch.config import GazeConfig
+from gazepatch.counters import QueryReads
 from gazepatch.ops.decode import periphery, unread
 from gazepatch.ops.partial import Part, attend, combine, sink
 from gazepatch.regions import ABSENT, Regions
 from gazepatch.scores import Scores, added, as_bias
 from gazepatch.selection import region_scores, select, window_logits
-from gazepatch.stats import QueryReads
 
 #: Elements of the largest temporary, the mask of a block of queries.
 BLOCK_ELEMENTS = 1 << 25

@@ -13,7 +13,7 @@ from gazepatch.caches.state import GazeState
 from gazepatch.caches.static import StaticState
 from gazepatch.insertion import Insertion, OwnImage
 from gazepatch.running.masks import Documents
-from gazepatch.trace import Trace
+from gazepatch.tracing import Trace
 
 
 @dataclass

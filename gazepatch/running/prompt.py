@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from gazepatch.caches.latents import Expansion
+from gazepatch.counters import PromptReads, QueryReads
 from gazepatch.insertion import OwnImage
 from gazepatch.ops.prefill import Keys, Queries, gaze_prefill
 from gazepatch.running.call import Call, implementation
 from gazepatch.running.forward import Forward
 from gazepatch.running.masks import as_4d, of_queries
 from gazepatch.scores import Scores
-from gazepatch.stats import PromptReads, QueryReads
 
 
 def see_own_image(call: Call, own: OwnImage, original: str, dense: Tensor) -> Tensor:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from gazepatch.adapters.base import Adapter
 from gazepatch.caches.adoption import Layers
 from gazepatch.config import GazeConfig
+from gazepatch.counters import Counters, PromptReads
 from gazepatch.errors import PatchError
 from gazepatch.running.forward import Forward
-from gazepatch.stats import Counters, PromptReads
-from gazepatch.trace import Trace
+from gazepatch.tracing import Trace
 from gazepatch.untraced import untraced
 
 

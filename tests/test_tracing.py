@@ -20,7 +20,7 @@ from gazepatch.errors import GazeError, PatchError
 from gazepatch.layout import Span
 from gazepatch.patch import patch_of
 from gazepatch.regions import region_cells, tile_span
-from gazepatch.trace import Read, Trace
+from gazepatch.tracing import Read, Trace
 from gazepatch.verification import fingerprint, generate_logits
 
 SMALL = GazeConfig(region=(3, 3, 1), window=None, budget=0.25, min_visual_tokens=0)

@@ -77,14 +77,15 @@ def test_whichever_program_comes_last(seed: int, monkeypatch: pytest.MonkeyPatch
 def test_operators_are_sound() -> None:
     lengths = torch.tensor([[9, 7]], dtype=torch.int32, device=DEVICE)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    ops = torch.ops.gazepatch
     torch.library.opcheck(
-        window_means,
+        ops.window_means.default,
         (torch.randn(1, 2, 16, 8, device=DEVICE), lengths.cumsum(-1).int() - lengths, lengths, 9),
         test_utils=tests,
     )
-    torch.library.opcheck(decode, decode_arguments(2), test_utils=tests)
+    torch.library.opcheck(ops.decode.default, decode_arguments(2), test_utils=tests)
     case = Selection(36, windows=1, group=4, distinct=2)
-    torch.library.opcheck(select, case.arguments([9, 3], "mean", 2), test_utils=tests)
+    torch.library.opcheck(ops.select.default, case.arguments([9, 3], "mean", 2), test_utils=tests)
 
 
 def test_operators_are_traced() -> None:

@@ -67,9 +67,6 @@ class LatentLayer(GazeLayer):
         self._widths = [key.shape[3], value.shape[3]]
         return (torch.cat([key, value], 3),)
 
-    def _of_step(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        return key, value  # the module expands what it gets back, which nobody reads
-
     def logical(self) -> tuple[Tensor, Tensor]:
         """Latents `[B, 1, L, r]` and rotated parts `[B, 1, L, d]` in the order of the sequence."""
         return self._parts(self._in_order()[0])

@@ -63,7 +63,7 @@ class GazeLayer(DynamicLayer):
         """Append `[B, H_kv, S, D]` keys and values; returns what the attention of this forward reads.
 
         That is the whole sequence in its own order, except for a routed decode step, whose attention reads the stores
-        (`entries`) and gets the other entries here. What it brings itself waits to be taken (`take_late`).
+        (`entries`): it gets back what it brings, which waits to be taken (`take_late`).
         """
         if not self.state.running:
             raise CacheError(
@@ -79,13 +79,9 @@ class GazeLayer(DynamicLayer):
         new = self._stored(key_states, value_states)
         if self.gazes and self.state.decoding and self.state.chunk is None:
             self._defer(self._behind_others(new))
-            return self._of_step(key_states, value_states)
+            return key_states, value_states
         self._keep(new)
         return (key_states, value_states) if first else self.logical()
-
-    def _of_step(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        key, value = self._held()
-        return key, value
 
     def _stored(self, key: Tensor, value: Tensor) -> Stores:
         return key, value
@@ -192,7 +188,7 @@ class GazeLayer(DynamicLayer):
     def _held(self) -> Stores:
         """The other entries, the last of which may be late."""
         assert self._other is not None
-        return tuple(x.narrow(2, 0, self._used) for x in self._other)
+        return tuple([x.narrow(2, 0, self._used) for x in self._other])
 
     def logical(self) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, H_kv, L, D]` in the order of the sequence: a copy, or a view if none is visual."""

@@ -220,7 +220,7 @@ class StaticGazeLayer(SettledLayer):
             late = Late(self._other, new, self.state.filled.to(self.device), -self._apart)
             if self.gazes and self.state.decoding:
                 self._defer(late)
-                return self._of_step(key_states, value_states)
+                return key_states, value_states
             late.write()
             return self.logical()
         self._slots = self.state.length

@@ -195,7 +195,9 @@ def row_stride(table: Tensor) -> int:
 
 def on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device: make it this one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 @functools.cache

@@ -46,6 +46,7 @@ class Forward:
     documents: Documents | None = None
     across: Forward | None = None
     _own_images: dict[torch.device, OwnImage] = field(default_factory=dict)
+    _visual: int | None = None
     _bias: tuple[Tensor | None, torch.device, Tensor | None] | None = None
 
     @property
@@ -82,7 +83,9 @@ class Forward:
     def count_whole(self, layer: int, heads: int, key_heads: int) -> None:
         """Count a decode step of a sequence with few visual tokens, all of which the model's own attention reads."""
         selections = heads if self.state.config.head_reduce == "none" else key_heads
-        entries = selections * sum(span.tokens for span in self.state.spans)
+        if self._visual is None:
+            self._visual = sum(span.tokens for span in self.state.spans)
+        entries = selections * self._visual
         self.count(layer, heads, key_heads, entries, entries)
 
     def finish(self, completed: bool) -> None:

@@ -51,6 +51,7 @@ class GazeState:
         spans: Visual tokens so far, by slot.
         regions: Tables of all regions so far. None while every row has fewer visual tokens than `min_visual_tokens`:
             they are then kept like text, and read by the model's own attention.
+        selections: By layer that gazes, how many selections it makes, or would make of more visual tokens.
         cut: A prompt that goes on, whose images are kept like text until all of them are there; or None.
         order: Where the entries lie that are sorted into regions and others; None as long as none are.
         chunk: The running forward's tokens, when some of them become visual entries. It reaches back to the first
@@ -75,6 +76,7 @@ class GazeState:
         self.spans: list[Span] = []
         self.regions: Regions | None = None
         self.order: Order | None = None
+        self.selections: dict[int, int] = {}
         self.cut: Cut | None = None
         self.chunk: Chunk | None = None
         self.running = self.decoding = self.broken = False
@@ -150,6 +152,12 @@ class GazeState:
         self.regions = chunk.regions if self.regions is None else self.regions.followed_by(chunk.regions)
         self.tables.forget(*_OF_REGIONS)
         self._plans.clear()
+
+    def count_whole(self) -> None:
+        """Count a step of a sequence with few visual tokens: every layer reads them all."""
+        tokens, context = sum(span.tokens for span in self.spans), self.slots.context_tokens
+        for layer, selections in self.selections.items():
+            self.counters.add(layer, selections * tokens, selections * tokens, selections * context)
 
     # ---- what the layers ask
 

@@ -70,7 +70,7 @@ class GazeAttention:
         running = self.runtime.running
         latents, running.latents = running.latents, None
         forward: Forward | None = kwargs.pop(OF_FORWARD, None) or running.forward
-        if forward is None:
+        if forward is None or forward.plain:
             return self.dense(module, query, key, value, attention_mask, **kwargs)
         if forward.state.slots.inserted and getattr(module, "attn_temperature_tuning", False) and not module.use_rope:
             query = tempered(module, query, forward)
@@ -134,8 +134,8 @@ class GazeAttention:
             forward.reads[layer] = None
         if gazes and isinstance(forward.state, StaticState):
             self.expect(forward.state, forward.layer(store), layer, call)
-        elif gazes and forward.state.spans and forward.tokens == 1 and forward.state.regions is None:
-            forward.count_whole(layer, call.query.shape[1], 1 if self.runtime.latent else call.key.shape[1])
+        elif gazes:
+            forward.expect_whole(layer, call.query.shape[1], 1 if self.runtime.latent else call.key.shape[1])
         if forward.insertion is not None:
             # Context tokens repeat positions, which flash attention would take for the borders of packed sequences.
             call.options["position_ids"] = None

@@ -32,6 +32,7 @@ class Forward:
         reads: For `trace`: by layer, what `DecodePlan.numbers` says; None where everything was read.
         documents: Sequences that are packed into its rows, where it has context tokens; None without any.
         across: The same forward as cross-attention layers see it, whose keys are images; None in other families.
+        plain: Whether it is a step that the model's own attention takes as it would unpatched, in every layer.
     """
 
     state: GazeState
@@ -45,8 +46,8 @@ class Forward:
     reads: dict[int, Tensor | None] = field(default_factory=dict)
     documents: Documents | None = None
     across: Forward | None = None
+    plain: bool = False
     _own_images: dict[torch.device, OwnImage] = field(default_factory=dict)
-    _visual: int | None = None
     _bias: tuple[Tensor | None, torch.device, Tensor | None] | None = None
 
     @property
@@ -77,16 +78,15 @@ class Forward:
         """Count what a layer read in a decode step: context tokens always, once for every selection."""
         if isinstance(self.state, StaticState):
             return self.state.counters.add_read(layer, read)
-        selections = heads if self.state.config.head_reduce == "none" else key_heads
+        selections = self._selections(heads, key_heads)
         self.state.counters.add(layer, visual, read, selections * self.state.slots.context_tokens)
 
-    def count_whole(self, layer: int, heads: int, key_heads: int) -> None:
-        """Count a decode step of a sequence with few visual tokens, all of which the model's own attention reads."""
-        selections = heads if self.state.config.head_reduce == "none" else key_heads
-        if self._visual is None:
-            self._visual = sum(span.tokens for span in self.state.spans)
-        entries = selections * self._visual
-        self.count(layer, heads, key_heads, entries, entries)
+    def expect_whole(self, layer: int, heads: int, key_heads: int) -> None:
+        """Note what a layer counts as long as the sequence has few visual tokens, all of which every step reads."""
+        self.state.selections[layer] = self._selections(heads, key_heads)
+
+    def _selections(self, heads: int, key_heads: int) -> int:
+        return heads if self.state.config.head_reduce == "none" else key_heads
 
     def finish(self, completed: bool) -> None:
         """It is over, or failed."""

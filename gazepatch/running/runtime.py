@@ -145,6 +145,8 @@ class Runtime:
             state.counters.clear()
         elif state.spans:
             state.counters.steps += 1
+            if state.regions is None:
+                state.count_whole()
             forward.trace = self.running.trace
 
     def record_step(self, forward: Forward, rows: int, others: bool = False) -> None:

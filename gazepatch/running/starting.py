@@ -43,6 +43,7 @@ def start(runtime: Runtime, state: GazeState, cache: Cache | None, rows: int, to
     forward = Forward(state, cache, past, tokens, insertion)
     if not across:
         runtime.record(forward, rows, prompt)
+        forward.plain = not (prompt or state.decoding or state.slots.inserted or forward.trace is not None)
     if text is not None and state.regions is not None:
         forward.routed, forward.routed_rows = _routed(text, insertion, past, state)
     return forward

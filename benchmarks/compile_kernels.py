@@ -80,6 +80,7 @@ def build(kernel: str, target: str, dtype: str, dim: int, group: int, bare: bool
 def compiled(kernel: str, target: str, dtype: str, dim: int, group: int, bare: bool = False) -> Any:
     """One kernel with everything in it, or `bare` with nothing that may be left out."""
     function, pointers, constants = globals()[f"_{kernel}"](target, dtype, dim, group)
+    constants |= {parameter.name: parameter.default for parameter in function.params if parameter.has_default}
     if bare:
         absent, off = OPTIONAL[kernel]
         pointers = {name: kind for name, kind in pointers.items() if name not in absent}

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 import comparing
 import decode_gpu
+import host_step
 import model_step
 import on_gpu
 import prefill_gpu
@@ -33,6 +34,7 @@ from transformers import StaticCache
 
 import gazepatch.kernels.tuned as tuned
 from gazepatch.config import GazeConfig
+from gazepatch.kernels import ops
 from gazepatch.kernels.launches import architecture, decode_launch
 from gazepatch.patch import patched
 
@@ -50,6 +52,13 @@ ROOT = Path(__file__).parents[1]
 def test_a_dry_run(name: str) -> None:
     tables = decode_gpu.dry_run(DEVICE, [name])
     assert tables[name] and not any("error" in row for row in tables[name])
+
+
+def test_steps_that_launch_nothing() -> None:
+    kernel = ops.select_kernel
+    taken = host_step.measure(layers=2, rounds=1, steps=2)
+    assert ops.select_kernel is kernel
+    assert taken.keys() == host_step.SIDES.keys() and all(of_side[0] > 0 for of_side in taken.values())
 
 
 @pytest.mark.parametrize("config", sanitize.SETTINGS, ids=["mean", "max and periphery", "none"])

@@ -13,7 +13,7 @@ from on_kernels import DEVICE, GPU, KERNELS, Selection, assert_runs, decode_argu
 from sequences import BASE
 
 from gazepatch.kernels import launches
-from gazepatch.kernels.ops import decode, select, window_means
+from gazepatch.kernels.ops import decode
 from gazepatch.layout import Span
 from gazepatch.ops.plan import means_of
 from gazepatch.regions import sort_chunk

@@ -85,6 +85,8 @@ def decode_kernel(
     PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
+    LOG2E: tl.constexpr = LOG2E,
+    LOWEST: tl.constexpr = LOWEST,
 ):
     if EARLY:
         tl.extra.cuda.gdc_wait()
@@ -221,6 +223,7 @@ def _combine(
     BLOCK_G: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    LOWEST: tl.constexpr = LOWEST,
 ):
     """Put together what the programs of a selection found, BLOCK_S of them at a time: one wait for all their loads."""
     rows, dims = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_V)

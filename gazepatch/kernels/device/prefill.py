@@ -52,6 +52,8 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    LOG2E: tl.constexpr = LOG2E,
+    LOWEST: tl.constexpr = LOWEST,
 ):
     pair, batch, head = _pair(key_heads)
     row, dims, value_dims = _rows(BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
@@ -122,6 +124,7 @@ def query_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    LOG2E: tl.constexpr = LOG2E,
 ):
     pair, batch, head = _pair(key_heads)
     row, dims, value_dims = _rows(BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
@@ -190,6 +193,7 @@ def key_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    LOG2E: tl.constexpr = LOG2E,
 ):
     pair, batch, head = _pair(key_heads)
     token, dims, value_dims = _rows(BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
@@ -265,7 +269,7 @@ def _of_bias(bias, batch, query, bias_row, length, HAS_BIAS: tl.constexpr):
 
 
 @triton.jit
-def _shown(x, seen, of_bias, token, HAS_BIAS: tl.constexpr):
+def _shown(x, seen, of_bias, token, HAS_BIAS: tl.constexpr, LOG2E: tl.constexpr = LOG2E):
     """Scores `x` with their biases, -inf where a row does not see a token."""
     if HAS_BIAS:
         x += tl.load(of_bias + token, mask=seen, other=0.0) * LOG2E

@@ -5,9 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+# Kernels have constants as defaults of their arguments: all that they read of a module, Triton compares at every launch
+# with what it was, which takes it microseconds.
+LOG2E = 1.4426950408889634
 #: Below every score, those of what is hidden too; finite, so that a program without entries gives 0 and not NaN.
-LOWEST = tl.constexpr(-3e38)
+LOWEST = -3e38
 
 
 @triton.jit
@@ -24,7 +26,7 @@ def slope_of(score, softcap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def in_powers_of_two(scale, softcap, CAPPED: tl.constexpr):
+def in_powers_of_two(scale, softcap, CAPPED: tl.constexpr, LOG2E: tl.constexpr = LOG2E):
     """Scale and soft cap for `scores_of`, so that it gives powers of two."""
     if CAPPED:
         scale, softcap = scale / softcap, softcap * LOG2E

@@ -13,14 +13,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-import gazepatch.regions
 from gazepatch.kernels.device.arrival import arrive
 from gazepatch.kernels.device.scores import LOG2E, LOWEST, scores_of
+from gazepatch.regions import ABSENT  # the logit of a region that is not there, or less
 
 #: Above the bits of every share, which is below 2.
-TOP = tl.constexpr(1 << 30)
-#: The logit of a region that is not there, or less.
-ABSENT = tl.constexpr(gazepatch.regions.ABSENT)
+TOP = 1 << 30
 
 
 # What differs from prompt to prompt is not specialised: compiling again would take longer than an answer.
@@ -82,6 +80,8 @@ def select_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_ALL: tl.constexpr,
     WAYS: tl.constexpr,
+    ABSENT: tl.constexpr = ABSENT,
+    TOP: tl.constexpr = TOP,
 ):
     split, key_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits, pair = tl.num_programs(0), batch * tl.num_programs(1) + key_head
@@ -174,7 +174,16 @@ def _copy(source, target, dim, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _sizes(of_counts, tile, region, column, regions, WINDOWS: tl.constexpr, BLOCK_R: tl.constexpr):
+def _sizes(
+    of_counts,
+    tile,
+    region,
+    column,
+    regions,
+    WINDOWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ABSENT: tl.constexpr = ABSENT,
+):
     """Logarithms of the tokens of a tile's windows."""
     there = (tile * BLOCK_R + region < regions) & (column < WINDOWS)
     return tl.load(of_counts + tile * (BLOCK_R * WINDOWS) + region * WINDOWS + column, mask=there, other=ABSENT)
@@ -191,7 +200,17 @@ def _log_sum_exp(x, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.co
 
 
 @triton.jit
-def _shares(of_scores, head, padded, number, whole, GROUP: tl.constexpr, HEADS: tl.constexpr):
+def _shares(
+    of_scores,
+    head,
+    padded,
+    number,
+    whole,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    LOG2E: tl.constexpr = LOG2E,
+    LOWEST: tl.constexpr = LOWEST,
+):
     """`[HEADS, R]` softmax over the regions of some heads, times `whole`; 0 for heads that are none."""
     heads = head + tl.arange(0, HEADS)
     inside = (heads < GROUP)[:, None] & (number < padded)[None, :]
@@ -221,7 +240,7 @@ def _running_sum(x, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _threshold(bits, wanted, regions, WAYS: tl.constexpr):
+def _threshold(bits, wanted, regions, WAYS: tl.constexpr, TOP: tl.constexpr = TOP):
     """Where the `wanted` largest begin: `threshold`, `top` and how many are at least that, `above`.
 
     All of these are among the wanted, and the others lie between the two: all that do, or those with the lowest numbers

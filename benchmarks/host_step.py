@@ -1,0 +1,125 @@
+"""What a decode step costs the host: `python benchmarks/host_step.py [--rounds N]`.
+
+A GPU waits for the host where there is little to read: in short sequences at batch 1, without CUDA graphs. The model
+here is so small that a step is Python and calls of torch, and the kernels do nothing. What Triton itself takes for two
+launches a layer is not in it: nobody can see that without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from unittest import mock
+
+from timing import machine  # isort: skip  # before torch: it sets the environment
+
+import torch
+
+if not torch.cuda.is_available():  # before triton, which otherwise has no kernels without a GPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from gazepatch.caches.name import CACHE
+from gazepatch.config import GazeConfig
+from gazepatch.kernels import ops
+from gazepatch.patch import patched
+
+SIDE, WARM_UP = 16, 5
+SIDES: dict[str, GazeConfig | None] = {
+    "unpatched": None,
+    "patched, read whole": GazeConfig(),
+    "a tenth, no periphery": GazeConfig(
+        window=None, budget=0.1, periphery=False, min_visual_tokens=0, backend="triton"
+    ),
+    "the defaults, forced": GazeConfig(min_visual_tokens=0, backend="triton"),
+}
+
+
+class NoKernel:
+    """Takes every launch, and does nothing."""
+
+    def __getitem__(self, grid: object) -> NoKernel:
+        return self
+
+    def __call__(self, *args: object, **kwargs: object) -> None:
+        """A launch."""
+
+
+@contextmanager
+def no_kernels() -> Iterator[None]:
+    """Decode steps launch nothing."""
+    with mock.patch.multiple(ops, select_kernel=NoKernel(), decode_kernel=NoKernel()):
+        yield
+
+
+def small(layers: int) -> LlavaForConditionalGeneration:
+    """A LLaVA with random weights whose layers have next to nothing to compute."""
+    text = LlamaConfig(
+        vocab_size=1000,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+    )
+    tower = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        image_size=4 * SIDE,
+        patch_size=4,
+    )
+    config = LlavaConfig(text_config=text, vision_config=tower, image_token_id=5)
+    return LlavaForConditionalGeneration(config).eval()
+
+
+@torch.inference_mode()
+def step_ms(model: Any, steps: int) -> float:
+    """Median of the steps behind a prompt with one image."""
+    cache = {CACHE: DynamicCache(config=model.config.text_config)}
+    ids = torch.tensor([[1, 2, *[5] * SIDE**2, 7, 8]])
+    model(input_ids=ids, pixel_values=torch.zeros(1, 3, 4 * SIDE, 4 * SIDE), **cache)
+    token, taken = torch.tensor([[9]]), []
+    for _ in range(WARM_UP + steps):
+        start = time.perf_counter()
+        model(input_ids=token, **cache)
+        taken.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(taken[WARM_UP:])
+
+
+def measure(layers: int, rounds: int, steps: int) -> dict[str, list[float]]:
+    """Milliseconds of a step, of every side in every round, in turn."""
+    model, taken = small(layers), {name: [] for name in SIDES}
+    with no_kernels():
+        for _ in range(rounds):
+            for name, config in SIDES.items():
+                with nullcontext() if config is None else patched(model, config):
+                    taken[name].append(step_ms(model, steps))
+    return taken
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--layers", type=int, default=28)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    taken = measure(options.layers, options.rounds, steps=60)
+    print(f"{machine()}\n{options.layers} layers, medians of {options.rounds} rounds")
+    for name, times in taken.items():
+        pairs = zip(times, taken["unpatched"], strict=True)
+        over = statistics.median(ours - dense for ours, dense in pairs)
+        print(f"{name:22} {statistics.median(times):6.2f} ms  {1e3 * over / options.layers:+6.1f} us a layer")
+
+
+if __name__ == "__main__":
+    main()

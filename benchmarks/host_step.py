@@ -1,8 +1,8 @@
 """What a decode step costs the host: `python benchmarks/host_step.py [--rounds N]`.
 
 A GPU waits for the host where there is little to read: in short sequences at batch 1, without CUDA graphs. The model
-here is so small that a step is Python and calls of torch, and the kernels do nothing. What Triton itself takes for two
-launches a layer is not in it: nobody can see that without a GPU.
+here is so small that a step is Python and calls of torch. Kernels are compiled for an H100 and launched on nothing, so
+that all is in it that Triton does, but for the last call of CUDA's driver.
 """
 
 from __future__ import annotations
@@ -11,23 +11,19 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
-from unittest import mock
+
+os.environ.pop("TRITON_INTERPRET", None)  # before triton
 
 from timing import machine  # isort: skip  # before torch: it sets the environment
 
 import torch
-
-if not torch.cuda.is_available():  # before triton, which otherwise has no kernels without a GPU
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
+from no_gpu import without_gpu
 from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from gazepatch.caches.name import CACHE
 from gazepatch.config import GazeConfig
-from gazepatch.kernels import ops
 from gazepatch.patch import patched
 
 SIDE, WARM_UP = 16, 5
@@ -39,23 +35,6 @@ SIDES: dict[str, GazeConfig | None] = {
     ),
     "the defaults, forced": GazeConfig(min_visual_tokens=0, backend="triton"),
 }
-
-
-class NoKernel:
-    """Takes every launch, and does nothing."""
-
-    def __getitem__(self, grid: object) -> NoKernel:
-        return self
-
-    def __call__(self, *args: object, **kwargs: object) -> None:
-        """A launch."""
-
-
-@contextmanager
-def no_kernels() -> Iterator[None]:
-    """Decode steps launch nothing."""
-    with mock.patch.multiple(ops, select_kernel=NoKernel(), decode_kernel=NoKernel()):
-        yield
 
 
 def small(layers: int) -> LlavaForConditionalGeneration:
@@ -98,11 +77,10 @@ def step_ms(model: Any, steps: int) -> float:
 def measure(layers: int, rounds: int, steps: int) -> dict[str, list[float]]:
     """Milliseconds of a step, of every side in every round, in turn."""
     model, taken = small(layers), {name: [] for name in SIDES}
-    with no_kernels():
-        for _ in range(rounds):
-            for name, config in SIDES.items():
-                with nullcontext() if config is None else patched(model, config):
-                    taken[name].append(step_ms(model, steps))
+    for _ in range(rounds):
+        for name, config in SIDES.items():
+            with nullcontext() if config is None else patched(model, config):
+                taken[name].append(step_ms(model, steps))
     return taken
 
 
@@ -113,6 +91,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    without_gpu()
     taken = measure(options.layers, options.rounds, steps=60)
     print(f"{machine()}\n{options.layers} layers, medians of {options.rounds} rounds")
     for name, times in taken.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import gc
 import itertools
+import re
 import subprocess
 import sys
 import types
@@ -20,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 import comparing
 import decode_gpu
-import host_step
 import model_step
 import on_gpu
 import prefill_gpu
@@ -34,7 +34,6 @@ from transformers import StaticCache
 
 import gazepatch.kernels.tuned as tuned
 from gazepatch.config import GazeConfig
-from gazepatch.kernels import ops
 from gazepatch.kernels.launches import architecture, decode_launch
 from gazepatch.patch import patched
 
@@ -54,11 +53,12 @@ def test_a_dry_run(name: str) -> None:
     assert tables[name] and not any("error" in row for row in tables[name])
 
 
-def test_steps_that_launch_nothing() -> None:
-    kernel = ops.select_kernel
-    taken = host_step.measure(layers=2, rounds=1, steps=2)
-    assert ops.select_kernel is kernel
-    assert taken.keys() == host_step.SIDES.keys() and all(of_side[0] > 0 for of_side in taken.values())
+def test_what_a_step_costs_the_host() -> None:
+    script = ROOT / "benchmarks" / "host_step.py"
+    run = subprocess.run(
+        [sys.executable, script, "--rounds", "1", "--layers", "2"], capture_output=True, text=True, check=True
+    )
+    assert len(re.findall(r"^.{22} +\d+\.\d+ ms +[+-]\d+\.\d us a layer$", run.stdout, re.M)) == 4
 
 
 @pytest.mark.parametrize("config", sanitize.SETTINGS, ids=["mean", "max and periphery", "none"])

@@ -12,6 +12,11 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 _LIBRARY = torch.library.Library("gazepatch", "FRAGMENT")
 
 
+def watched() -> bool:
+    """Whether somebody looks at what torch does: a compiler, or a dispatch mode."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+
+
 def operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
     """Make a function an operator without gradients; torch.compile takes it as one node.
 
@@ -31,8 +36,7 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
 
         @functools.wraps(function)
         def called(*args: Any) -> Any:
-            watched = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-            return (registered if watched else function)(*args)
+            return (registered if watched() else function)(*args)
 
         return called
 

@@ -6,23 +6,20 @@ can be captured in a CUDA graph. What they need between launches is handed in (`
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from gazepatch.kernels.device.decode import decode_kernel
 from gazepatch.kernels.device.means import means_kernel
 from gazepatch.kernels.device.selection import select_kernel
+from gazepatch.kernels.launch import Launch
 from gazepatch.kernels.launches import architecture, decode_settings, on, padded, power, row_stride, select_settings
 from gazepatch.kernels.library import fake, operator
 
 
-@operator(
-    "select(Tensor query, Tensor mean_keys, Tensor log_counts, Tensor table, Tensor budget, "
-    "Tensor(a!) logits, Tensor(b!) region_logits, Tensor(c!) runs, Tensor(d!) taken, Tensor(e!)? total, "
-    "Tensor(f!) arrived, Tensor(g!)? key, Tensor(h!)? value, Tensor? new_key, Tensor? new_value, Tensor? filled, "
-    "int offset, float scale, float? softcap, bool by_max, bool periphery, int splits) -> ()",
-)
-def select(
+def selection(
     query: Tensor,
     mean_keys: Tensor,
     log_counts: Tensor,
@@ -45,8 +42,8 @@ def select(
     by_max: bool,
     periphery: bool,
     splits: int,
-) -> None:
-    """Select regions, like `gazepatch.selection`, and append an entry, like `gazepatch.ops.late`. One launch.
+) -> Launch:
+    """The launch that selects regions, like `gazepatch.selection`, and appends an entry, like `gazepatch.ops.late`.
 
     Args:
         query: `[B, H, D]`.
@@ -76,52 +73,65 @@ def select(
     settings = select_settings(architecture(query.device), group, windows, regions, dim, query.element_size())
     new_key, new_value = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (new_key, new_value))
     value_dim = 0 if value is None else value.shape[3]
-    with on(query.device):
-        select_kernel[splits, key_heads, batch](
-            query,
-            mean_keys,
-            log_counts,
-            table.view(torch.int64),
-            budget,
-            logits,
-            region_logits,
-            runs.view(torch.int64),
-            taken,
-            total,
-            arrived,
-            key,
-            value,
-            new_key,
-            new_value,
-            filled,
-            offset,
-            scale,
-            1.0 if softcap is None else softcap,
-            regions,
-            region_logits.shape[2],
-            runs.shape[3],
-            query.stride(0),
-            query.stride(1),
-            *mean_keys.stride(),
-            row_stride(log_counts),
-            row_stride(table) // 2,
-            row_stride(budget),
-            0 if key is None else key.shape[2],
-            *((0, 0) if new_key is None else new_key.stride()[:2]),
-            *((0, 0) if new_value is None else new_value.stride()[:2]),
-            GROUP=group,
-            DIM=dim,
-            VALUE_DIM=value_dim,
-            WINDOWS=windows,
-            PER_HEAD=runs.shape[2] > 1,
-            BY_MAX=by_max,
-            PERIPHERY=periphery,
-            COUNTS=total is not None,
-            CAPPED=softcap is not None,
-            APPENDS=key is not None,
-            BLOCK_V=padded(value_dim),
-            **settings,
-        )
+    arguments = (
+        query,
+        mean_keys,
+        log_counts,
+        table.view(torch.int64),
+        budget,
+        logits,
+        region_logits,
+        runs.view(torch.int64),
+        taken,
+        total,
+        arrived,
+        key,
+        value,
+        new_key,
+        new_value,
+        filled,
+        offset,
+        scale,
+        1.0 if softcap is None else softcap,
+        regions,
+        region_logits.shape[2],
+        runs.shape[3],
+        query.stride(0),
+        query.stride(1),
+        *mean_keys.stride(),
+        row_stride(log_counts),
+        row_stride(table) // 2,
+        row_stride(budget),
+        0 if key is None else key.shape[2],
+        *((0, 0) if new_key is None else new_key.stride()[:2]),
+        *((0, 0) if new_value is None else new_value.stride()[:2]),
+    )
+    constants = dict(
+        GROUP=group,
+        DIM=dim,
+        VALUE_DIM=value_dim,
+        WINDOWS=windows,
+        PER_HEAD=runs.shape[2] > 1,
+        BY_MAX=by_max,
+        PERIPHERY=periphery,
+        COUNTS=total is not None,
+        CAPPED=softcap is not None,
+        APPENDS=key is not None,
+        BLOCK_V=padded(value_dim),
+        **settings,
+    )
+    return Launch(select_kernel, (splits, key_heads, batch), arguments, constants)
+
+
+@operator(
+    "select(Tensor query, Tensor mean_keys, Tensor log_counts, Tensor table, Tensor budget, "
+    "Tensor(a!) logits, Tensor(b!) region_logits, Tensor(c!) runs, Tensor(d!) taken, Tensor(e!)? total, "
+    "Tensor(f!) arrived, Tensor(g!)? key, Tensor(h!)? value, Tensor? new_key, Tensor? new_value, Tensor? filled, "
+    "int offset, float scale, float? softcap, bool by_max, bool periphery, int splits) -> ()",
+)
+def select(*arguments: Any) -> None:
+    """What `selection` launches."""
+    selection(*arguments).run(arguments[0].device)
 
 
 @fake("select")
@@ -129,12 +139,7 @@ def _(*_: object) -> None:
     return None
 
 
-@operator(
-    "decode(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor visual_key, Tensor visual_value, "
-    "Tensor runs, Tensor? logits, Tensor? taken, Tensor? mean_values, Tensor? sinks, Tensor(a!) partial, "
-    "Tensor(b!) weights, Tensor(c!) arrived, float scale, float? softcap, int longest, int splits) -> Tensor",
-)
-def decode(
+def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -153,8 +158,9 @@ def decode(
     softcap: float | None,
     longest: int,
     splits: int,
-) -> Tensor:
-    """Attention of one query token a row, like `gazepatch.ops.decode.gaze_decode`. One launch.
+    output: Tensor,
+) -> Launch:
+    """The launch for attention of one query token a row, like `gazepatch.ops.decode.gaze_decode`.
 
     Args:
         query: `[B, H, D]`.
@@ -169,62 +175,73 @@ def decode(
         scale, softcap: Of the attention scores, as in `gazepatch.scores`.
         longest: Tokens of the longest region.
         splits: Programs a selection.
-
-    Returns:
-        `[B, H, D_v]`.
+        output: Out, `[B, H, D_v]`.
     """
     batch, heads, dim = query.shape
     key_heads, value_dim = key.shape[1], value.shape[3]
     selections, places = runs.shape[2], runs.shape[3]
     rows = heads // key_heads // selections
-    output = query.new_empty(batch, heads, value_dim)
     periphery = logits is not None and taken is not None and mean_values is not None
     kind = architecture(query.device)
     settings = decode_settings(kind, rows, dim, value_dim, query.element_size(), longest)
-    with on(query.device):
-        decode_kernel[splits, key_heads * selections, batch](
-            query,
-            key,
-            value,
-            bias,
-            visual_key,
-            visual_value,
-            runs.view(torch.int64),
-            logits,
-            taken,
-            mean_values,
-            sinks,
-            partial,
-            weights,
-            arrived,
-            output,
-            scale,
-            1.0 if softcap is None else softcap,
-            key.shape[2],
-            places,
-            longest,
-            logits.shape[2] if logits is not None else 0,
-            query.stride(0),
-            query.stride(1),
-            *key.stride()[:3],
-            *value.stride()[:3],
-            0 if bias is None else row_stride(bias),
-            *visual_key.stride()[:2],
-            *visual_value.stride()[:2],
-            *((0, 0) if mean_values is None else mean_values.stride()[:2]),
-            *((0, 0) if sinks is None else (row_stride(sinks), sinks.stride(1))),
-            SELECTIONS=selections,
-            ROWS=rows,
-            DIM=dim,
-            VALUE_DIM=value_dim,
-            WINDOWS=logits.shape[2] // taken.shape[3] if logits is not None and taken is not None else 1,
-            HAS_BIAS=bias is not None,
-            HAS_RUNS=places > 0,
-            PERIPHERY=periphery,
-            HAS_SINKS=sinks is not None,
-            CAPPED=softcap is not None,
-            **settings,
-        )
+    arguments = (
+        query,
+        key,
+        value,
+        bias,
+        visual_key,
+        visual_value,
+        runs.view(torch.int64),
+        logits,
+        taken,
+        mean_values,
+        sinks,
+        partial,
+        weights,
+        arrived,
+        output,
+        scale,
+        1.0 if softcap is None else softcap,
+        key.shape[2],
+        places,
+        longest,
+        logits.shape[2] if logits is not None else 0,
+        query.stride(0),
+        query.stride(1),
+        *key.stride()[:3],
+        *value.stride()[:3],
+        0 if bias is None else row_stride(bias),
+        *visual_key.stride()[:2],
+        *visual_value.stride()[:2],
+        *((0, 0) if mean_values is None else mean_values.stride()[:2]),
+        *((0, 0) if sinks is None else (row_stride(sinks), sinks.stride(1))),
+    )
+    constants = dict(
+        SELECTIONS=selections,
+        ROWS=rows,
+        DIM=dim,
+        VALUE_DIM=value_dim,
+        WINDOWS=logits.shape[2] // taken.shape[3] if logits is not None and taken is not None else 1,
+        HAS_BIAS=bias is not None,
+        HAS_RUNS=places > 0,
+        PERIPHERY=periphery,
+        HAS_SINKS=sinks is not None,
+        CAPPED=softcap is not None,
+        **settings,
+    )
+    return Launch(decode_kernel, (splits, key_heads * selections, batch), arguments, constants)
+
+
+@operator(
+    "decode(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor visual_key, Tensor visual_value, "
+    "Tensor runs, Tensor? logits, Tensor? taken, Tensor? mean_values, Tensor? sinks, Tensor(a!) partial, "
+    "Tensor(b!) weights, Tensor(c!) arrived, float scale, float? softcap, int longest, int splits) -> Tensor",
+)
+def decode(*arguments: Any) -> Tensor:
+    """What `attention` launches, and its output."""
+    query, _, value, *_ = arguments
+    output: Tensor = query.new_empty(*query.shape[:2], value.shape[3])
+    attention(*arguments, output).run(query.device)
     return output
 
 

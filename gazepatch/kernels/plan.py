@@ -23,7 +23,9 @@ from gazepatch.kernels.launches import (
     scoring_programs,
     tiles_of,
 )
-from gazepatch.kernels.ops import decode, select
+from gazepatch.kernels.library import watched
+from gazepatch.kernels.ops import attention, decode, select, selection
+from gazepatch.kernels.repeated import Repeated, Step, repeatable
 from gazepatch.ops.decode import Decoded, DecodePlan, Entries
 from gazepatch.ops.late import Late
 from gazepatch.places import Places
@@ -86,6 +88,7 @@ class KernelPlan(DecodePlan):
             self.logits = torch.empty(batch, heads, windows if config.periphery else 0, device=device)
             self.taken = torch.empty(*self.shape, count if config.periphery else 0, dtype=torch.int8, device=device)
         self._shares: dict[tuple[int, int, int], Share] = {}
+        self._repeated: dict[int, Repeated] = {}  # by the visual keys of a layer
 
     def prepare(self, query: Tensor, value_dim: int, places: Places) -> None:
         """See `DecodePlan.prepare`."""
@@ -93,6 +96,7 @@ class KernelPlan(DecodePlan):
         def place(name: Hashable, made: Tensor) -> Tensor:
             return places.place((*self.shape, self.heads, name), made)
 
+        self._repeated.clear()
         for name in ("arrived",) if self.whole else ("arrived", "runs", "region_logits", "logits", "taken"):
             setattr(self, name, place(name, getattr(self, name)))
         share, kind = self._share(query, value_dim), _kind(query, value_dim)
@@ -109,20 +113,54 @@ class KernelPlan(DecodePlan):
         late: Late | None = None,
     ) -> Decoded:
         """See `DecodePlan.decode`; by the kernels, where they fit."""
+        step = None if self.whole or late is None else Step(query, entries, scores, bias, total, late)
+        if step is not None and (self.regions.even or total is not None) and not watched():
+            if (output := self._again(step)) is not None:
+                return Decoded(output[:, :, None], self._evenly, self.runs)
+        else:
+            step = None
         if reason := self.unfit(query, entries, scores, late):
             if self.config.backend == "triton":
                 raise UnsupportedModelError(f"backend='triton' {reason}: take backend='auto'")
             return super().decode(query, entries, scores, bias, total, late)
         batch, heads, _, _ = query.shape
         flat = query.view(batch, heads, -1) if query.stride(-1) == 1 else query.reshape(batch, heads, -1)
-        read: int | Tensor = self.visual_entries
-        far = self.config.periphery and entries.mean_values is not None and not self.whole
-        if not self.whole:
-            read = self._select(flat, entries, scores, far, total, late)
-        elif late is not None:
-            late.write()
-        output = self._attend(flat, entries, scores, bias, far)
-        return Decoded(output[:, :, None], read, None if self.whole else self.runs)
+        attending = self._attending(flat, entries, scores, bias)
+        if self.whole:
+            if late is not None:
+                late.write()
+            return Decoded(decode(*attending)[:, :, None], self.visual_entries)
+        counter = total
+        if total is None and not self.regions.even:
+            counter = torch.zeros(1, dtype=torch.int64, device=query.device)
+        selecting = self._selecting(flat, entries, scores, counter, late)
+        if step is not None and repeatable(step):
+            output = self._first(step, selecting, attending)
+        else:
+            select(*selecting)
+            output = decode(*attending)
+        read = counter if counter is not None and total is None else self._evenly
+        return Decoded(output[:, :, None], read, self.runs)
+
+    def _first(self, step: Step, selecting: tuple[Any, ...], attending: tuple[Any, ...]) -> Tensor:
+        """Launch a step, and keep how for those like it."""
+        query, entries = step.query, step.entries
+        output = query.new_empty(*query.shape[:2], entries.value.shape[3])
+        chosen, attended = selection(*selecting), attention(*attending, output)
+        codes = chosen.run(query.device), attended.run(query.device)
+        if None not in codes:
+            self._repeated[id(entries.visual_key)] = Repeated(step, chosen, attended, codes)
+        return output
+
+    def _again(self, step: Step) -> Tensor | None:
+        """Attention of a step `[B, H, D_v]` by the launches of one like it; None where there was none."""
+        entries = step.entries
+        if (known := self._repeated.get(id(entries.visual_key))) is None:
+            return None
+        if known.fits(step):
+            return known.run(step, self._splits(step.query, entries))
+        del self._repeated[id(entries.visual_key)]  # and with it what memory it holds
+        return None
 
     def numbers(self, selected: Tensor) -> Tensor:
         """See `DecodePlan.numbers`; looked up by where `runs` start, which the next layer will overwrite."""
@@ -137,19 +175,20 @@ class KernelPlan(DecodePlan):
         found = region_at[:, None, None].expand(*self.shape, -1).gather(-1, start.long())
         return found.masked_fill(length == 0, -1)
 
-    def _select(
-        self,
-        query: Tensor,
-        entries: Entries,
-        scores: Scores,
-        far: bool,
-        total: Tensor | None,
-        late: Late | None = None,
-    ) -> int | Tensor:
-        counter = None
-        if not self.regions.even:
-            counter = torch.zeros(1, dtype=torch.int64, device=query.device) if total is None else total
-        select(
+    @property
+    def _evenly(self) -> int:
+        """Visual entries that a step reads where regions are even; 0 where the kernel counts them."""
+        return self.pairs * self.selections * self.count * self.regions.max_length if self.regions.even else 0
+
+    def _far(self, entries: Entries) -> bool:
+        """Whether the periphery takes part."""
+        return self.config.periphery and entries.mean_values is not None and not self.whole
+
+    def _selecting(
+        self, query: Tensor, entries: Entries, scores: Scores, counter: Tensor | None, late: Late | None
+    ) -> tuple[Any, ...]:
+        """Arguments of `select`."""
+        return (
             query,
             entries.mean_keys,
             self.log_counts,
@@ -159,25 +198,21 @@ class KernelPlan(DecodePlan):
             self.region_logits,
             self.runs,
             self.taken,
-            counter,
+            None if self.regions.even else counter,
             self.arrived,
             *appended(late),
             scores.scale,
             scores.softcap,
             self.config.head_reduce == "max",
-            far,
+            self._far(entries),
             self._share(query, entries.value.shape[3]).scoring,
         )
-        if counter is None:
-            return self.pairs * self.selections * self.count * self.regions.max_length
-        return counter if total is None else 0
 
-    def _attend(self, query: Tensor, entries: Entries, scores: Scores, bias: Tensor | None, far: bool) -> Tensor:
+    def _attending(self, query: Tensor, entries: Entries, scores: Scores, bias: Tensor | None) -> tuple[Any, ...]:
+        """Arguments of `decode`."""
         key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (entries.key, entries.value))
-        share = self._share(query, entries.value.shape[3])
-        tiles = share.tiles + -(-key.shape[2] // share.block)
-        tiles += -(-self.log_counts.shape[1] // share.block) if far else 0
-        output: Tensor = decode(
+        share, far = self._share(query, entries.value.shape[3]), self._far(entries)
+        return (
             query,
             key,
             value,
@@ -195,9 +230,15 @@ class KernelPlan(DecodePlan):
             scores.scale,
             scores.softcap,
             self.longest,
-            even_splits(tiles, min(share.most, balanced_splits(tiles, share.results))),
+            self._splits(query, entries),
         )
-        return output
+
+    def _splits(self, query: Tensor, entries: Entries) -> int:
+        """Programs of the decode kernel that a selection has."""
+        share = self._share(query, entries.value.shape[3])
+        tiles = share.tiles + -(-entries.key.shape[2] // share.block)
+        tiles += -(-self.log_counts.shape[1] // share.block) if self._far(entries) else 0
+        return even_splits(tiles, min(share.most, balanced_splits(tiles, share.results)))
 
     def _share(self, query: Tensor, value_dim: int) -> Share:
         """Made once, as all layers share it."""

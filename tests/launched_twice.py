@@ -1,0 +1,61 @@
+"""A process without a GPU whose every repeated step is launched anew as well: both hand the same on to the driver."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from no_gpu import without_gpu
+from stepping import SETTINGS, generate
+from tiny import batch, tiny
+from torch import Tensor
+from triton.compiler.compiler import LazyDict
+
+from gazepatch.kernels.ops import decode, select
+from gazepatch.kernels.plan import KernelPlan
+from gazepatch.kernels.repeated import Step
+from gazepatch.patch import patched
+
+GPU = without_gpu(keeps=True)
+AGAIN = KernelPlan._again
+compared = 0
+
+
+def plain(argument: Any) -> Any:
+    """What two arguments have in common that mean the same."""
+    if isinstance(argument, Tensor):
+        return argument.data_ptr(), argument.dtype
+    return argument.data if isinstance(argument, LazyDict) else argument  # what hooks of launches are told
+
+
+def twice(plan: KernelPlan, step: Step) -> Tensor | None:
+    """The launches of a repeated step, and those of the same step anew."""
+    global compared
+    GPU.launched.clear()
+    if (output := AGAIN(plan, step)) is None:
+        return None
+    flat = step.query.view(*step.query.shape[:2], -1)
+    select(*plan._selecting(flat, step.entries, step.scores, step.total, step.late))
+    anew = decode(*plan._attending(flat, step.entries, step.scores, step.bias))
+    again, first = GPU.launched[:2], GPU.launched[2:]
+    for one, other in zip(again, first, strict=True):
+        assert [plain(x) for x in one if x is not output] == [plain(x) for x in other if x is not anew]
+        assert len(one) == len(other)
+    compared += 1
+    return output
+
+
+def main() -> None:
+    KernelPlan._again = twice  # type: ignore[method-assign]
+    for case in (tiny("llava"), batch(tiny("llava"))):
+        for name in ("quarter", "periphery"):
+            for kind in ("dynamic", "static"):
+                before = compared
+                with torch.no_grad(), patched(case.model, SETTINGS[name], backend="triton"):
+                    generate(case, 6, cache_implementation=kind, disable_compile=True)
+                assert compared - before == 2 * 4  # layers, and steps behind the first
+    print(compared)
+
+
+if __name__ == "__main__":
+    main()

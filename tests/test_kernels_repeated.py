@@ -103,6 +103,25 @@ def test_beams_have_other_memory_in_every_step(monkeypatch: pytest.MonkeyPatch) 
     assert equal_anew(tiny("qwen2_5_vl"), SETTINGS["periphery"], monkeypatch, num_beams=2) == 0
 
 
+@torch.no_grad()
+def test_a_copy_of_a_cache_repeats_steps_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, ran = on_its_device(tiny("llava")), Ran(monkeypatch)
+    monkeypatch.setattr(Interpreted, "__deepcopy__", lambda *_: pytest.fail("code was copied"), raising=False)
+    token = torch.tensor([[5]], device=DEVICE)
+    with patched(case.model, SETTINGS["quarter"], backend="triton"):
+        cache = case.model(**case.inputs, use_cache=True).past_key_values
+
+        def step(of: Any) -> torch.Tensor:
+            return case.model(input_ids=token, past_key_values=of).logits
+
+        step(cache), step(cache)
+        other, launches = copy.deepcopy(cache), ran.again
+        assert launches > 0
+        expected = step(cache), step(cache)
+        torch.testing.assert_close((step(other), step(other)), expected)
+        assert ran.again == launches + 2 * launches + launches  # the first step of the copy is launched anew
+
+
 def test_gradients_take_no_launch_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
     case, ran = on_its_device(tiny("llava")), Ran(monkeypatch)
     token = torch.tensor([[5]], device=DEVICE)

@@ -158,6 +158,7 @@ def attention(
     softcap: float | None,
     longest: int,
     splits: int,
+    *,
     output: Tensor,
 ) -> Launch:
     """The launch for attention of one query token a row, like `gazepatch.ops.decode.gaze_decode`.
@@ -241,7 +242,7 @@ def decode(*arguments: Any) -> Tensor:
     """What `attention` launches, and its output."""
     query, _, value, *_ = arguments
     output: Tensor = query.new_empty(*query.shape[:2], value.shape[3])
-    attention(*arguments, output).run(query.device)
+    attention(*arguments, output=output).run(query.device)
     return output
 
 

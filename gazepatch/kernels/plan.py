@@ -90,6 +90,10 @@ class KernelPlan(DecodePlan):
         self._shares: dict[tuple[int, int, int], Share] = {}
         self._repeated: dict[int, Repeated] = {}  # by the visual keys of a layer
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of a cache has memory of its own, and Triton's code is not to be copied.
+        return {**vars(self), "_repeated": {}}
+
     def prepare(self, query: Tensor, value_dim: int, places: Places) -> None:
         """See `DecodePlan.prepare`."""
 
@@ -146,7 +150,7 @@ class KernelPlan(DecodePlan):
         """Launch a step, and keep how for those like it."""
         query, entries = step.query, step.entries
         output = query.new_empty(*query.shape[:2], entries.value.shape[3])
-        chosen, attended = selection(*selecting), attention(*attending, output)
+        chosen, attended = selection(*selecting), attention(*attending, output=output)
         codes = chosen.run(query.device), attended.run(query.device)
         if None not in codes:
             self._repeated[id(entries.visual_key)] = Repeated(step, chosen, attended, codes)

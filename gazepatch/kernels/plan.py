@@ -117,12 +117,9 @@ class KernelPlan(DecodePlan):
         late: Late | None = None,
     ) -> Decoded:
         """See `DecodePlan.decode`; by the kernels, where they fit."""
-        step = None if self.whole or late is None else Step(query, entries, scores, bias, total, late)
-        if step is not None and (self.regions.even or total is not None) and not watched():
-            if (output := self._again(step)) is not None:
-                return Decoded(output[:, :, None], self._evenly, self.runs)
-        else:
-            step = None
+        step = self._step(query, entries, scores, bias, total, late)
+        if step is not None and (output := self._again(step)) is not None:
+            return Decoded(output[:, :, None], self._evenly, self.runs)
         if reason := self.unfit(query, entries, scores, late):
             if self.config.backend == "triton":
                 raise UnsupportedModelError(f"backend='triton' {reason}: take backend='auto'")
@@ -145,6 +142,21 @@ class KernelPlan(DecodePlan):
             output = decode(*attending)
         read = counter if counter is not None and total is None else self._evenly
         return Decoded(output[:, :, None], read, self.runs)
+
+    def _step(
+        self,
+        query: Tensor,
+        entries: Entries,
+        scores: Scores,
+        bias: Tensor | None,
+        total: Tensor | None,
+        late: Late | None,
+    ) -> Step | None:
+        """A step that may be launched as the one before it was, or None."""
+        counted = self.regions.even or total is not None
+        if self.whole or late is None or not counted or watched():
+            return None
+        return Step(query, entries, scores, bias, total, late)
 
     def _first(self, step: Step, selecting: tuple[Any, ...], attending: tuple[Any, ...]) -> Tensor:
         """Launch a step, and keep how for those like it."""

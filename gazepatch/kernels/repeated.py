@@ -79,5 +79,5 @@ def repeatable(step: Step) -> bool:
     stores = zip((step.entries.key, step.entries.value), (step.late.stores * 2)[:2], strict=True)
     in_place = all(x.data_ptr() == store.data_ptr() and x.stride() == store.stride() for x, store in stores)
     dense = all(x.stride(-1) == 1 for x in (step.query, *step.late.entry))
-    unmasked = step.scores.sinks is None and step.scores.bias is None
-    return in_place and dense and unmasked and not torch.is_grad_enabled()
+    plain = step.scores.sinks is None and step.scores.bias is None
+    return in_place and dense and plain and not torch.is_grad_enabled()

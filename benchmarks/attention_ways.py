@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from gazepatch.config import GazeConfig
+from gazepatch.kernels.ops import decode, select
 from gazepatch.layout import Grid
 from gazepatch.ops.decode import DecodePlan
 
@@ -52,17 +53,18 @@ def gaze(setup: Setup, layers: Layers, plan: Any) -> Calls:
 
 def selections(setup: Setup, layers: Layers, plan: Any) -> Calls:
     """The selection alone."""
-    far = layers.config.periphery
+    total = torch.zeros(1, dtype=torch.int64, device=setup.device)
     both = zip(layers.queries, layers.entries, strict=True)
-    return [lambda q=q, e=e: plan._select(q[:, :, 0], e, setup.scores, far, None) for q, e in both]
+    launches = [plan.selecting(q[:, :, 0], e, setup.scores, total, None) for q, e in both]
+    return [lambda arguments=arguments: select(*arguments) for arguments in launches]
 
 
 def attentions(setup: Setup, layers: Layers, plan: Any) -> Calls:
     """Decode alone, of the regions that a selection has left in the plan."""
-    far = layers.config.periphery and not plan.whole
     plan.decode(layers.queries[0], layers.entries[0], setup.scores)
     both = zip(layers.queries, layers.entries, strict=True)
-    return [lambda q=q, e=e: plan._attend(q[:, :, 0], e, setup.scores, None, far) for q, e in both]
+    launches = [plan.attending(q[:, :, 0], e, setup.scores, None) for q, e in both]
+    return [lambda arguments=arguments: decode(*arguments) for arguments in launches]
 
 
 # ---- dense

@@ -35,8 +35,8 @@ def twice(plan: KernelPlan, step: Step) -> Tensor | None:
     if (output := AGAIN(plan, step)) is None:
         return None
     flat = step.query.view(*step.query.shape[:2], -1)
-    select(*plan._selecting(flat, step.entries, step.scores, step.total, step.late))
-    anew = decode(*plan._attending(flat, step.entries, step.scores, step.bias))
+    select(*plan.selecting(flat, step.entries, step.scores, step.total, step.late))
+    anew = decode(*plan.attending(flat, step.entries, step.scores, step.bias))
     again, first = GPU.launched[:2], GPU.launched[2:]
     for one, other in zip(again, first, strict=True):
         assert [plain(x) for x in one if x is not output] == [plain(x) for x in other if x is not anew]

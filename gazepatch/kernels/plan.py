@@ -126,7 +126,7 @@ class KernelPlan(DecodePlan):
             return super().decode(query, entries, scores, bias, total, late)
         batch, heads, _, _ = query.shape
         flat = query.view(batch, heads, -1) if query.stride(-1) == 1 else query.reshape(batch, heads, -1)
-        attending = self._attending(flat, entries, scores, bias)
+        attending = self.attending(flat, entries, scores, bias)
         if self.whole:
             if late is not None:
                 late.write()
@@ -134,7 +134,7 @@ class KernelPlan(DecodePlan):
         counter = total
         if total is None and not self.regions.even:
             counter = torch.zeros(1, dtype=torch.int64, device=query.device)
-        selecting = self._selecting(flat, entries, scores, counter, late)
+        selecting = self.selecting(flat, entries, scores, counter, late)
         if step is not None and repeatable(step):
             output = self._first(step, selecting, attending)
         else:
@@ -200,7 +200,7 @@ class KernelPlan(DecodePlan):
         """Whether the periphery takes part."""
         return self.config.periphery and entries.mean_values is not None and not self.whole
 
-    def _selecting(
+    def selecting(
         self, query: Tensor, entries: Entries, scores: Scores, counter: Tensor | None, late: Late | None
     ) -> tuple[Any, ...]:
         """Arguments of `select`."""
@@ -224,7 +224,7 @@ class KernelPlan(DecodePlan):
             self._share(query, entries.value.shape[3]).scoring,
         )
 
-    def _attending(self, query: Tensor, entries: Entries, scores: Scores, bias: Tensor | None) -> tuple[Any, ...]:
+    def attending(self, query: Tensor, entries: Entries, scores: Scores, bias: Tensor | None) -> tuple[Any, ...]:
         """Arguments of `decode`."""
         key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (entries.key, entries.value))
         share, far = self._share(query, entries.value.shape[3]), self._far(entries)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -41,12 +42,13 @@ class Again:
     """
 
     def __init__(self, code: Any, launch: Launch, *changing: str) -> None:
-        parameters = inspect.signature(launch.kernel.fn).parameters
-        values = {name: parameter.default for name, parameter in parameters.items()}
-        values |= dict(zip(values, launch.arguments, strict=False)) | dict(launch.constants)
-        self._code, self._places = code, [list(parameters).index(name) for name in changing]
+        defaults = _parameters(launch.kernel.fn)
+        values = dict(zip(defaults, launch.arguments, strict=False))
+        values = {**defaults, **values, **launch.constants, **dict.fromkeys(changing)}
+        places = {name: place for place, name in enumerate(defaults)}
+        self._code, self._places = code, [places[name] for name in changing]
         # In the order of the kernel, constants too, as Triton hands them on.
-        self._arguments = [None if name in changing else values[name] for name in parameters]
+        self._arguments = [values[name] for name in defaults]
 
     def run(self, grid: Grid, *changed: Any) -> None:
         """Launch on the current device, with these for the arguments that change, in their order."""
@@ -54,3 +56,9 @@ class Again:
         for place, argument in zip(self._places, changed, strict=True):
             arguments[place] = argument
         self._code[grid](*arguments)
+
+
+@functools.cache
+def _parameters(function: Callable[..., Any]) -> dict[str, Any]:
+    """The parameters of a kernel, in order, with their defaults."""
+    return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}

@@ -25,7 +25,7 @@ from gazepatch.kernels.launches import (
 )
 from gazepatch.kernels.library import watched
 from gazepatch.kernels.ops import attention, decode, select, selection
-from gazepatch.kernels.repeated import Repeated, Step, repeatable
+from gazepatch.kernels.repeated import Held, Repeated, Step, repeatable
 from gazepatch.ops.decode import Decoded, DecodePlan, Entries
 from gazepatch.ops.late import Late
 from gazepatch.places import Places
@@ -88,11 +88,12 @@ class KernelPlan(DecodePlan):
             self.logits = torch.empty(batch, heads, windows if config.periphery else 0, device=device)
             self.taken = torch.empty(*self.shape, count if config.periphery else 0, dtype=torch.int8, device=device)
         self._shares: dict[tuple[int, int, int], Share] = {}
-        self._repeated: dict[int, Repeated] = {}  # by the visual keys of a layer
+        self._held: dict[int, Held] = {}  # by the visual keys of a layer, what the step before was on
+        self._repeated: dict[int, Repeated] = {}  # and how it was launched
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a cache has memory of its own, and Triton's code is not to be copied.
-        return {**vars(self), "_repeated": {}}
+        return {**vars(self), "_held": {}, "_repeated": {}}
 
     def prepare(self, query: Tensor, value_dim: int, places: Places) -> None:
         """See `DecodePlan.prepare`."""
@@ -100,6 +101,7 @@ class KernelPlan(DecodePlan):
         def place(name: Hashable, made: Tensor) -> Tensor:
             return places.place((*self.shape, self.heads, name), made)
 
+        self._held.clear()
         self._repeated.clear()
         for name in ("arrived",) if self.whole else ("arrived", "runs", "region_logits", "logits", "taken"):
             setattr(self, name, place(name, getattr(self, name)))
@@ -135,7 +137,7 @@ class KernelPlan(DecodePlan):
         if total is None and not self.regions.even:
             counter = torch.zeros(1, dtype=torch.int64, device=query.device)
         selecting = self.selecting(flat, entries, scores, counter, late)
-        if step is not None and repeatable(step):
+        if step is not None and self._stays(step) and repeatable(step):
             output = self._first(step, selecting, attending)
         else:
             select(*selecting)
@@ -157,6 +159,14 @@ class KernelPlan(DecodePlan):
         if self.whole or late is None or not counted or watched():
             return None
         return Step(query, entries, scores, bias, total, late)
+
+    def _stays(self, step: Step) -> bool:
+        """Whether the step before was on the same memory: else, as in beam search, to note how would be in vain."""
+        held, before = step.held(), self._held.pop(id(step.entries.visual_key), None)
+        if before is not None and all(one is other for one, other in zip(held, before, strict=True)):
+            return True
+        self._held[id(step.entries.visual_key)] = held
+        return False
 
     def _first(self, step: Step, selecting: tuple[Any, ...], attending: tuple[Any, ...]) -> Tensor:
         """Launch a step, and keep how for those like it."""

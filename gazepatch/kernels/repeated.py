@@ -15,6 +15,8 @@ from gazepatch.scores import Scores
 
 ALIGNED = 16  # bytes, as Triton asks
 
+Held = tuple[Tensor | None, ...]
+
 
 class Step(NamedTuple):
     """A routed step of one layer, as `DecodePlan.decode` is asked for it, with its own entry late."""
@@ -26,7 +28,7 @@ class Step(NamedTuple):
     total: Tensor | None
     late: Late
 
-    def held(self) -> tuple[Tensor | None, ...]:
+    def held(self) -> Held:
         """What lies where it lay in the step before, as long as nothing of the sequence is made anew."""
         return (*self.entries[2:], *self.late.stores, self.late.filled, self.total)
 

@@ -87,7 +87,7 @@ class Adapter:
             return dict.fromkeys(range(text.num_hidden_layers), reason)
         return {i: f"{kind} layer" for i, kind in enumerate(_layer_types(text)) if kind != FULL_ATTENTION}
 
-    def runs(self, config: Any) -> list[int]:
+    def cache_layers(self, config: Any) -> list[int]:
         """The decoder layer behind each number that a cache has for one: several for layers of `LOOPS`."""
         text = self.text_config(config)
         start, stop, times = LOOPS[text.model_type](text) if text.model_type in LOOPS else (0, 0, 1)

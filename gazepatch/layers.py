@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 
 def dense_reasons(adapter: Adapter, model_config: Any, config: GazeConfig) -> dict[int, str | None]:
-    """Why a layer does not gaze under these settings, by number in a cache (`Adapter.runs`); None: it gazes."""
+    """Why a layer does not gaze under these settings, by number in a cache (`Adapter.cache_layers`); None: it gazes."""
     reasons = dict(adapter.dense_reasons(model_config))
     for layer in config.dense_layers:
         reasons.setdefault(layer, "named in dense_layers")
     for layer, store in adapter.store_layers(model_config).items():
         if store in reasons:
             reasons.setdefault(layer, f"reads the keys of layer {store}, which stays dense")
-    return {number: reasons.get(layer) for number, layer in enumerate(adapter.runs(model_config))}
+    return {number: reasons.get(layer) for number, layer in enumerate(adapter.cache_layers(model_config))}
 
 
 def gaze_layers(adapter: Adapter, model_config: Any, config: GazeConfig) -> tuple[int, ...]:

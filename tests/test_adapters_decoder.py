@@ -102,7 +102,7 @@ def test_dense_reasons_of_families(name: str) -> None:
     expected = {i: f"{kind} layer" for i, kind in enumerate(kinds) if kind not in ("full_attention", "hybrid")}
     assert adapter_of(case).dense_reasons(case.model.config) == expected
     layers = range(case.model.config.get_text_config(decoder=True).num_hidden_layers)
-    assert adapter_of(case).runs(case.model.config) == [*layers, *LOOPED.get(name, [])]
+    assert adapter_of(case).cache_layers(case.model.config) == [*layers, *LOOPED.get(name, [])]
 
 
 def test_a_decoder_with_a_head_is_taken_without_it() -> None:

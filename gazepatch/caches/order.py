@@ -47,7 +47,7 @@ class Order:
         # Padding (-1) lands in the extra last column.
         return order.scatter_(1, torch.where(held < 0, order.shape[1] - 1, held), places)[:, :-1]
 
-    def runs(self, sizes: Tensor, none: int, reach: int) -> Tensor:
+    def numbered(self, sizes: Tensor, none: int, reach: int) -> Tensor:
         """`[b, L]` for every position, which run of visual entries it is in, of these sizes `[b, n]`; else `none`."""
         number = torch.full((len(self.visual), reach + 1), none)
         for row, visual in enumerate(self.visual):  # at prefill, where each row has its own layout, or once a step

@@ -194,13 +194,13 @@ class GazeState:
     def region_of(self) -> Tensor:
         """`[b, L]` region of every position, -1 where there is no visual token."""
         assert self.regions is not None
-        return self._order.runs(self.regions.length, -1, self.reach)
+        return self._order.numbered(self.regions.length, -1, self.reach)
 
     def window_of(self) -> Tensor:
         """`[b, L]` window of every position, R * C where there is no visual token."""
         assert self.regions is not None
         sizes = self.regions.log_counts.exp().round().long()
-        return self._order.runs(sizes, sizes.shape[1], self.reach)
+        return self._order.numbered(sizes, sizes.shape[1], self.reach)
 
     @property
     def _order(self) -> Order:

@@ -63,7 +63,7 @@ class Running(threading.local):
         forward: The running forward of the decoder.
         last_row: What stands for that of the mask over images, where somebody knows (`gazepatch.running.repeating`).
         latents: What the layer that runs makes its keys and values of (MLA).
-        offset: What is added to its index, where it runs several times a token (`Adapter.runs`).
+        offset: What is added to its index, where it runs several times a token (`Adapter.cache_layers`).
         trace: Who wants to know what decode steps read.
         reads: Who wants to know what queries of prompts read.
     """
@@ -119,7 +119,7 @@ class Runtime:
             count,
             tuple(sorted(self.stores)),
             tuple(sorted(self.cross_layers)),
-            tuple(adapter.runs(model_config)[count:]),
+            tuple(adapter.cache_layers(model_config)[count:]),
             self.latent,
         )
         self.counters = Counters()

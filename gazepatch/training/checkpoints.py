@@ -33,11 +33,11 @@ class Work:
 
     Args:
         out: The artefact to be.
-        run: What tells this training from others, in what JSON can hold, or as text.
+        identity: What tells this training from others, in what JSON can hold, or as text.
     """
 
-    def __init__(self, out: Path, run: dict[str, Any]) -> None:
-        self.folder, self.run = working_folder(out), json.loads(json.dumps(run, default=str))
+    def __init__(self, out: Path, identity: dict[str, Any]) -> None:
+        self.folder, self.identity = working_folder(out), json.loads(json.dumps(identity, default=str))
 
     def open(self) -> Path | None:
         """Make the folder, or enter it again; the newest whole checkpoint, if there is one.
@@ -52,7 +52,7 @@ class Work:
             self._compare(path)
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
-            replace_file(path, json.dumps(self.run, indent=2))
+            replace_file(path, json.dumps(self.identity, indent=2))
         return newest_checkpoint(self.folder)
 
     def complete(self, step: int) -> None:
@@ -79,8 +79,8 @@ class Work:
             assert isinstance(there, dict)
         except (ValueError, AssertionError):
             raise TrainingError(f"{path} is damaged: remove {self.folder} to begin anew") from None
-        for key in sorted(self.run.keys() | there.keys()):
-            if (old := there.get(key)) != (new := self.run.get(key)):
+        for key in sorted(self.identity.keys() | there.keys()):
+            if (old := there.get(key)) != (new := self.identity.get(key)):
                 raise TrainingError(
                     f"{self.folder} holds a training that was interrupted, with {key} {old!r}, and this one has "
                     f"{new!r}: give the same settings to go on, or remove that folder to begin anew"

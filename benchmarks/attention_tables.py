@@ -96,7 +96,7 @@ def _step(setup: Setup, name: str, whole: bool, alone: bool) -> Callable[[Grid, 
         layers, plan = ways.case(setup, grid, batch, config)
         row: Row = {"visual_tokens": layers.tokens, "budget": config.budget}
         if whole:
-            row["step_us"] = 1e3 * graph_ms(ways.gaze(setup, layers, plan))
+            row["step_us"] = 1e3 * graph_ms(ways.gaze(layers, plan, setup.scores))
         if alone:
             read = layers.bytes_read(plan)
             moved = read["selected"] + read["text"] + read["mean_values"]
@@ -116,7 +116,7 @@ def selection(setup: Setup) -> Iterator[Case]:
         layers, plan = ways.case(setup, grid, batch, SETTINGS[name], "mean_keys")
         read = layers.bytes_read(plan)
         alone = 1e3 * graph_ms(ways.selections(setup, layers, plan))
-        whole = 1e3 * graph_ms(ways.gaze(setup, layers, plan))
+        whole = 1e3 * graph_ms(ways.gaze(layers, plan, setup.scores))
         return {
             "regions": layers.regions.start.shape[1],
             "select_us": alone,

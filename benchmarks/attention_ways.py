@@ -16,6 +16,7 @@ from gazepatch.config import GazeConfig
 from gazepatch.kernels.ops import decode, select
 from gazepatch.layout import Grid
 from gazepatch.ops.decode import DecodePlan
+from gazepatch.scores import Scores
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -45,10 +46,10 @@ def case(
 # ---- ours
 
 
-def gaze(setup: Setup, layers: Layers, plan: Any) -> Calls:
+def gaze(layers: Layers, plan: Any, scores: Scores) -> Calls:
     """Selection and decode of every layer."""
     both = zip(layers.queries, layers.entries, strict=True)
-    return [lambda q=q, e=e: plan.decode(q, e, setup.scores) for q, e in both]
+    return [lambda q=q, e=e: plan.decode(q, e, scores) for q, e in both]
 
 
 def selections(setup: Setup, layers: Layers, plan: Any) -> Calls:

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import checkout  # noqa: F401  # before the package
 import torch
+from attention_ways import gaze
 from on_gpu import Layers, first_line, free, graph_ms, layers_needed, machine
 
 import gazepatch.kernels.tuned as tuned
@@ -139,10 +140,7 @@ def _take(key: tuple[str, int, int], settings: Settings) -> None:
 
 
 def _steps(layers: Layers) -> list[Callable[[], object]]:
-    plan = layers.plan()
-    scores = Scores(layers.shape[3] ** -0.5)
-    both = zip(layers.queries, layers.entries, strict=True)
-    return [lambda q=q, e=e: plan.decode(q, e, scores) for q, e in both]
+    return gaze(layers, layers.plan(), Scores(layers.shape[3] ** -0.5))
 
 
 def write(path: Path, found: dict[tuple[str, int, int], Settings], measured: str) -> None:

@@ -168,7 +168,14 @@ def attention_step(side: int, dtype: torch.dtype, rounds: int) -> list[dict[str,
 
 
 def llava(
-    layers: int, side: int, dtype: torch.dtype, hidden: int, mlp: int, heads: int
+    layers: int,
+    side: int,
+    dtype: torch.dtype,
+    hidden: int,
+    mlp: int,
+    heads: int,
+    key_heads: int = KEY_HEADS,
+    dim: int = DIM,
 ) -> LlavaForConditionalGeneration:
     """A LLaVA with random weights whose images have `side` x `side` tokens."""
     text = LlamaConfig(
@@ -177,8 +184,8 @@ def llava(
         intermediate_size=mlp,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=KEY_HEADS,
-        head_dim=DIM,
+        num_key_value_heads=key_heads,
+        head_dim=dim,
         max_position_embeddings=1 << 17,
     )
     tower = CLIPVisionConfig(

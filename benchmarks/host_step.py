@@ -19,8 +19,9 @@ os.environ.pop("TRITON_INTERPRET", None)  # before triton
 from timing import machine  # isort: skip  # before torch: it sets the environment
 
 import torch
+from decode_cpu import llava
 from no_gpu import without_gpu
-from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import DynamicCache
 
 from gazepatch.caches.name import CACHE
 from gazepatch.config import GazeConfig
@@ -37,34 +38,11 @@ SIDES: dict[str, GazeConfig | None] = {
 }
 
 
-def small(layers: int) -> LlavaForConditionalGeneration:
-    """A LLaVA with random weights whose layers have next to nothing to compute."""
-    text = LlamaConfig(
-        vocab_size=1000,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-    )
-    tower = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        image_size=4 * SIDE,
-        patch_size=4,
-    )
-    config = LlavaConfig(text_config=text, vision_config=tower, image_token_id=5)
-    return LlavaForConditionalGeneration(config).eval()
-
-
 @torch.inference_mode()
 def step_ms(model: Any, steps: int) -> float:
     """Median of the steps behind a prompt with one image."""
     cache = {CACHE: DynamicCache(config=model.config.text_config)}
-    ids = torch.tensor([[1, 2, *[5] * SIDE**2, 7, 8]])
+    ids = torch.tensor([[1, 2, *[model.config.image_token_id] * SIDE**2, 7, 8]])
     model(input_ids=ids, pixel_values=torch.zeros(1, 3, 4 * SIDE, 4 * SIDE), **cache)
     token, taken = torch.tensor([[9]]), []
     for _ in range(WARM_UP + steps):
@@ -76,7 +54,8 @@ def step_ms(model: Any, steps: int) -> float:
 
 def measure(layers: int, rounds: int, steps: int) -> dict[str, list[float]]:
     """Milliseconds of a step, of every side in every round, in turn."""
-    model, taken = small(layers), {name: [] for name in SIDES}
+    model = llava(layers, SIDE, torch.float32, hidden=64, mlp=64, heads=4, key_heads=2, dim=16)
+    taken: dict[str, list[float]] = {name: [] for name in SIDES}
     for _ in range(rounds):
         for name, config in SIDES.items():
             with nullcontext() if config is None else patched(model, config):

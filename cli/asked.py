@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from gazepatch.cli.settings import Command
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -14,14 +16,14 @@ if TYPE_CHECKING:
     from gazepatch.answering import Answer
 
 
-max_new_tokens_option = click.option(
-    "--max-new-tokens",
-    default=128,
-    show_default=True,
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Where an answer is cut off.",
-)
+def number_option(flag: str, default: int, help_text: str, least: int = 1) -> Callable[[Command], Command]:
+    """An option that takes a whole number of at least `least`."""
+    return click.option(
+        flag, default=default, show_default=True, type=click.IntRange(min=least), metavar="N", help=help_text
+    )
+
+
+max_new_tokens_option = number_option("--max-new-tokens", 128, "Where an answer is cut off.")
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 

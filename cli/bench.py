@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from gazepatch.cli.asked import images_and_prompt, open_images, say_notes
+from gazepatch.cli.asked import images_and_prompt, number_option, open_images, say_notes
 from gazepatch.cli.output import bar_of, json_option, print_json
 from gazepatch.cli.sample import PROMPT, sample_image
 from gazepatch.cli.settings import reading_options
@@ -15,22 +15,8 @@ from gazepatch.cli.settings import reading_options
 @click.command("bench", short_help="Time a token of MODEL here, unpatched and with gaze.")
 @click.argument("model")
 @click.argument("asked", metavar="[IMAGE... PROMPT]", nargs=-1)
-@click.option(
-    "--new-tokens",
-    default=32,
-    show_default=True,
-    type=click.IntRange(min=2),
-    metavar="N",
-    help="Tokens to generate each time.",
-)
-@click.option(
-    "--rounds",
-    default=5,
-    show_default=True,
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Rounds to time, after one that is not counted.",
-)
+@number_option("--new-tokens", 32, "Tokens to generate each time.", least=2)
+@number_option("--rounds", 5, "Rounds to time, after one that is not counted.")
 @reading_options
 @json_option
 def command(model: str, asked: tuple[str, ...], new_tokens: int, rounds: int, as_json: bool, **reading: Any) -> None:

@@ -13,11 +13,13 @@ from triton.compiler.compiler import LazyDict
 
 from gazepatch.kernels.ops import decode, select
 from gazepatch.kernels.plan import KernelPlan
-from gazepatch.kernels.repeated import Step
+from gazepatch.kernels.repeated import Repeated, Step
+from gazepatch.ops.decode import Decoded
 from gazepatch.patch import patched
 
 GPU = without_gpu(keeps=True)
-AGAIN = KernelPlan._again
+DECODE, RUN = KernelPlan.decode, Repeated.run
+repeated: list[tuple[Step, Tensor]] = []
 compared = 0
 
 
@@ -28,25 +30,33 @@ def plain(argument: Any) -> Any:
     return argument.data if isinstance(argument, LazyDict) else argument  # what hooks of launches are told
 
 
-def twice(plan: KernelPlan, step: Step) -> Tensor | None:
-    """The launches of a repeated step, and those of the same step anew."""
-    global compared
-    GPU.launched.clear()
-    if (output := AGAIN(plan, step)) is None:
-        return None
-    flat = step.query.view(*step.query.shape[:2], -1)
-    select(*plan.selecting(flat, step.entries, step.scores, step.total, step.late))
-    anew = decode(*plan.attending(flat, step.entries, step.scores, step.bias))
-    again, first = GPU.launched[:2], GPU.launched[2:]
-    for one, other in zip(again, first, strict=True):
-        assert [plain(x) for x in one if x is not output] == [plain(x) for x in other if x is not anew]
-        assert len(one) == len(other)
-    compared += 1
+def noted(known: Repeated, step: Step, splits: int) -> Tensor:
+    """The launches of a repeated step."""
+    output = RUN(known, step, splits)
+    repeated.append((step, output))
     return output
 
 
+def twice(plan: KernelPlan, *args: Any) -> Decoded:
+    """A step, and if it is a repeated one, the launches of the same step anew."""
+    global compared
+    GPU.launched.clear()
+    repeated.clear()
+    decoded = DECODE(plan, *args)
+    for step, output in repeated:
+        flat = step.query.view(*step.query.shape[:2], -1)
+        select(*plan.selecting(flat, step.entries, step.scores, step.total, step.late))
+        anew = decode(*plan.attending(flat, step.entries, step.scores, step.bias))
+        again, first = GPU.launched[:2], GPU.launched[2:]
+        for one, other in zip(again, first, strict=True):
+            assert [plain(x) for x in one if x is not output] == [plain(x) for x in other if x is not anew]
+            assert len(one) == len(other)
+        compared += 1
+    return decoded
+
+
 def main() -> None:
-    KernelPlan._again = twice  # type: ignore[method-assign]
+    KernelPlan.decode, Repeated.run = twice, noted  # type: ignore[method-assign]
     for case in (tiny("llava"), batch(tiny("llava"))):
         for name in ("quarter", "periphery"):
             for kind in ("dynamic", "static"):

@@ -14,7 +14,7 @@ from torch import Tensor
 from gazepatch.kernels.device.decode import decode_kernel
 from gazepatch.kernels.device.means import means_kernel
 from gazepatch.kernels.device.selection import select_kernel
-from gazepatch.kernels.launch import Launch
+from gazepatch.kernels.invocation import Invocation
 from gazepatch.kernels.launches import architecture, decode_settings, on, padded, power, row_stride, select_settings
 from gazepatch.kernels.library import fake, operator
 
@@ -42,7 +42,7 @@ def selection(
     by_max: bool,
     periphery: bool,
     splits: int,
-) -> Launch:
+) -> Invocation:
     """The launch that selects regions, like `gazepatch.selection`, and appends an entry, like `gazepatch.ops.late`.
 
     Args:
@@ -120,7 +120,7 @@ def selection(
         BLOCK_V=padded(value_dim),
         **settings,
     )
-    return Launch(select_kernel, (splits, key_heads, batch), arguments, constants)
+    return Invocation(select_kernel, (splits, key_heads, batch), arguments, constants)
 
 
 @operator(
@@ -160,7 +160,7 @@ def attention(
     splits: int,
     *,
     output: Tensor,
-) -> Launch:
+) -> Invocation:
     """The launch for attention of one query token a row, like `gazepatch.ops.decode.gaze_decode`.
 
     Args:
@@ -230,7 +230,7 @@ def attention(
         CAPPED=softcap is not None,
         **settings,
     )
-    return Launch(decode_kernel, (splits, key_heads * selections, batch), arguments, constants)
+    return Invocation(decode_kernel, (splits, key_heads * selections, batch), arguments, constants)
 
 
 @operator(

@@ -25,7 +25,7 @@ from gazepatch.kernels.launches import (
 )
 from gazepatch.kernels.library import watched
 from gazepatch.kernels.ops import attention, decode, select, selection
-from gazepatch.kernels.repeated import Held, Repeated, Step, repeatable
+from gazepatch.kernels.repeated import Step, Steps
 from gazepatch.ops.decode import Decoded, DecodePlan, Entries
 from gazepatch.ops.late import Late
 from gazepatch.places import Places
@@ -88,12 +88,7 @@ class KernelPlan(DecodePlan):
             self.logits = torch.empty(batch, heads, windows if config.periphery else 0, device=device)
             self.taken = torch.empty(*self.shape, count if config.periphery else 0, dtype=torch.int8, device=device)
         self._shares: dict[tuple[int, int, int], Share] = {}
-        self._held: dict[int, Held] = {}  # by the visual keys of a layer, what the step before was on
-        self._repeated: dict[int, Repeated] = {}  # and how it was launched
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy of a cache has memory of its own, and Triton's code is not to be copied.
-        return {**vars(self), "_held": {}, "_repeated": {}}
+        self._steps = Steps()
 
     def prepare(self, query: Tensor, value_dim: int, places: Places) -> None:
         """See `DecodePlan.prepare`."""
@@ -101,8 +96,7 @@ class KernelPlan(DecodePlan):
         def place(name: Hashable, made: Tensor) -> Tensor:
             return places.place((*self.shape, self.heads, name), made)
 
-        self._held.clear()
-        self._repeated.clear()
+        self._steps.clear()
         for name in ("arrived",) if self.whole else ("arrived", "runs", "region_logits", "logits", "taken"):
             setattr(self, name, place(name, getattr(self, name)))
         share, kind = self._share(query, value_dim), _kind(query, value_dim)
@@ -120,8 +114,8 @@ class KernelPlan(DecodePlan):
     ) -> Decoded:
         """See `DecodePlan.decode`; by the kernels, where they fit."""
         step = self._step(query, entries, scores, bias, total, late)
-        if step is not None and (output := self._again(step)) is not None:
-            return Decoded(output[:, :, None], self._evenly, self.runs)
+        if step is not None and (known := self._steps.like(step)) is not None:
+            return Decoded(known.run(step, self._splits(query, entries))[:, :, None], self._evenly, self.runs)
         if reason := self.unfit(query, entries, scores, late):
             if self.config.backend == "triton":
                 raise UnsupportedModelError(f"backend='triton' {reason}: take backend='auto'")
@@ -133,16 +127,15 @@ class KernelPlan(DecodePlan):
             if late is not None:
                 late.write()
             return Decoded(decode(*attending)[:, :, None], self.visual_entries)
-        counter = total
+        read: int | Tensor = self._evenly
         if total is None and not self.regions.even:
-            counter = torch.zeros(1, dtype=torch.int64, device=query.device)
-        selecting = self.selecting(flat, entries, scores, counter, late)
-        if step is not None and self._stays(step) and repeatable(step):
+            total = read = torch.zeros(1, dtype=torch.int64, device=query.device)
+        selecting = self.selecting(flat, entries, scores, total, late)
+        if step is not None and self._steps.wanted(step):
             output = self._first(step, selecting, attending)
         else:
             select(*selecting)
             output = decode(*attending)
-        read = counter if counter is not None and total is None else self._evenly
         return Decoded(output[:, :, None], read, self.runs)
 
     def _step(
@@ -160,33 +153,13 @@ class KernelPlan(DecodePlan):
             return None
         return Step(query, entries, scores, bias, total, late)
 
-    def _stays(self, step: Step) -> bool:
-        """Whether the step before was on the same memory: else, as in beam search, to note how would be in vain."""
-        held, before = step.held(), self._held.pop(id(step.entries.visual_key), None)
-        if before is not None and all(one is other for one, other in zip(held, before, strict=True)):
-            return True
-        self._held[id(step.entries.visual_key)] = held
-        return False
-
     def _first(self, step: Step, selecting: tuple[Any, ...], attending: tuple[Any, ...]) -> Tensor:
-        """Launch a step, and keep how for those like it."""
-        query, entries = step.query, step.entries
-        output = query.new_empty(*query.shape[:2], entries.value.shape[3])
+        """Launch a step, and note how for those like it."""
+        query = step.query
+        output = query.new_empty(*query.shape[:2], step.entries.value.shape[3])
         chosen, attended = selection(*selecting), attention(*attending, output=output)
-        codes = chosen.run(query.device), attended.run(query.device)
-        if None not in codes:
-            self._repeated[id(entries.visual_key)] = Repeated(step, chosen, attended, codes)
+        self._steps.note(step, chosen, attended, (chosen.run(query.device), attended.run(query.device)))
         return output
-
-    def _again(self, step: Step) -> Tensor | None:
-        """Attention of a step `[B, H, D_v]` by the launches of one like it; None where there was none."""
-        entries = step.entries
-        if (known := self._repeated.get(id(entries.visual_key))) is None:
-            return None
-        if known.fits(step):
-            return known.run(step, self._splits(step.query, entries))
-        del self._repeated[id(entries.visual_key)]  # and with it what memory it holds
-        return None
 
     def numbers(self, selected: Tensor) -> Tensor:
         """See `DecodePlan.numbers`; looked up by where `runs` start, which the next layer will overwrite."""
@@ -211,7 +184,7 @@ class KernelPlan(DecodePlan):
         return self.config.periphery and entries.mean_values is not None and not self.whole
 
     def selecting(
-        self, query: Tensor, entries: Entries, scores: Scores, counter: Tensor | None, late: Late | None
+        self, query: Tensor, entries: Entries, scores: Scores, total: Tensor | None, late: Late | None
     ) -> tuple[Any, ...]:
         """Arguments of `select`."""
         return (
@@ -224,7 +197,7 @@ class KernelPlan(DecodePlan):
             self.region_logits,
             self.runs,
             self.taken,
-            None if self.regions.even else counter,
+            None if self.regions.even else total,
             self.arrived,
             *appended(late),
             scores.scale,

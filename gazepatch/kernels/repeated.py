@@ -1,4 +1,4 @@
-"""A step of one layer by the launches of the step before it."""
+"""Steps of a layer by the launches of the steps before them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gazepatch.kernels.launch import Again, Launch
+from gazepatch.kernels.invocation import Again, Invocation
 from gazepatch.kernels.launches import on, row_stride
 from gazepatch.ops.decode import Entries
 from gazepatch.ops.late import Late
@@ -50,7 +50,7 @@ class Repeated:
         codes: What Triton has for them.
     """
 
-    def __init__(self, step: Step, chosen: Launch, attended: Launch, codes: tuple[Any, Any]) -> None:
+    def __init__(self, step: Step, chosen: Invocation, attended: Invocation, codes: tuple[Any, Any]) -> None:
         self._held, self._kinds, self._scores = step.held(), step.kinds(), step.scores
         new = ("new_key", "new_value")[: len(step.late.entry)]
         self._select = Again(codes[0], chosen, "query", *new, "offset")
@@ -60,10 +60,8 @@ class Repeated:
 
     def fits(self, step: Step) -> bool:
         """Whether a step is like it: on the same memory, with a query and an entry of the same kinds."""
-        for held, of_step in zip(self._held, step.held(), strict=True):
-            if held is not of_step:
-                return False
-        return step.scores == self._scores and step.kinds() == self._kinds and not torch.is_grad_enabled()
+        same = _same(self._held, step.held()) and step.scores == self._scores and step.kinds() == self._kinds
+        return same and not torch.is_grad_enabled()
 
     def run(self, step: Step, splits: int) -> Tensor:
         """Attention `[B, H, D_v]` of a step like it, by `splits` programs a selection."""
@@ -76,7 +74,54 @@ class Repeated:
         return output
 
 
-def repeatable(step: Step) -> bool:
+class Steps:
+    """How steps were launched, by the visual keys of their layer, for the steps behind them.
+
+    That is noted from the second step on the same memory on: in beam search every step is on other memory.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[int, Held] = {}  # of the step before, as long as nothing else is known
+        self._launched: dict[int, Repeated] = {}
+
+    def __reduce__(self) -> tuple[type[Steps], tuple[()]]:
+        # A copy of a cache has memory of its own, and Triton's code is not to be copied.
+        return Steps, ()
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._held.clear()
+        self._launched.clear()
+
+    def like(self, step: Step) -> Repeated | None:
+        """A step that this one is like, if there was one."""
+        layer = id(step.entries.visual_key)
+        known = self._launched.get(layer)
+        if known is not None and not known.fits(step):
+            del self._launched[layer]  # and with it what memory it holds
+            return None
+        return known
+
+    def wanted(self, step: Step) -> bool:
+        """Whether to note how this step is launched."""
+        layer, held = id(step.entries.visual_key), step.held()
+        before = self._held.pop(layer, None)
+        if before is None or not _same(before, held):
+            self._held[layer] = held
+            return False
+        return _repeatable(step)
+
+    def note(self, step: Step, chosen: Invocation, attended: Invocation, codes: tuple[Any, Any]) -> None:
+        """A step was launched so; `codes` are None where kernels are interpreted."""
+        if None not in codes:
+            self._launched[id(step.entries.visual_key)] = Repeated(step, chosen, attended, codes)
+
+
+def _same(held: Held, other: Held) -> bool:
+    return all([one is another for one, another in zip(held, other, strict=True)])
+
+
+def _repeatable(step: Step) -> bool:
     """Whether steps like it can be launched again: nothing else of it is made for this step alone."""
     stores = zip((step.entries.key, step.entries.value), (step.late.stores * 2)[:2], strict=True)
     in_place = all(x.data_ptr() == store.data_ptr() and x.stride() == store.stride() for x, store in stores)

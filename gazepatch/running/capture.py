@@ -51,14 +51,15 @@ class Capture:
             # Video features are often made by way of image features; a dense forward needs none of this.
             if running.capturing or running.dense:
                 return function(*args, **kwargs)
-            running.captured[modality] = origin = Origin(_arguments(signature, args, kwargs))
+            arguments = _arguments(signature, args, kwargs)
             running.capturing = True
             try:
                 features = function(*args, **kwargs)
             finally:
                 running.capturing = False
-            if running.ids is None:  # outside of a forward, which has room for all that it makes itself
-                running.captured[modality] = origin = origin._replace(tokens=_tokens(features))
+            # A forward has room for all the features that it makes itself.
+            origin = Origin(arguments, _tokens(features) if running.ids is None else 0)
+            running.captured[modality] = origin
             running.made.note(features, origin)
             return features
 

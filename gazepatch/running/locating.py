@@ -18,7 +18,7 @@ from gazepatch.running.runtime import Origin, Runtime
 logger = logging.getLogger("gazepatch")
 
 #: What to do about context tokens, which stand behind whole images, one of which may end in any piece of a prompt.
-TOGETHER = (
+_TOGETHER = (
     "context tokens need all images in one forward, so generate without prefill_chunk_size, or with one that reaches "
     "behind the last image"
 )
@@ -41,7 +41,7 @@ def located(
             the forwards behind this one.
 
     Raises:
-        CacheError: The prompt is cut, and has context tokens.
+        CacheError: The prompt is cut inside its images, and has context tokens.
     """
     cut, state.cut, before = state.cut, None, 0
     if (ids := _ids(runtime, rows, tokens, state.tokens)) is None:
@@ -58,15 +58,23 @@ def located(
     answered = past and tokens == 1 and not encoded  # more than ever will have come
     if to_come and not answered:
         if runtime.config.context_tokens:
-            raise CacheError(f"images of this prompt are still to come: {TOGETHER}")
+            raise CacheError(f"images of this prompt are still to come: {_TOGETHER}")
         state.cut = Cut(ids, captured)
         return [], None
     # Behind a prompt, tokens of images that come without any are guesses of assisted generation, embedded as words.
     guessed = past and not captured and not encoded
     calls = {modality: origin.arguments for modality, origin in captured.items()}
     spans = [] if guessed else runtime.adapter.locate(runtime.model_config, ids, calls)
+    _check_whole(spans, state)
     text = _text(runtime, ids, spans)[:, before:] if runtime.config.prefill == "gaze" else None
     return [replace(span, start=span.start - before, stop=span.stop - before) for span in spans], text
+
+
+def _check_whole(spans: Sequence[Span], state: GazeState) -> None:
+    """Refuse the rest of an image that was cut: its first part has context tokens behind it already."""
+    goes_on = state.length > 0 and any(span.start == 0 for span in spans)
+    if goes_on and state.slots.last_context() == state.length - 1:
+        raise CacheError(f"an image goes on that the forward before this one began: {_TOGETHER}")
 
 
 def _count(runtime: Runtime, modality: str, ids: list[list[int]]) -> int:

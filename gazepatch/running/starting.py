@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -11,11 +10,9 @@ from transformers.cache_utils import Cache
 
 from gazepatch.caches.state import GazeState
 from gazepatch.caches.static import StaticState
-from gazepatch.errors import CacheError
 from gazepatch.insertion import Insertion, insert
-from gazepatch.layout import Span
 from gazepatch.running.forward import Forward
-from gazepatch.running.locating import TOGETHER, located
+from gazepatch.running.locating import located
 from gazepatch.running.runtime import Runtime
 
 
@@ -36,7 +33,6 @@ def start(runtime: Runtime, state: GazeState, cache: Cache | None, rows: int, to
     spans, text = located(runtime, state, rows, tokens, captured) if prompt and not across else ([], None)
     insertion = insert(spans, rows, tokens, runtime.config.context_tokens)
     if insertion is not None:
-        _check_whole(spans, state)
         spans, tokens = insertion.moved(spans), insertion.source.shape[1]
     spans = [replace(span, start=span.start + past, stop=span.stop + past) for span in spans]
     state.begin(spans, rows, tokens, insertion)
@@ -47,13 +43,6 @@ def start(runtime: Runtime, state: GazeState, cache: Cache | None, rows: int, to
     if text is not None and state.regions is not None:
         forward.routed, forward.routed_rows = _routed(text, insertion, past, state)
     return forward
-
-
-def _check_whole(spans: Sequence[Span], state: GazeState) -> None:
-    """Refuse the rest of an image that was cut: its first part has context tokens behind it already."""
-    goes_on = state.length > 0 and any(span.start == 0 for span in spans)
-    if goes_on and state.slots.last_context() == state.length - 1:
-        raise CacheError(f"an image goes on that the forward before this one began: {TOGETHER}")
 
 
 def _routed(

@@ -14,8 +14,8 @@ from gazepatch.kernels.launches import on
 Grid = tuple[int, int, int]
 
 
-class Launch(NamedTuple):
-    """One launch: the kernel, how many programs, arguments in its order, and constants and settings by name."""
+class Invocation(NamedTuple):
+    """One launch of a kernel: which, how many programs, arguments in its order, and constants and settings by name."""
 
     kernel: Any
     grid: Grid
@@ -36,12 +36,12 @@ class Again:
     its kind: a tensor of the same type, and aligned to 16 bytes as the other was, or a number that is not specialised.
 
     Args:
-        code: What `Launch.run` returned.
+        code: What `Invocation.run` returned.
         launch: The launch.
         changing: Names of the arguments that change.
     """
 
-    def __init__(self, code: Any, launch: Launch, *changing: str) -> None:
+    def __init__(self, code: Any, launch: Invocation, *changing: str) -> None:
         defaults = _parameters(launch.kernel.fn)
         values = dict(zip(defaults, launch.arguments, strict=False))
         values = {**defaults, **values, **launch.constants, **dict.fromkeys(changing)}

@@ -64,7 +64,7 @@ OPTIONAL: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 #: Arguments whose values are multiples of 16 wherever a head dim is: pointers, and strides but for those of tables.
 ALIGNED = re.compile(
-    r"(query|(new_)?key|(new_)?value|entry|visual_key|visual_value|mean)_(row|head|token|window)|padded"
+    r"stride_(query|(new_)?key|(new_)?value|entry|visual_key|visual_value|mean)_(batch|head|token|window)|padded"
 )
 
 
@@ -100,7 +100,7 @@ def compiled(kernel: str, target: str, dtype: str, dim: int, group: int, bare: b
 def _decode(target: str, dtype: str, dim: int, group: int) -> tuple[Any, ...]:
     data = f"*{dtype}"
     names = ("query", "key", "value", "visual_key", "visual_value", "mean_values", "output")
-    pointers = dict.fromkeys(names, data) | dict.fromkeys(("bias", "logits", "partial", "weights"), "*fp32")
+    pointers = dict.fromkeys(names, data) | dict.fromkeys(("bias", "logits", "partial", "max_and_sum"), "*fp32")
     pointers |= {"runs": "*i64", "taken": "*i8", "arrived": "*i32", "sinks": data}
     settings = decode_settings(target, group, dim, dim, DTYPES[dtype], TOKENS)
     constants = {
@@ -136,7 +136,7 @@ def _select(target: str, dtype: str, dim: int, group: int) -> tuple[Any, ...]:
         "CAPPED": True,
         "APPENDS": True,
         "BLOCK_V": padded(dim),
-        "mean_dim": 1,
+        "stride_mean_dim": 1,
     }
     settings = select_settings(target, group, WINDOWS, REGIONS, dim, DTYPES[dtype])
     return select_kernel, pointers, constants | settings | {"EARLY": target == "cuda90"}
@@ -153,16 +153,16 @@ def _prefill(target: str, dtype: str, dim: int, group: int) -> tuple[Any, ...]:
 
 
 def _query_gradient(target: str, dtype: str, dim: int, group: int) -> tuple[Any, ...]:
-    return query_gradient_kernel, *_routed(target, dtype, dim, group, "gradient", "query_gradient")
+    return query_gradient_kernel, *_routed(target, dtype, dim, group, "d_output", "d_query")
 
 
 def _key_gradient(target: str, dtype: str, dim: int, group: int) -> tuple[Any, ...]:
-    return key_gradient_kernel, *_routed(target, dtype, dim, group, "gradient", "key_gradient", "value_gradient")
+    return key_gradient_kernel, *_routed(target, dtype, dim, group, "d_output", "d_key", "d_value")
 
 
 def _routed(target: str, dtype: str, dim: int, group: int, *more: str) -> tuple[Any, ...]:
     pointers = dict.fromkeys(("query", "key", "value", *more), f"*{dtype}")
-    pointers |= dict.fromkeys(("bias", "weight", "delta"), "*fp32")
+    pointers |= dict.fromkeys(("bias", "lse", "delta"), "*fp32")
     pointers |= {"region_of": "*i32", "taken": "*i8", "positions": "*i32"}
     constants = {"GROUP": group, "SELECTIONS": 1, "DIM": dim, "VALUE_DIM": dim, "HAS_BIAS": True, "CAPPED": True}
     return pointers, constants | prefill_settings(target, dim, dim, DTYPES[dtype])

@@ -152,7 +152,7 @@ def attention(
     mean_values: Tensor | None,
     sinks: Tensor | None,
     partial: Tensor,
-    weights: Tensor,
+    max_and_sum: Tensor,
     arrived: Tensor,
     scale: float,
     softcap: float | None,
@@ -171,7 +171,7 @@ def attention(
         runs: `[B, H_kv, g, S, 2]` int32: first slot and tokens of what is read of it.
         logits, taken, mean_values: For the periphery: what `select` wrote, and `[B, H_kv, R * C, D_v]`; or None.
         sinks: `[b, H]`, scores of one more key, whose value is zero; or None.
-        partial, weights: Scratch float32 of at least `[B * H_kv * g, splits, G / g, D_v]` and `[..., 2]`.
+        partial, max_and_sum: Scratch float32 of at least `[B * H_kv * g, splits, G / g, D_v]` and `[..., 2]`.
         arrived: `[B * H_kv * g]` int32 zeros, and zeros again afterwards.
         scale, softcap: Of the attention scores, as in `gazepatch.scores`.
         longest: Tokens of the longest region.
@@ -198,7 +198,7 @@ def attention(
         mean_values,
         sinks,
         partial,
-        weights,
+        max_and_sum,
         arrived,
         output,
         scale,
@@ -236,7 +236,7 @@ def attention(
 @operator(
     "decode(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor visual_key, Tensor visual_value, "
     "Tensor runs, Tensor? logits, Tensor? taken, Tensor? mean_values, Tensor? sinks, Tensor(a!) partial, "
-    "Tensor(b!) weights, Tensor(c!) arrived, float scale, float? softcap, int longest, int splits) -> Tensor",
+    "Tensor(b!) max_and_sum, Tensor(c!) arrived, float scale, float? softcap, int longest, int splits) -> Tensor",
 )
 def decode(*arguments: Any) -> Tensor:
     """What `attention` launches, and its output."""

@@ -48,7 +48,7 @@ class Share(NamedTuple):
         tiles: Tiles that the visual entries make.
         most: Most programs of the decode kernel that a selection has.
         results: As many of what such a program leaves are as large as a tile.
-        partial, weights: Where these leave what they found, `[.., most, heads, D_v]` and `[.., most, heads, 2]`.
+        partial, max_and_sum: Where these leave what they found, `[.., most, heads, D_v]` and `[.., most, heads, 2]`.
     """
 
     scoring: int
@@ -57,7 +57,7 @@ class Share(NamedTuple):
     most: int
     results: int
     partial: Tensor
-    weights: Tensor
+    max_and_sum: Tensor
 
 
 class KernelPlan(DecodePlan):
@@ -100,8 +100,8 @@ class KernelPlan(DecodePlan):
         for name in ("arrived",) if self.whole else ("arrived", "runs", "region_logits", "logits", "taken"):
             setattr(self, name, place(name, getattr(self, name)))
         share, kind = self._share(query, value_dim), _kind(query, value_dim)
-        partial, weights = place(("partial", kind), share.partial), place(("weights", kind), share.weights)
-        self._shares[kind] = share._replace(partial=partial, weights=weights)
+        partial, max_and_sum = place(("partial", kind), share.partial), place(("max_and_sum", kind), share.max_and_sum)
+        self._shares[kind] = share._replace(partial=partial, max_and_sum=max_and_sum)
 
     def decode(
         self,
@@ -224,7 +224,7 @@ class KernelPlan(DecodePlan):
             entries.mean_values if far else None,
             None if scores.sinks is None else scores.sinks[:, :, 0],
             share.partial,
-            share.weights,
+            share.max_and_sum,
             self.arrived,
             scores.scale,
             scores.softcap,
@@ -258,8 +258,8 @@ class KernelPlan(DecodePlan):
         heads = self.shape[0] * self.heads // groups
         results = launch.block * (dim + value_dim) * bytes_per_element // (heads * value_dim * 4)
         empty = self.log_counts.new_empty  # float32, on the device
-        partial, weights = empty(groups, most, heads, value_dim), empty(groups, most, heads, 2)
-        return Share(scoring, launch.block, tiles, most, max(results, 1), partial, weights)
+        partial, max_and_sum = empty(groups, most, heads, value_dim), empty(groups, most, heads, 2)
+        return Share(scoring, launch.block, tiles, most, max(results, 1), partial, max_and_sum)
 
     def unfit(self, query: Tensor, entries: Entries, scores: Scores, late: Late | None = None) -> str | None:
         """Why the kernels cannot take this step, or None."""

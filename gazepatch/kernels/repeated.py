@@ -54,7 +54,7 @@ class Repeated:
         self._held, self._kinds, self._scores = step.held(), step.kinds(), step.scores
         new = ("new_key", "new_value")[: len(step.late.entry)]
         self._select = Again(codes[0], chosen, "query", *new, "offset")
-        self._attend = Again(codes[1], attended, "query", "output", "bias", "bias_row", "others")
+        self._attend = Again(codes[1], attended, "query", "output", "bias", "stride_bias_batch", "others")
         self._grid, (_, self._selections, self._rows) = chosen.grid, attended.grid
         self._output = (*step.query.shape[:2], step.entries.value.shape[3])
 

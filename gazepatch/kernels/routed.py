@@ -45,27 +45,27 @@ def routed(
     query, key, value = query.contiguous(), _dense(key), _dense(value)
     batch, key_heads, rows, _ = query.shape
     output = query.new_empty(batch, key_heads, rows, value.shape[3])
-    weight = query.new_empty(batch, key_heads, rows, dtype=torch.float32)
+    lse = query.new_empty(batch, key_heads, rows, dtype=torch.float32)
     tensors = (query, key, value, region_of, taken.contiguous(), positions, bias)
     settings = _settings(query, value)
     with on(query.device):
         grid = (-(-rows // settings["BLOCK_M"]), batch * key_heads)
         shapes, constants = _shapes(*tensors, scale, softcap), _constants(*tensors, softcap)
-        forward_kernel[grid](*tensors, output, weight, *shapes, **constants, **settings)
-    return output, weight
+        forward_kernel[grid](*tensors, output, lse, *shapes, **constants, **settings)
+    return output, lse
 
 
 @routed.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    weight = query.new_empty(query.shape[:3], dtype=torch.float32)
-    return query.new_empty(*query.shape[:3], value.shape[3]), weight
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    return query.new_empty(*query.shape[:3], value.shape[3]), lse
 
 
 @torch.library.custom_op(
     "gazepatch::routed_backward",
     mutates_args=(),
     schema="(Tensor query, Tensor key, Tensor value, Tensor region_of, Tensor taken, Tensor positions, Tensor? bias, "
-    "Tensor weight, Tensor gradient, Tensor delta, float scale, float? softcap) -> (Tensor, Tensor, Tensor)",
+    "Tensor lse, Tensor d_output, Tensor delta, float scale, float? softcap) -> (Tensor, Tensor, Tensor)",
 )
 def routed_backward(
     query: Tensor,
@@ -75,8 +75,8 @@ def routed_backward(
     taken: Tensor,
     positions: Tensor,
     bias: Tensor | None,
-    weight: Tensor,
-    gradient: Tensor,
+    lse: Tensor,
+    d_output: Tensor,
     delta: Tensor,
     scale: float,
     softcap: float | None,
@@ -84,17 +84,17 @@ def routed_backward(
     """Gradients of the query, the keys and the values, from that of the output and `delta`."""
     query, key, value = query.contiguous(), _dense(key), _dense(value)
     batch, key_heads, rows, _ = query.shape
-    of_query, of_key, of_value = (x.new_empty(x.shape) for x in (query, key, value))
+    d_query, d_key, d_value = (x.new_empty(x.shape) for x in (query, key, value))
     tensors = (query, key, value, region_of, taken.contiguous(), positions, bias)
-    given = (weight, gradient.contiguous(), delta)
+    given = (lse, d_output.contiguous(), delta)
     settings = _settings(query, value)
     shapes, constants = _shapes(*tensors, scale, softcap), _constants(*tensors, softcap)
     with on(query.device):
         grid = (-(-rows // settings["BLOCK_M"]), batch * key_heads)
-        query_gradient_kernel[grid](*tensors, *given, of_query, *shapes, **constants, **settings)
+        query_gradient_kernel[grid](*tensors, *given, d_query, *shapes, **constants, **settings)
         grid = (-(-key.shape[2] // settings["BLOCK_N"]), batch * key_heads)
-        key_gradient_kernel[grid](*tensors, *given, of_key, of_value, *shapes, **constants, **settings)
-    return of_query, of_key, of_value
+        key_gradient_kernel[grid](*tensors, *given, d_key, d_value, *shapes, **constants, **settings)
+    return d_query, d_key, d_value
 
 
 @routed_backward.register_fake
@@ -107,12 +107,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.save_for_backward(*tensors, *output)
 
 
-def _backward(ctx: Any, gradient: Tensor, of_weight: Tensor) -> tuple[Any, ...]:
-    *tensors, output, weight = ctx.saved_tensors
+def _backward(ctx: Any, d_output: Tensor, d_lse: Tensor) -> tuple[Any, ...]:
+    *tensors, output, lse = ctx.saved_tensors
     # Scores s with shares p: ds = p * (dp - sum(p * dp)) from the output, and p * dw from the log-sum-exp.
-    delta = (output.float() * gradient.float()).sum(-1) - of_weight
-    of_tensors = routed_backward(*tensors, weight, gradient, delta, ctx.scale, ctx.softcap)
-    return *of_tensors, None, None, None, None, None, None
+    delta = (output.float() * d_output.float()).sum(-1) - d_lse
+    gradients = routed_backward(*tensors, lse, d_output, delta, ctx.scale, ctx.softcap)
+    return *gradients, None, None, None, None, None, None
 
 
 torch.library.register_autograd("gazepatch::routed", _backward, setup_context=_save)

@@ -22,7 +22,17 @@ from gazepatch.kernels.device.scores import LOG2E, LOWEST, in_powers_of_two, sco
 
 
 # What differs from prompt to prompt, or step to step, is not specialised: compiling again would take seconds.
-@triton.jit(do_not_specialize=["others", "places", "longest", "windows", "bias_row", "sink_row", "sink_head"])
+@triton.jit(
+    do_not_specialize=[
+        "others",
+        "places",
+        "longest",
+        "windows",
+        "stride_bias_batch",
+        "stride_sink_batch",
+        "stride_sink_head",
+    ]
+)
 def decode_kernel(
     query,  # [B, H, D], last axis dense
     key,  # [B, H_kv, T, D], last axis dense, as are those of all that follow
@@ -36,7 +46,7 @@ def decode_kernel(
     mean_values,  # [B, H_kv, R * C, D_v], with periphery
     sinks,  # [b, H], with HAS_SINKS
     partial,  # scratch [B * H_kv * g, splits, ROWS, D_v] float32
-    weights,  # scratch [B * H_kv * g, splits, ROWS, 2] float32
+    max_and_sum,  # scratch [B * H_kv * g, splits, ROWS, 2] float32: maximum and sum
     arrived,  # [B * H_kv * g] int32, zeros before and after
     output,  # out [B, H, D_v]
     scale,
@@ -45,23 +55,23 @@ def decode_kernel(
     places,
     longest,
     windows,
-    query_row,
-    query_head,
-    key_row,
-    key_head,
-    key_token,
-    value_row,
-    value_head,
-    value_token,
-    bias_row,
-    visual_key_row,
-    visual_key_head,
-    visual_value_row,
-    visual_value_head,
-    mean_row,
-    mean_head,
-    sink_row,
-    sink_head,
+    stride_query_batch,
+    stride_query_head,
+    stride_key_batch,
+    stride_key_head,
+    stride_key_token,
+    stride_value_batch,
+    stride_value_head,
+    stride_value_token,
+    stride_bias_batch,
+    stride_visual_key_batch,
+    stride_visual_key_head,
+    stride_visual_value_batch,
+    stride_visual_value_head,
+    stride_mean_batch,
+    stride_mean_head,
+    stride_sink_batch,
+    stride_sink_head,
     SELECTIONS: tl.constexpr,
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
@@ -93,120 +103,287 @@ def decode_kernel(
     split, splits = tl.program_id(0), tl.num_programs(0)
     # A selection is one of a (row, key head) pair.
     selection = tl.program_id(1)
-    group = tl.program_id(2) * tl.num_programs(1) + selection
+    group = (tl.program_id(2) * tl.num_programs(1) + selection).to(tl.int64)
     batch, head = tl.program_id(2).to(tl.int64), (selection // SELECTIONS).to(tl.int64)
     rows, parts = tl.arange(0, BLOCK_M), tl.arange(0, PARTS)
     cells = parts[:, None] * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)[None, :]
     dims, value_dims = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
-    in_dim, in_value = (dims < DIM)[None, None, :], (value_dims < VALUE_DIM)[None, :, None]
     heads = selection * ROWS + rows
-    of_query = query + batch * query_row + heads[None, :] * query_head + dims[:, None]
-    q = tl.load(of_query, mask=(rows < ROWS)[None, :] & (dims < DIM)[:, None], other=0.0)
+    p_query = query + batch * stride_query_batch + heads[None, :] * stride_query_head + dims[:, None]
+    q = tl.load(p_query, mask=(rows < ROWS)[None, :] & (dims < DIM)[:, None], other=0.0)
     q = tl.broadcast_to(q[None, :, :], [PARTS, BLOCK_D, BLOCK_M])
     scale, softcap = in_powers_of_two(scale, softcap, CAPPED)
-    top = tl.full([PARTS, BLOCK_M], LOWEST, tl.float32)
-    weight = tl.zeros([PARTS, BLOCK_M], tl.float32)
+    row_max = tl.full([PARTS, BLOCK_M], LOWEST, tl.float32)
+    row_sum = tl.zeros([PARTS, BLOCK_M], tl.float32)
     acc = tl.zeros([PARTS, BLOCK_V, BLOCK_M], tl.float32)
     if HAS_SINKS:  # keys whose value is zero, of the first warp of the first program
-        sink = tl.load(sinks + batch * sink_row + heads * sink_head, mask=rows < ROWS, other=0.0)
+        sink = tl.load(sinks + batch * stride_sink_batch + heads * stride_sink_head, mask=rows < ROWS, other=0.0)
         alone = (split + parts == 0)[:, None]
-        top = tl.where(alone, sink.to(tl.float32)[None, :] * LOG2E, top)
-        weight = tl.where(alone, 1.0, weight)
+        row_max = tl.where(alone, sink.to(tl.float32)[None, :] * LOG2E, row_max)
+        row_sum = tl.where(alone, 1.0, row_sum)
 
     # All tiles, one kind behind the other, shared out as evenly as they can be.
     to_others = tl.cdiv(others, BLOCK_N)
     pieces = tl.cdiv(longest, BLOCK_N) if IN_PIECES else 1
     to_runs = to_others + (tl.cdiv(places, PER_TILE) * pieces if HAS_RUNS else 0)
     tiles = to_runs + (tl.cdiv(windows, BLOCK_N) if PERIPHERY else 0)
-    each = tiles // splits
-    more = tiles - each * splits
-    begin = split * each + tl.minimum(split, more)
-    end = begin + each + (split < more).to(tl.int32)
+    begin, end = _share_of(tiles, split, splits)
 
     # Most programs have tiles of one kind, and what a loop does before it begins is long.
     if begin < to_others:
-        own_keys = key + batch * key_row + head * key_head + dims[None, None, :]
-        own_values = value + batch * value_row + head * value_head + value_dims[None, :, None]
-        for tile in range(begin, tl.minimum(end, to_others)):
-            token = tile * BLOCK_N + cells
-            there = token < others
-            of_token = token.to(tl.int64)
-            k = tl.load(own_keys + of_token[:, :, None] * key_token, mask=there[:, :, None] & in_dim, other=0.0)
-            v = tl.load(own_values + of_token[:, None, :] * value_token, mask=there[:, None, :] & in_value, other=0.0)
-            x = scores_of(_product(k, q, PARTS, PRECISION), scale, softcap, CAPPED)
-            if HAS_BIAS:
-                x += (tl.load(bias + batch * bias_row + token, mask=there, other=0.0) * LOG2E)[:, :, None]
-            x = tl.where(there[:, :, None], x, -float("inf"))
-            top, weight, acc = _attend(x, v, top, weight, acc, PARTS, PRECISION)
-
+        row_max, row_sum, acc = _read_others(
+            q,
+            row_max,
+            row_sum,
+            acc,
+            key + batch * stride_key_batch + head * stride_key_head,
+            value + batch * stride_value_batch + head * stride_value_head,
+            bias + batch * stride_bias_batch if HAS_BIAS else 0,
+            stride_key_token,
+            stride_value_token,
+            begin,
+            tl.minimum(end, to_others),
+            others,
+            cells,
+            scale,
+            softcap,
+            DIM,
+            VALUE_DIM,
+            HAS_BIAS,
+            CAPPED,
+            BLOCK_N,
+            BLOCK_D,
+            BLOCK_V,
+            PARTS,
+            PRECISION,
+        )
     if HAS_RUNS:
-        of_keys = visual_key + batch * visual_key_row + head * visual_key_head
-        of_values = visual_value + batch * visual_value_row + head * visual_value_head
-        of_runs = runs + group.to(tl.int64) * places
-        # Stages are shared out among loads and the loads they depend on: with as many as elsewhere, entries would be
-        # asked for only when those before them are done with.
-        for tile in tl.range(tl.maximum(begin, to_others), tl.minimum(end, to_runs), num_stages=2 * STAGES - 1):
-            first, slot, there = _slots(of_runs, tile - to_others, cells, places, pieces, PER_TILE, IN_PIECES, BLOCK_N)
-            of_slots = of_keys + first * DIM + (slot[:, :, None] * DIM + dims[None, None, :])
-            k = tl.load(of_slots, mask=there[:, :, None] & in_dim, other=0.0)
-            of_slots = of_values + first * VALUE_DIM + (slot[:, None, :] * VALUE_DIM + value_dims[None, :, None])
-            v = tl.load(of_slots, mask=there[:, None, :] & in_value, other=0.0)
-            x = scores_of(_product(k, q, PARTS, PRECISION), scale, softcap, CAPPED)
-            x = tl.where(there[:, :, None], x, -float("inf"))
-            top, weight, acc = _attend(x, v, top, weight, acc, PARTS, PRECISION)
-
-    first_row = group.to(tl.int64) * ROWS
+        row_max, row_sum, acc = _read_runs(
+            q,
+            row_max,
+            row_sum,
+            acc,
+            visual_key + batch * stride_visual_key_batch + head * stride_visual_key_head,
+            visual_value + batch * stride_visual_value_batch + head * stride_visual_value_head,
+            runs + group * places,
+            tl.maximum(begin, to_others),
+            tl.minimum(end, to_runs),
+            to_others,
+            places,
+            pieces,
+            cells,
+            scale,
+            softcap,
+            DIM,
+            VALUE_DIM,
+            CAPPED,
+            PER_TILE,
+            IN_PIECES,
+            BLOCK_N,
+            BLOCK_D,
+            BLOCK_V,
+            PARTS,
+            PRECISION,
+            STAGES,
+        )
     if PERIPHERY:
         # These two before the condition: behind it, heads of 256 spill registers (Triton 3.9).
-        of_means = mean_values + batch * mean_row + head * mean_head + value_dims[None, :, None]
-        of_logits = logits + ((first_row + rows) * windows)[None, None, :]
+        p_means = mean_values + batch * stride_mean_batch + head * stride_mean_head + value_dims[None, :, None]
+        p_logits = logits + ((group * ROWS + rows) * windows)[None, None, :]
         if end > to_runs:
-            of_taken = taken + group.to(tl.int64) * (windows // WINDOWS)
-            for tile in tl.range(tl.maximum(begin, to_runs), end, num_stages=2):  # more would spill registers
-                window = (tile - to_runs) * BLOCK_N + cells
-                inside = window < windows
-                # What is read anyway is loaded all the same: a load that waits for no other is worth more.
-                read = tl.load(of_taken + window // WINDOWS, mask=inside, other=1)
-                shown = (rows < ROWS)[None, None, :] & inside[:, :, None]
-                x = tl.load(of_logits + window[:, :, None], mask=shown, other=0.0) * LOG2E
-                of_window = of_means + window.to(tl.int64)[:, None, :] * VALUE_DIM
-                v = tl.load(of_window, mask=inside[:, None, :] & in_value, other=0.0)
-                x = tl.where((read == 0)[:, :, None], x, -float("inf"))
-                top, weight, acc = _attend(x, v, top, weight, acc, PARTS, PRECISION)
+            row_max, row_sum, acc = _read_periphery(
+                row_max,
+                row_sum,
+                acc,
+                p_means,
+                p_logits,
+                taken + group * (windows // WINDOWS),
+                tl.maximum(begin, to_runs),
+                end,
+                to_runs,
+                windows,
+                cells,
+                ROWS,
+                VALUE_DIM,
+                WINDOWS,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_V,
+                PARTS,
+                PRECISION,
+            )
 
-    top, weight, acc = _together(top, weight, acc)
-    of_output = output + first_row * VALUE_DIM
-    of_rows = rows[None, :] * VALUE_DIM + value_dims[:, None]
+    row_max, row_sum, acc = _together(row_max, row_sum, acc)
+    p_output = output + group * (ROWS * VALUE_DIM)
+    o_row = rows[None, :] * VALUE_DIM + value_dims[:, None]
     inside = (rows < ROWS)[None, :] & (value_dims < VALUE_DIM)[:, None]
     if splits == 1:
-        tl.store(of_output + of_rows, (acc / weight[None, :]).to(output.dtype.element_ty), mask=inside)
+        tl.store(p_output + o_row, (acc / row_sum[None, :]).to(output.dtype.element_ty), mask=inside)
     else:
-        of_weights = weights + group.to(tl.int64) * splits * (ROWS * 2)
-        of_partial = partial + group.to(tl.int64) * splits * (ROWS * VALUE_DIM)
-        tl.store(of_weights + split * (ROWS * 2) + rows * 2, top, mask=rows < ROWS)
-        tl.store(of_weights + split * (ROWS * 2) + rows * 2 + 1, weight, mask=rows < ROWS)
-        tl.store(of_partial + split * (ROWS * VALUE_DIM) + of_rows, acc, mask=inside)
+        p_max_and_sum = max_and_sum + group * splits * (ROWS * 2)
+        p_partial = partial + group * splits * (ROWS * VALUE_DIM)
+        tl.store(p_max_and_sum + split * (ROWS * 2) + rows * 2, row_max, mask=rows < ROWS)
+        tl.store(p_max_and_sum + split * (ROWS * 2) + rows * 2 + 1, row_sum, mask=rows < ROWS)
+        tl.store(p_partial + split * (ROWS * VALUE_DIM) + o_row, acc, mask=inside)
         if arrive(arrived + group, WAITS) == splits - 1:
             tl.store(arrived + group, 0)
-            _combine(of_partial, of_weights, splits, of_output, ROWS, VALUE_DIM, BLOCK_G, BLOCK_V, BLOCK_S)
+            _combine(p_partial, p_max_and_sum, splits, p_output, ROWS, VALUE_DIM, BLOCK_G, BLOCK_V, BLOCK_S)
 
 
 @triton.jit
-def _slots(
-    of_runs, tile, cells, places, pieces, PER_TILE: tl.constexpr, IN_PIECES: tl.constexpr, BLOCK_N: tl.constexpr
+def _share_of(tiles, split, splits):
+    """The tiles that a program reads, from one up to another."""
+    each = tiles // splits
+    more = tiles - each * splits
+    begin = split * each + tl.minimum(split, more)
+    return begin, begin + each + (split < more).to(tl.int32)
+
+
+@triton.jit
+def _read_others(
+    q,
+    row_max,
+    row_sum,
+    acc,
+    p_keys,
+    p_values,
+    p_bias,
+    stride_key_token,
+    stride_value_token,
+    begin,
+    end,
+    others,
+    cells,
+    scale,
+    softcap,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    LOG2E: tl.constexpr = LOG2E,
 ):
+    """Entries that are always visible."""
+    dims, value_dims = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    in_dim, in_value = (dims < DIM)[None, None, :], (value_dims < VALUE_DIM)[None, :, None]
+    p_keys, p_values = p_keys + dims[None, None, :], p_values + value_dims[None, :, None]
+    for tile in range(begin, end):
+        token = tile * BLOCK_N + cells
+        there = token < others
+        o_token = token.to(tl.int64)
+        k = tl.load(p_keys + o_token[:, :, None] * stride_key_token, mask=there[:, :, None] & in_dim, other=0.0)
+        v = tl.load(p_values + o_token[:, None, :] * stride_value_token, mask=there[:, None, :] & in_value, other=0.0)
+        x = scores_of(_product(k, q, PARTS, PRECISION), scale, softcap, CAPPED)
+        if HAS_BIAS:
+            x += (tl.load(p_bias + token, mask=there, other=0.0) * LOG2E)[:, :, None]
+        x = tl.where(there[:, :, None], x, -float("inf"))
+        row_max, row_sum, acc = _attend(x, v, row_max, row_sum, acc, PARTS, PRECISION)
+    return row_max, row_sum, acc
+
+
+@triton.jit
+def _read_runs(
+    q,
+    row_max,
+    row_sum,
+    acc,
+    p_keys,
+    p_values,
+    p_runs,
+    begin,
+    end,
+    to_others,
+    places,
+    pieces,
+    cells,
+    scale,
+    softcap,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    CAPPED: tl.constexpr,
+    PER_TILE: tl.constexpr,
+    IN_PIECES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Visual entries of the selected regions."""
+    dims, value_dims = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    in_dim, in_value = (dims < DIM)[None, None, :], (value_dims < VALUE_DIM)[None, :, None]
+    # Stages are shared out among loads and the loads they depend on: with as many as elsewhere, entries would be asked
+    # for only when those before them are done with.
+    for tile in tl.range(begin, end, num_stages=2 * STAGES - 1):
+        first, slot, there = _slots(p_runs, tile - to_others, cells, places, pieces, PER_TILE, IN_PIECES, BLOCK_N)
+        p_slots = p_keys + first * DIM + (slot[:, :, None] * DIM + dims[None, None, :])
+        k = tl.load(p_slots, mask=there[:, :, None] & in_dim, other=0.0)
+        p_slots = p_values + first * VALUE_DIM + (slot[:, None, :] * VALUE_DIM + value_dims[None, :, None])
+        v = tl.load(p_slots, mask=there[:, None, :] & in_value, other=0.0)
+        x = scores_of(_product(k, q, PARTS, PRECISION), scale, softcap, CAPPED)
+        x = tl.where(there[:, :, None], x, -float("inf"))
+        row_max, row_sum, acc = _attend(x, v, row_max, row_sum, acc, PARTS, PRECISION)
+    return row_max, row_sum, acc
+
+
+@triton.jit
+def _read_periphery(
+    row_max,
+    row_sum,
+    acc,
+    p_means,
+    p_logits,
+    p_taken,
+    begin,
+    end,
+    to_runs,
+    windows,
+    cells,
+    ROWS: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    WINDOWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    LOG2E: tl.constexpr = LOG2E,
+):
+    """Pseudo-tokens of the windows of all other regions."""
+    rows, in_value = tl.arange(0, BLOCK_M), (tl.arange(0, BLOCK_V) < VALUE_DIM)[None, :, None]
+    for tile in tl.range(begin, end, num_stages=2):  # more would spill registers
+        window = (tile - to_runs) * BLOCK_N + cells
+        inside = window < windows
+        # What is read anyway is loaded all the same: a load that waits for no other is worth more.
+        read = tl.load(p_taken + window // WINDOWS, mask=inside, other=1)
+        shown = (rows < ROWS)[None, None, :] & inside[:, :, None]
+        x = tl.load(p_logits + window[:, :, None], mask=shown, other=0.0) * LOG2E
+        p_window = p_means + window.to(tl.int64)[:, None, :] * VALUE_DIM
+        v = tl.load(p_window, mask=inside[:, None, :] & in_value, other=0.0)
+        x = tl.where((read == 0)[:, :, None], x, -float("inf"))
+        row_max, row_sum, acc = _attend(x, v, row_max, row_sum, acc, PARTS, PRECISION)
+    return row_max, row_sum, acc
+
+
+@triton.jit
+def _slots(p_runs, tile, cells, places, pieces, PER_TILE: tl.constexpr, IN_PIECES: tl.constexpr, BLOCK_N: tl.constexpr):
     """Slots of a tile, as a first one and what comes to it, and which are read.
 
     A tile is PER_TILE short regions, or one of the `pieces` of a long one. It does not cross the ends of regions: what
     it leaves empty costs no reading, and every address follows from few numbers.
     """
     if PER_TILE == 1:
-        run = tl.load(of_runs + (tile // pieces if IN_PIECES else tile))
+        run = tl.load(p_runs + (tile // pieces if IN_PIECES else tile))
         before = tile % pieces * BLOCK_N if IN_PIECES else 0
         first, slot, there = (run & 0xFFFFFFFF) + before, cells, cells < (run >> 32).to(tl.int32) - before
     else:
         place = tile * PER_TILE + cells // (BLOCK_N // PER_TILE)
-        run = tl.load(of_runs + place, mask=place < places, other=0)
+        run = tl.load(p_runs + place, mask=place < places, other=0)
         offset = cells % (BLOCK_N // PER_TILE)
         first, slot, there = 0, (run & 0xFFFFFFFF) + offset, offset < (run >> 32).to(tl.int32)
     return first, slot, there
@@ -214,10 +391,10 @@ def _slots(
 
 @triton.jit
 def _combine(
-    of_partial,
-    of_weights,
+    p_partial,
+    p_max_and_sum,
     splits,
-    of_output,
+    p_output,
     ROWS: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -228,35 +405,35 @@ def _combine(
     """Put together what the programs of a selection found, BLOCK_S of them at a time: one wait for all their loads."""
     rows, dims = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_V)
     inside = (rows < ROWS)[:, None] & (dims < VALUE_DIM)[None, :]
-    of_rows = rows[:, None] * VALUE_DIM + dims[None, :]
-    top = tl.full([BLOCK_G], LOWEST, tl.float32)
-    weight = tl.zeros([BLOCK_G], tl.float32)
+    o_row = rows[:, None] * VALUE_DIM + dims[None, :]
+    row_max = tl.full([BLOCK_G], LOWEST, tl.float32)
+    row_sum = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_V], tl.float32)
     for at in range(0, splits, BLOCK_S):
         split = at + tl.arange(0, BLOCK_S)
-        of_split = of_weights + split[None, :] * (ROWS * 2) + rows[:, None] * 2
+        p_split = p_max_and_sum + split[None, :] * (ROWS * 2) + rows[:, None] * 2
         known = (split < splits)[None, :] & (rows < ROWS)[:, None]
-        tops = tl.load(of_split, mask=known, other=LOWEST, cache_modifier=".cg")
-        weights = tl.load(of_split + 1, mask=known, other=0.0, cache_modifier=".cg")
-        of_found = of_partial + split[None, :, None] * (ROWS * VALUE_DIM) + of_rows[:, None, :]
+        maxima = tl.load(p_split, mask=known, other=LOWEST, cache_modifier=".cg")
+        sums = tl.load(p_split + 1, mask=known, other=0.0, cache_modifier=".cg")
+        p_found = p_partial + split[None, :, None] * (ROWS * VALUE_DIM) + o_row[:, None, :]
         among = (split < splits)[None, :, None] & inside[:, None, :]
-        found = tl.load(of_found, mask=among, other=0.0, cache_modifier=".cg")
-        highest = tl.maximum(top, tl.max(tops, 1))
-        share, keep = tl.exp2(tops - highest[:, None]), tl.exp2(top - highest)
+        found = tl.load(p_found, mask=among, other=0.0, cache_modifier=".cg")
+        new_max = tl.maximum(row_max, tl.max(maxima, 1))
+        share, keep = tl.exp2(maxima - new_max[:, None]), tl.exp2(row_max - new_max)
         acc = acc * keep[:, None] + tl.sum(found * share[:, :, None], 1)
-        weight = weight * keep + tl.sum(weights * share, 1)
-        top = highest
-    result = acc / tl.where(rows < ROWS, weight, 1.0)[:, None]
-    tl.store(of_output + of_rows, result.to(of_output.dtype.element_ty), mask=inside)
+        row_sum = row_sum * keep + tl.sum(sums * share, 1)
+        row_max = new_max
+    result = acc / tl.where(rows < ROWS, row_sum, 1.0)[:, None]
+    tl.store(p_output + o_row, result.to(p_output.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _attend(x, v, top, weight, acc, PARTS: tl.constexpr, PRECISION: tl.constexpr):
+def _attend(x, v, row_max, row_sum, acc, PARTS: tl.constexpr, PRECISION: tl.constexpr):
     """Take scores `x` `[P, N, M]`, in powers of two, and their values `[P, D_v, N]` into running softmaxes."""
-    highest = tl.maximum(top, tl.max(x, 1))
-    p, keep = tl.exp2(x - highest[:, None, :]), tl.exp2(top - highest)
+    new_max = tl.maximum(row_max, tl.max(x, 1))
+    p, keep = tl.exp2(x - new_max[:, None, :]), tl.exp2(row_max - new_max)
     acc = acc * keep[:, None, :] + _product(v, p.to(v.dtype), PARTS, PRECISION)
-    return highest, weight * keep + tl.sum(p, 1), acc
+    return new_max, row_sum * keep + tl.sum(p, 1), acc
 
 
 @triton.jit
@@ -271,8 +448,8 @@ def _product(x, y, PARTS: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _together(top, weight, acc):
+def _together(row_max, row_sum, acc):
     """One softmax of the first axis."""
-    highest = tl.max(top, 0)
-    share = tl.exp2(top - highest[None, :])
-    return highest, tl.sum(weight * share, 0), tl.sum(acc * share[:, None, :], 0)
+    new_max = tl.max(row_max, 0)
+    share = tl.exp2(row_max - new_max[None, :])
+    return new_max, tl.sum(row_sum * share, 0), tl.sum(acc * share[:, None, :], 0)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["windows", "longest", "table_row"])
+@triton.jit(do_not_specialize=["windows", "longest", "stride_table_batch"])
 def means_kernel(
     entries,  # [B, H, N, D] in slot order, last axis dense
     start,  # [b, W] int32 first slot of a window
@@ -15,10 +15,10 @@ def means_kernel(
     heads,
     windows,
     longest,
-    entry_row,
-    entry_head,
-    entry_token,
-    table_row,
+    stride_entry_batch,
+    stride_entry_head,
+    stride_entry_token,
+    stride_table_batch,
     DIM: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -28,15 +28,17 @@ def means_kernel(
     batch, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     window, dims = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W), tl.arange(0, BLOCK_D)
     there = window < windows
-    first = tl.load(start + batch * table_row + window, mask=there, other=0).to(tl.int64)
-    tokens = tl.load(length + batch * table_row + window, mask=there, other=0)
-    of_entries = entries + batch * entry_row + head * entry_head + first[:, None, None] * entry_token
+    first = tl.load(start + batch * stride_table_batch + window, mask=there, other=0).to(tl.int64)
+    tokens = tl.load(length + batch * stride_table_batch + window, mask=there, other=0)
+    p_entries = (
+        entries + batch * stride_entry_batch + head * stride_entry_head + first[:, None, None] * stride_entry_token
+    )
     total = tl.zeros([BLOCK_W, BLOCK_D], tl.float32)
     for at in range(0, longest, BLOCK_T):
         token = at + tl.arange(0, BLOCK_T)
         held = (token[None, :] < tokens[:, None])[:, :, None] & (dims < DIM)[None, None, :]
-        of_tokens = of_entries + token[None, :, None] * entry_token + dims[None, None, :]
-        total += tl.sum(tl.load(of_tokens, mask=held, other=0.0).to(tl.float32), 1)
+        p_tokens = p_entries + token[None, :, None] * stride_entry_token + dims[None, None, :]
+        total += tl.sum(tl.load(p_tokens, mask=held, other=0.0).to(tl.float32), 1)
     mean = total / tl.maximum(tokens, 1).to(tl.float32)[:, None]
-    of_means = means + (pair.to(tl.int64) * windows + window)[:, None] * DIM + dims[None, :]
-    tl.store(of_means, mean.to(means.dtype.element_ty), mask=there[:, None] & (dims < DIM)[None, :])
+    p_means = means + (pair.to(tl.int64) * windows + window)[:, None] * DIM + dims[None, :]
+    tl.store(p_means, mean.to(means.dtype.element_ty), mask=there[:, None] & (dims < DIM)[None, :])

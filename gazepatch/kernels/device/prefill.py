@@ -13,7 +13,7 @@ import triton.language as tl
 
 from gazepatch.kernels.device.scores import LOG2E, LOWEST, in_powers_of_two, scores_of, slope_of
 
-UNSPECIALISED = ["rows", "queries", "length", "regions", "region_row", "bias_row"]
+UNSPECIALISED = ["rows", "queries", "length", "regions", "stride_region_batch", "stride_bias_batch"]
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -26,7 +26,7 @@ def forward_kernel(
     positions,  # [Q] int32: what lies behind is hidden, without a bias
     bias,  # [b, Q, L] float32, with HAS_BIAS
     output,  # out [B, H_kv, M, D_v]
-    weight,  # out [B, H_kv, M] float32, log-sum-exp
+    lse,  # out [B, H_kv, M] float32, log-sum-exp
     scale,
     softcap,
     key_heads,
@@ -34,14 +34,14 @@ def forward_kernel(
     queries,
     length,
     regions,
-    key_row,
-    key_head,
-    key_token,
-    value_row,
-    value_head,
-    value_token,
-    region_row,
-    bias_row,
+    stride_key_batch,
+    stride_key_head,
+    stride_key_token,
+    stride_value_batch,
+    stride_value_head,
+    stride_value_token,
+    stride_region_batch,
+    stride_bias_batch,
     GROUP: tl.constexpr,
     SELECTIONS: tl.constexpr,
     DIM: tl.constexpr,
@@ -56,34 +56,36 @@ def forward_kernel(
     LOWEST: tl.constexpr = LOWEST,
 ):
     pair, batch, head = _pair(key_heads)
+    p_key = key + batch * stride_key_batch + head * stride_key_head
+    p_value = value + batch * stride_value_batch + head * stride_value_head
     row, dims, value_dims = _rows(BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     q = _load_rows(query, pair, row, rows, dims, DIM)
-    of_taken = _of_taken(taken, pair, row, queries, regions, GROUP, SELECTIONS)
-    of_region = region_of + batch * region_row
-    of_bias = _of_bias(bias, batch, row[:, None] // GROUP, bias_row, length, HAS_BIAS)
+    p_taken = _taken_pointers(taken, pair, row, queries, regions, GROUP, SELECTIONS)
+    p_region = region_of + batch * stride_region_batch
+    p_bias = _bias_pointers(bias, batch, row[:, None] // GROUP, stride_bias_batch, length, HAS_BIAS)
     position = tl.load(positions + row // GROUP, mask=row < rows, other=-1)
     by, cap = in_powers_of_two(scale, softcap, CAPPED)
-    top = tl.full([BLOCK_M], LOWEST, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     last = length
     if not HAS_BIAS:
         last = tl.minimum(length, tl.max(position, 0) + 1)
     for at in range(0, last, BLOCK_N):
         token = at + tl.arange(0, BLOCK_N)
-        k = _load_tokens(key, batch, head, token, length, dims, key_row, key_head, key_token, DIM)
-        v = _load_tokens(value, batch, head, token, length, value_dims, value_row, value_head, value_token, VALUE_DIM)
-        seen = _seen(of_region, of_taken, token[None, :], length, row[:, None], rows, position[:, None], HAS_BIAS)
+        k = _load_tokens(p_key, token, length, stride_key_token, dims, DIM)
+        v = _load_tokens(p_value, token, length, stride_value_token, value_dims, VALUE_DIM)
+        seen = _seen(p_region, p_taken, token[None, :], length, row[:, None], rows, position[:, None], HAS_BIAS)
         x = scores_of(tl.dot(q, tl.trans(k), input_precision="ieee"), by, cap, CAPPED)
-        x = _shown(x, seen, of_bias, token[None, :], HAS_BIAS)
-        highest = tl.maximum(top, tl.max(x, 1))
-        p, kept = tl.exp2(x - highest[:, None]), tl.exp2(top - highest)
-        acc = acc * kept[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        total, top = total * kept + tl.sum(p, 1), highest
+        x = _shown(x, seen, p_bias, token[None, :], HAS_BIAS)
+        new_max = tl.maximum(row_max, tl.max(x, 1))
+        p, keep = tl.exp2(x - new_max[:, None]), tl.exp2(row_max - new_max)
+        acc = acc * keep[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        row_sum, row_max = row_sum * keep + tl.sum(p, 1), new_max
     # A row that sees nothing, of padding, is 0.
-    some = tl.where(total > 0, total, 1.0)
+    some = tl.where(row_sum > 0, row_sum, 1.0)
     _store_rows(output, acc / some[:, None], pair, row, rows, value_dims, VALUE_DIM)
-    tl.store(weight + pair.to(tl.int64) * rows + row, (top + tl.log2(some)) / LOG2E, mask=row < rows)
+    tl.store(lse + pair.to(tl.int64) * rows + row, (row_max + tl.log2(some)) / LOG2E, mask=row < rows)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -95,10 +97,10 @@ def query_gradient_kernel(
     taken,
     positions,
     bias,
-    weight,  # [B, H_kv, M] float32
-    gradient,  # [B, H_kv, M, D_v] of the output
-    delta,  # [B, H_kv, M] float32: sum of output * gradient, less the gradient of the weight
-    query_gradient,  # out [B, H_kv, M, D]
+    lse,  # [B, H_kv, M] float32
+    d_output,  # [B, H_kv, M, D_v]
+    delta,  # [B, H_kv, M] float32: sum(output * d_output) - d_lse
+    d_query,  # out [B, H_kv, M, D]
     scale,
     softcap,
     key_heads,
@@ -106,14 +108,14 @@ def query_gradient_kernel(
     queries,
     length,
     regions,
-    key_row,
-    key_head,
-    key_token,
-    value_row,
-    value_head,
-    value_token,
-    region_row,
-    bias_row,
+    stride_key_batch,
+    stride_key_head,
+    stride_key_token,
+    stride_value_batch,
+    stride_value_head,
+    stride_value_token,
+    stride_region_batch,
+    stride_bias_batch,
     GROUP: tl.constexpr,
     SELECTIONS: tl.constexpr,
     DIM: tl.constexpr,
@@ -127,15 +129,17 @@ def query_gradient_kernel(
     LOG2E: tl.constexpr = LOG2E,
 ):
     pair, batch, head = _pair(key_heads)
+    p_key = key + batch * stride_key_batch + head * stride_key_head
+    p_value = value + batch * stride_value_batch + head * stride_value_head
     row, dims, value_dims = _rows(BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     q = _load_rows(query, pair, row, rows, dims, DIM)
-    g = _load_rows(gradient, pair, row, rows, value_dims, VALUE_DIM)
-    of_weight = pair.to(tl.int64) * rows + row
-    log_total = tl.load(weight + of_weight, mask=row < rows, other=0.0) * LOG2E
-    less = tl.load(delta + of_weight, mask=row < rows, other=0.0)
-    of_taken = _of_taken(taken, pair, row, queries, regions, GROUP, SELECTIONS)
-    of_region = region_of + batch * region_row
-    of_bias = _of_bias(bias, batch, row[:, None] // GROUP, bias_row, length, HAS_BIAS)
+    d_o = _load_rows(d_output, pair, row, rows, value_dims, VALUE_DIM)
+    o_row = pair.to(tl.int64) * rows + row
+    log_sum = tl.load(lse + o_row, mask=row < rows, other=0.0) * LOG2E
+    d = tl.load(delta + o_row, mask=row < rows, other=0.0)
+    p_taken = _taken_pointers(taken, pair, row, queries, regions, GROUP, SELECTIONS)
+    p_region = region_of + batch * stride_region_batch
+    p_bias = _bias_pointers(bias, batch, row[:, None] // GROUP, stride_bias_batch, length, HAS_BIAS)
     position = tl.load(positions + row // GROUP, mask=row < rows, other=-1)
     by, cap = in_powers_of_two(scale, softcap, CAPPED)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -144,14 +148,14 @@ def query_gradient_kernel(
         last = tl.minimum(length, tl.max(position, 0) + 1)
     for at in range(0, last, BLOCK_N):
         token = at + tl.arange(0, BLOCK_N)
-        k = _load_tokens(key, batch, head, token, length, dims, key_row, key_head, key_token, DIM)
-        v = _load_tokens(value, batch, head, token, length, value_dims, value_row, value_head, value_token, VALUE_DIM)
-        seen = _seen(of_region, of_taken, token[None, :], length, row[:, None], rows, position[:, None], HAS_BIAS)
+        k = _load_tokens(p_key, token, length, stride_key_token, dims, DIM)
+        v = _load_tokens(p_value, token, length, stride_value_token, value_dims, VALUE_DIM)
+        seen = _seen(p_region, p_taken, token[None, :], length, row[:, None], rows, position[:, None], HAS_BIAS)
         x = scores_of(tl.dot(q, tl.trans(k), input_precision="ieee"), by, cap, CAPPED)
-        p = tl.exp2(_shown(x, seen, of_bias, token[None, :], HAS_BIAS) - log_total[:, None])
-        inner = p * (tl.dot(g, tl.trans(v), input_precision="ieee") - less[:, None]) * slope_of(x, cap, CAPPED)
-        acc += tl.dot(inner.to(k.dtype), k, input_precision="ieee")
-    _store_rows(query_gradient, acc * scale, pair, row, rows, dims, DIM)
+        p = tl.exp2(_shown(x, seen, p_bias, token[None, :], HAS_BIAS) - log_sum[:, None])
+        d_s = p * (tl.dot(d_o, tl.trans(v), input_precision="ieee") - d[:, None]) * slope_of(x, cap, CAPPED)
+        acc += tl.dot(d_s.to(k.dtype), k, input_precision="ieee")
+    _store_rows(d_query, acc * scale, pair, row, rows, dims, DIM)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -163,11 +167,11 @@ def key_gradient_kernel(
     taken,
     positions,
     bias,
-    weight,
-    gradient,
+    lse,
+    d_output,
     delta,
-    key_gradient,  # out [B, H_kv, L, D]
-    value_gradient,  # out [B, H_kv, L, D_v]
+    d_key,  # out [B, H_kv, L, D]
+    d_value,  # out [B, H_kv, L, D_v]
     scale,
     softcap,
     key_heads,
@@ -175,14 +179,14 @@ def key_gradient_kernel(
     queries,
     length,
     regions,
-    key_row,
-    key_head,
-    key_token,
-    value_row,
-    value_head,
-    value_token,
-    region_row,
-    bias_row,
+    stride_key_batch,
+    stride_key_head,
+    stride_key_token,
+    stride_value_batch,
+    stride_value_head,
+    stride_value_token,
+    stride_region_batch,
+    stride_bias_batch,
     GROUP: tl.constexpr,
     SELECTIONS: tl.constexpr,
     DIM: tl.constexpr,
@@ -196,31 +200,33 @@ def key_gradient_kernel(
     LOG2E: tl.constexpr = LOG2E,
 ):
     pair, batch, head = _pair(key_heads)
+    p_key = key + batch * stride_key_batch + head * stride_key_head
+    p_value = value + batch * stride_value_batch + head * stride_value_head
     token, dims, value_dims = _rows(BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
-    k = _load_tokens(key, batch, head, token, length, dims, key_row, key_head, key_token, DIM)
-    v = _load_tokens(value, batch, head, token, length, value_dims, value_row, value_head, value_token, VALUE_DIM)
-    of_region = region_of + batch * region_row
+    k = _load_tokens(p_key, token, length, stride_key_token, dims, DIM)
+    v = _load_tokens(p_value, token, length, stride_value_token, value_dims, VALUE_DIM)
+    p_region = region_of + batch * stride_region_batch
     by, cap = in_powers_of_two(scale, softcap, CAPPED)
-    of_keys = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    of_values = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    d_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    d_v = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     for at in range(0, rows, BLOCK_M):
         row = at + tl.arange(0, BLOCK_M)
         q = _load_rows(query, pair, row, rows, dims, DIM)
-        g = _load_rows(gradient, pair, row, rows, value_dims, VALUE_DIM)
-        of_weight = pair.to(tl.int64) * rows + row
-        log_total = tl.load(weight + of_weight, mask=row < rows, other=0.0) * LOG2E
-        less = tl.load(delta + of_weight, mask=row < rows, other=0.0)
-        of_taken = tl.trans(_of_taken(taken, pair, row, queries, regions, GROUP, SELECTIONS))
+        d_o = _load_rows(d_output, pair, row, rows, value_dims, VALUE_DIM)
+        o_row = pair.to(tl.int64) * rows + row
+        log_sum = tl.load(lse + o_row, mask=row < rows, other=0.0) * LOG2E
+        d = tl.load(delta + o_row, mask=row < rows, other=0.0)
+        p_taken = tl.trans(_taken_pointers(taken, pair, row, queries, regions, GROUP, SELECTIONS))
         position = tl.load(positions + row // GROUP, mask=row < rows, other=-1)
-        seen = _seen(of_region, of_taken, token[:, None], length, row[None, :], rows, position[None, :], HAS_BIAS)
+        seen = _seen(p_region, p_taken, token[:, None], length, row[None, :], rows, position[None, :], HAS_BIAS)
         x = scores_of(tl.dot(k, tl.trans(q), input_precision="ieee"), by, cap, CAPPED)
-        of_bias = _of_bias(bias, batch, row[None, :] // GROUP, bias_row, length, HAS_BIAS)
-        p = tl.exp2(_shown(x, seen, of_bias, token[:, None], HAS_BIAS) - log_total[None, :])
-        of_values += tl.dot(p.to(g.dtype), g, input_precision="ieee")
-        inner = p * (tl.dot(v, tl.trans(g), input_precision="ieee") - less[None, :]) * slope_of(x, cap, CAPPED)
-        of_keys += tl.dot(inner.to(q.dtype), q, input_precision="ieee")
-    _store_rows(key_gradient, of_keys * scale, pair, token, length, dims, DIM)
-    _store_rows(value_gradient, of_values, pair, token, length, value_dims, VALUE_DIM)
+        p_bias = _bias_pointers(bias, batch, row[None, :] // GROUP, stride_bias_batch, length, HAS_BIAS)
+        p = tl.exp2(_shown(x, seen, p_bias, token[:, None], HAS_BIAS) - log_sum[None, :])
+        d_v += tl.dot(p.to(d_o.dtype), d_o, input_precision="ieee")
+        d_s = p * (tl.dot(v, tl.trans(d_o), input_precision="ieee") - d[None, :]) * slope_of(x, cap, CAPPED)
+        d_k += tl.dot(d_s.to(q.dtype), q, input_precision="ieee")
+    _store_rows(d_key, d_k * scale, pair, token, length, dims, DIM)
+    _store_rows(d_value, d_v, pair, token, length, value_dims, VALUE_DIM)
 
 
 @triton.jit
@@ -236,26 +242,26 @@ def _rows(BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _load_rows(of, pair, row, rows, dims, DIM: tl.constexpr):
+def _load_rows(pointer, pair, row, rows, dims, DIM: tl.constexpr):
     """Rows of a dense `[B, H_kv, rows, DIM]`."""
-    at = (pair.to(tl.int64) * rows + row)[:, None] * DIM + dims[None, :]
-    return tl.load(of + at, mask=(row < rows)[:, None] & (dims < DIM)[None, :], other=0.0)
+    o_row = (pair.to(tl.int64) * rows + row)[:, None] * DIM + dims[None, :]
+    return tl.load(pointer + o_row, mask=(row < rows)[:, None] & (dims < DIM)[None, :], other=0.0)
 
 
 @triton.jit
-def _store_rows(to, x, pair, row, rows, dims, DIM: tl.constexpr):
-    at = (pair.to(tl.int64) * rows + row)[:, None] * DIM + dims[None, :]
-    tl.store(to + at, x.to(to.dtype.element_ty), mask=(row < rows)[:, None] & (dims < DIM)[None, :])
+def _store_rows(pointer, x, pair, row, rows, dims, DIM: tl.constexpr):
+    o_row = (pair.to(tl.int64) * rows + row)[:, None] * DIM + dims[None, :]
+    tl.store(pointer + o_row, x.to(pointer.dtype.element_ty), mask=(row < rows)[:, None] & (dims < DIM)[None, :])
 
 
 @triton.jit
-def _load_tokens(of, batch, head, token, length, dims, row_stride, head_stride, token_stride, DIM: tl.constexpr):
-    at = batch * row_stride + head * head_stride + token.to(tl.int64)[:, None] * token_stride + dims[None, :]
-    return tl.load(of + at, mask=(token < length)[:, None] & (dims < DIM)[None, :], other=0.0)
+def _load_tokens(pointer, token, length, stride_token, dims, DIM: tl.constexpr):
+    p_token = pointer + token.to(tl.int64)[:, None] * stride_token + dims[None, :]
+    return tl.load(p_token, mask=(token < length)[:, None] & (dims < DIM)[None, :], other=0.0)
 
 
 @triton.jit
-def _of_taken(taken, pair, row, queries, regions, GROUP: tl.constexpr, SELECTIONS: tl.constexpr):
+def _taken_pointers(taken, pair, row, queries, regions, GROUP: tl.constexpr, SELECTIONS: tl.constexpr):
     """Where the regions of each row begin, `[M, 1]`."""
     query = pair.to(tl.int64) * queries + row // GROUP
     selection = query * SELECTIONS + (row % GROUP if SELECTIONS > 1 else 0)
@@ -263,23 +269,23 @@ def _of_taken(taken, pair, row, queries, regions, GROUP: tl.constexpr, SELECTION
 
 
 @triton.jit
-def _of_bias(bias, batch, query, bias_row, length, HAS_BIAS: tl.constexpr):
+def _bias_pointers(bias, batch, query, stride_bias_batch, length, HAS_BIAS: tl.constexpr):
     """Where the biases of each query begin; a number that nobody uses without them, as Triton 3.6 returns no None."""
-    return bias + batch * bias_row + query.to(tl.int64) * length if HAS_BIAS else 0
+    return bias + batch * stride_bias_batch + query.to(tl.int64) * length if HAS_BIAS else 0
 
 
 @triton.jit
-def _shown(x, seen, of_bias, token, HAS_BIAS: tl.constexpr, LOG2E: tl.constexpr = LOG2E):
+def _shown(x, seen, p_bias, token, HAS_BIAS: tl.constexpr, LOG2E: tl.constexpr = LOG2E):
     """Scores `x` with their biases, -inf where a row does not see a token."""
     if HAS_BIAS:
-        x += tl.load(of_bias + token, mask=seen, other=0.0) * LOG2E
+        x += tl.load(p_bias + token, mask=seen, other=0.0) * LOG2E
     return tl.where(seen, x, -float("inf"))
 
 
 @triton.jit
-def _seen(of_region, of_taken, token, length, row, rows, position, HAS_BIAS: tl.constexpr):
+def _seen(p_region, p_taken, token, length, row, rows, position, HAS_BIAS: tl.constexpr):
     """Which rows see which tokens, in either order: all arguments broadcast to it."""
     there = (token < length) & (row < rows)
-    region = tl.load(of_region + token, mask=token < length, other=-1)
-    seen = there & ((region < 0) | (tl.load(of_taken + region, mask=there & (region >= 0), other=0) > 0))
+    region = tl.load(p_region + token, mask=token < length, other=-1)
+    seen = there & ((region < 0) | (tl.load(p_taken + region, mask=there & (region >= 0), other=0) > 0))
     return seen if HAS_BIAS else seen & (token <= position)

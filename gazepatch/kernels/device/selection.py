@@ -22,7 +22,17 @@ TOP = 1 << 30
 
 
 # What differs from prompt to prompt is not specialised: compiling again would take longer than an answer.
-@triton.jit(do_not_specialize=["offset", "regions", "places", "count_row", "table_row", "budget_row", "room"])
+@triton.jit(
+    do_not_specialize=[
+        "offset",
+        "regions",
+        "places",
+        "stride_count_batch",
+        "stride_table_batch",
+        "stride_budget_batch",
+        "room",
+    ]
+)
 def select_kernel(
     query,  # [B, H, D], last axis dense
     mean_keys,  # [B, H_kv, R * C, D], any strides
@@ -46,20 +56,20 @@ def select_kernel(
     regions,
     padded,
     places,
-    query_row,
-    query_head,
-    mean_row,
-    mean_head,
-    mean_window,
-    mean_dim,
-    count_row,
-    table_row,
-    budget_row,
+    stride_query_batch,
+    stride_query_head,
+    stride_mean_batch,
+    stride_mean_head,
+    stride_mean_window,
+    stride_mean_dim,
+    stride_count_batch,
+    stride_table_batch,
+    stride_budget_batch,
     room,
-    new_key_row,
-    new_key_head,
-    new_value_row,
-    new_value_head,
+    stride_new_key_batch,
+    stride_new_key_head,
+    stride_new_value_batch,
+    stride_new_value_head,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -80,53 +90,50 @@ def select_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_ALL: tl.constexpr,
     WAYS: tl.constexpr,
-    ABSENT: tl.constexpr = ABSENT,
-    TOP: tl.constexpr = TOP,
 ):
     split, key_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits, pair = tl.num_programs(0), batch * tl.num_programs(1) + key_head
     if CAPPED:
         scale = scale / softcap
-    if APPENDS:
-        slot = offset.to(tl.int64)
-        if filled is not None:
-            slot += tl.load(filled)
-        # This program, which has no more to score than others; a store that is full must not be written behind.
-        copies = ((split == splits - 1) & (slot < room)).to(tl.int32)
+    if APPENDS:  # by a program that has no more to score than others
+        slot = _slot_to_fill(offset, filled)
+        copies = ((split == splits - 1) & (slot < room)).to(tl.int32)  # nothing behind the end of a full store
         slot += pair.to(tl.int64) * room
-        of_new = new_key + batch.to(tl.int64) * new_key_row + key_head * new_key_head
-        _copy(of_new, key + slot * DIM, copies * DIM, BLOCK_D)
+        p_new = new_key + batch.to(tl.int64) * stride_new_key_batch + key_head * stride_new_key_head
+        _copy(p_new, key + slot * DIM, copies * DIM, BLOCK_D)
         if VALUE_DIM > 0:
-            of_new = new_value + batch.to(tl.int64) * new_value_row + key_head * new_value_head
-            _copy(of_new, value + slot * VALUE_DIM, copies * VALUE_DIM, BLOCK_V)
+            p_new = new_value + batch.to(tl.int64) * stride_new_value_batch + key_head * stride_new_value_head
+            _copy(p_new, value + slot * VALUE_DIM, copies * VALUE_DIM, BLOCK_V)
+    rows, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    o_head = (key_head * GROUP + rows)[:, None] * stride_query_head
+    p_query = query + batch.to(tl.int64) * stride_query_batch + o_head + dims[None, :]
+    q = tl.load(p_query, mask=(rows < GROUP)[:, None] & (dims < DIM)[None, :], other=0.0)
     first_head = pair * GROUP
-    rows, dims, cells = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_R * BLOCK_C)
-    of_query = query + batch.to(tl.int64) * query_row + (key_head * GROUP + rows)[:, None] * query_head + dims[None, :]
-    q = tl.load(of_query, mask=(rows < GROUP)[:, None] & (dims < DIM)[None, :], other=0.0)
-    of_windows = mean_keys + batch.to(tl.int64) * mean_row + key_head.to(tl.int64) * mean_head
-    region, column = cells // BLOCK_C, cells % BLOCK_C
-    of_cells = (region * WINDOWS + column)[None, :] * mean_window + dims[:, None] * mean_dim
-    of_heads = (first_head + rows).to(tl.int64)[:, None]
-    of_counts, of_logits = log_counts + batch * count_row, logits + of_heads * (regions * WINDOWS)
-    of_regions = region_logits + of_heads * padded
-    size = _sizes(of_counts, split, region, column, regions, WINDOWS, BLOCK_R)
-    for tile in range(split, tl.cdiv(padded, BLOCK_R), splits):
-        first = tile * BLOCK_R
-        there = (first + region < regions) & (column < WINDOWS)
-        of_window = of_windows + (first * WINDOWS).to(tl.int64) * mean_window + of_cells
-        mean = tl.load(of_window, mask=there[None, :] & (dims < DIM)[:, None], other=0.0)
-        # Asked for a tile ahead: what no product takes is not loaded early by itself.
-        next_size = _sizes(of_counts, tile + splits, region, column, regions, WINDOWS, BLOCK_R)
-        x = scores_of(tl.dot(q, mean, input_precision="ieee"), scale, softcap, CAPPED) + size[None, :]
-        if PERIPHERY:
-            window = (first + region) * WINDOWS + column
-            tl.store(of_logits + window[None, :], x, mask=(rows < GROUP)[:, None] & there[None, :])
-        numbers = first + tl.arange(0, BLOCK_R)
-        inside = (rows < GROUP)[:, None] & (numbers < padded)[None, :]
-        # Of each region by itself, so that equal regions weigh the same to the bit, wherever they are scored.
-        of_region = _log_sum_exp(x, BLOCK_M, BLOCK_R, BLOCK_C) if BLOCK_C > 1 else x
-        tl.store(of_regions + numbers[None, :], of_region, mask=inside)
-        size = next_size
+    _score_regions(
+        q,
+        mean_keys + batch.to(tl.int64) * stride_mean_batch + key_head.to(tl.int64) * stride_mean_head,
+        log_counts + batch * stride_count_batch,
+        logits,
+        region_logits,
+        first_head,
+        split,
+        splits,
+        scale,
+        softcap,
+        regions,
+        padded,
+        stride_mean_window,
+        stride_mean_dim,
+        GROUP,
+        DIM,
+        WINDOWS,
+        PERIPHERY,
+        CAPPED,
+        BLOCK_M,
+        BLOCK_R,
+        BLOCK_C,
+        BLOCK_D,
+    )
     if EARLY:  # not before, as programs that wait take the room of those that have something to do
         tl.extra.cuda.gdc_launch_dependents()
     before = splits - 1
@@ -136,34 +143,138 @@ def select_kernel(
         tl.debug_barrier()
     if before == splits - 1:
         tl.store(arrived + pair, 0)
-        number = tl.arange(0, BLOCK_ALL)
-        of_scores = region_logits + first_head.to(tl.int64) * padded
-        # Of one head: those of what is not there are the same for all.
-        logit = tl.load(of_scores + number, mask=number < padded, other=ABSENT, cache_modifier=".cg")
-        entry = tl.load(table + batch * table_row + number, mask=number < regions, other=0)
-        wanted = tl.load(budget + batch * budget_row)
         # Every head for itself, or all of them together.
         SELECTIONS: tl.constexpr = GROUP if PER_HEAD else 1
-        AT_ONCE: tl.constexpr = 1 if PER_HEAD else HEADS
-        whole = 1.0 if BY_MAX else 1.0 * SELECTIONS / GROUP
-        for selection in range(SELECTIONS):
-            score = tl.zeros([BLOCK_ALL], tl.float32)
-            for head in range(selection, selection + GROUP // SELECTIONS, AT_ONCE):
-                shares = _shares(of_scores, head, padded, number, whole, GROUP, AT_ONCE)
-                score = tl.maximum(score, tl.max(shares, 0)) if BY_MAX else score + tl.sum(shares, 0)
-            bits = tl.where(score < 2.0, score.to(tl.int32, bitcast=True), TOP - 1)  # NaN is above all, as in the twin
-            bits = tl.where(logit < ABSENT / 2, -1, bits)
-            place = _places(bits, wanted, regions, WAYS, BLOCK_ALL)
-            group = (pair * SELECTIONS + selection).to(tl.int64)
-            of_group = runs + group * places
-            tl.store(of_group + place, entry, mask=place >= 0)
-            if wanted < places:
-                tl.store(of_group + number, 0, mask=(number >= wanted) & (number < places))
-            if PERIPHERY:
-                tl.store(taken + group * regions + number, (place >= 0).to(tl.int8), mask=number < regions)
-            if COUNTS:
-                tokens = tl.where(place >= 0, (entry >> 32).to(tl.int32), 0)
-                tl.atomic_add(total, tl.sum(tokens, 0).to(tl.int64), sem="relaxed")
+        _take_best(
+            region_logits + first_head.to(tl.int64) * padded,
+            table + batch * stride_table_batch,
+            budget + batch * stride_budget_batch,
+            runs,
+            taken,
+            total,
+            pair,
+            regions,
+            padded,
+            places,
+            GROUP,
+            SELECTIONS,
+            BY_MAX,
+            PERIPHERY,
+            COUNTS,
+            1 if PER_HEAD else HEADS,
+            BLOCK_ALL,
+            WAYS,
+        )
+
+
+@triton.jit
+def _slot_to_fill(offset, filled):
+    slot = offset.to(tl.int64)
+    if filled is not None:
+        slot += tl.load(filled)
+    return slot
+
+
+@triton.jit
+def _score_regions(
+    q,
+    p_means,
+    p_counts,
+    logits,
+    region_logits,
+    first_head,
+    split,
+    splits,
+    scale,
+    softcap,
+    regions,
+    padded,
+    stride_mean_window,
+    stride_mean_dim,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    WINDOWS: tl.constexpr,
+    PERIPHERY: tl.constexpr,
+    CAPPED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Store the logits of this program's tiles of regions, and with PERIPHERY those of their windows."""
+    rows, dims, cells = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_R * BLOCK_C)
+    region, column = cells // BLOCK_C, cells % BLOCK_C
+    o_cell = (region * WINDOWS + column)[None, :] * stride_mean_window + dims[:, None] * stride_mean_dim
+    o_head = (first_head + rows).to(tl.int64)[:, None]
+    p_logits, p_regions = logits + o_head * (regions * WINDOWS), region_logits + o_head * padded
+    size = _sizes(p_counts, split, region, column, regions, WINDOWS, BLOCK_R)
+    for tile in range(split, tl.cdiv(padded, BLOCK_R), splits):
+        first = tile * BLOCK_R
+        there = (first + region < regions) & (column < WINDOWS)
+        p_tile = p_means + (first * WINDOWS).to(tl.int64) * stride_mean_window + o_cell
+        mean = tl.load(p_tile, mask=there[None, :] & (dims < DIM)[:, None], other=0.0)
+        # Asked for a tile ahead: what no product takes is not loaded early by itself.
+        next_size = _sizes(p_counts, tile + splits, region, column, regions, WINDOWS, BLOCK_R)
+        x = scores_of(tl.dot(q, mean, input_precision="ieee"), scale, softcap, CAPPED) + size[None, :]
+        if PERIPHERY:
+            window = (first + region) * WINDOWS + column
+            tl.store(p_logits + window[None, :], x, mask=(rows < GROUP)[:, None] & there[None, :])
+        numbers = first + tl.arange(0, BLOCK_R)
+        inside = (rows < GROUP)[:, None] & (numbers < padded)[None, :]
+        # Of each region by itself, so that equal regions weigh the same to the bit, wherever they are scored.
+        logit = _log_sum_exp(x, BLOCK_M, BLOCK_R, BLOCK_C) if BLOCK_C > 1 else x
+        tl.store(p_regions + numbers[None, :], logit, mask=inside)
+        size = next_size
+
+
+@triton.jit
+def _take_best(
+    p_scores,
+    p_table,
+    p_budget,
+    runs,
+    taken,
+    total,
+    pair,
+    regions,
+    padded,
+    places,
+    GROUP: tl.constexpr,
+    SELECTIONS: tl.constexpr,
+    BY_MAX: tl.constexpr,
+    PERIPHERY: tl.constexpr,
+    COUNTS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    BLOCK_ALL: tl.constexpr,
+    WAYS: tl.constexpr,
+    ABSENT: tl.constexpr = ABSENT,
+    TOP: tl.constexpr = TOP,
+):
+    """Store which regions each selection of a (row, key head) pair reads, from the logits of all of them."""
+    number = tl.arange(0, BLOCK_ALL)
+    # Of one head: those of what is not there are the same for all.
+    logit = tl.load(p_scores + number, mask=number < padded, other=ABSENT, cache_modifier=".cg")
+    entry = tl.load(p_table + number, mask=number < regions, other=0)
+    wanted = tl.load(p_budget)
+    whole = 1.0 if BY_MAX else 1.0 * SELECTIONS / GROUP
+    for selection in range(SELECTIONS):
+        score = tl.zeros([BLOCK_ALL], tl.float32)
+        for head in range(selection, selection + GROUP // SELECTIONS, AT_ONCE):
+            shares = _shares(p_scores, head, padded, number, whole, GROUP, AT_ONCE)
+            score = tl.maximum(score, tl.max(shares, 0)) if BY_MAX else score + tl.sum(shares, 0)
+        bits = tl.where(score < 2.0, score.to(tl.int32, bitcast=True), TOP - 1)  # NaN is above all, as in the twin
+        bits = tl.where(logit < ABSENT / 2, -1, bits)
+        place = _places(bits, wanted, regions, WAYS, BLOCK_ALL)
+        group = (pair * SELECTIONS + selection).to(tl.int64)
+        p_runs = runs + group * places
+        tl.store(p_runs + place, entry, mask=place >= 0)
+        if wanted < places:
+            tl.store(p_runs + number, 0, mask=(number >= wanted) & (number < places))
+        if PERIPHERY:
+            tl.store(taken + group * regions + number, (place >= 0).to(tl.int8), mask=number < regions)
+        if COUNTS:
+            tokens = tl.where(place >= 0, (entry >> 32).to(tl.int32), 0)
+            tl.atomic_add(total, tl.sum(tokens, 0).to(tl.int64), sem="relaxed")
 
 
 @triton.jit
@@ -175,7 +286,7 @@ def _copy(source, target, dim, BLOCK: tl.constexpr):
 
 @triton.jit
 def _sizes(
-    of_counts,
+    p_counts,
     tile,
     region,
     column,
@@ -186,7 +297,7 @@ def _sizes(
 ):
     """Logarithms of the tokens of a tile's windows."""
     there = (tile * BLOCK_R + region < regions) & (column < WINDOWS)
-    return tl.load(of_counts + tile * (BLOCK_R * WINDOWS) + region * WINDOWS + column, mask=there, other=ABSENT)
+    return tl.load(p_counts + tile * (BLOCK_R * WINDOWS) + region * WINDOWS + column, mask=there, other=ABSENT)
 
 
 @triton.jit
@@ -201,7 +312,7 @@ def _log_sum_exp(x, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.co
 
 @triton.jit
 def _shares(
-    of_scores,
+    p_scores,
     head,
     padded,
     number,
@@ -214,8 +325,8 @@ def _shares(
     """`[HEADS, R]` softmax over the regions of some heads, times `whole`; 0 for heads that are none."""
     heads = head + tl.arange(0, HEADS)
     inside = (heads < GROUP)[:, None] & (number < padded)[None, :]
-    of_heads = of_scores + heads[:, None] * padded + number[None, :]
-    x = tl.load(of_heads, mask=inside, other=-float("inf"), cache_modifier=".cg")
+    p_heads = p_scores + heads[:, None] * padded + number[None, :]
+    x = tl.load(p_heads, mask=inside, other=-float("inf"), cache_modifier=".cg")
     weight = tl.exp2((x - tl.maximum(tl.max(x, 1), LOWEST)[:, None]) * LOG2E)
     return weight * (whole / tl.maximum(tl.sum(weight, 1), 1.0))[:, None]  # the largest weighs 1
 

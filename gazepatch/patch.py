@@ -228,12 +228,15 @@ def is_patched(model: nn.Module) -> bool:
 
 
 def stats(model: nn.Module) -> Stats:
-    """What the decode steps since the last prompt read.
+    """What the decode steps since the last prompt of the calling thread read.
+
+    For a thread that never ran the model, such as one that only reads a streamer: since the last prompt of any thread.
 
     Raises:
         PatchError: The model is not patched.
     """
-    return patch_of(model).runtime.counters.stats()
+    runtime = patch_of(model).runtime
+    return (runtime.running.counters or runtime.counters).stats()
 
 
 def context_tokens_of(model: nn.Module) -> Tensor | None:

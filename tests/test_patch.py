@@ -15,6 +15,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from gazepatch.config import GazeConfig
+from gazepatch.counters import Stats
 from gazepatch.errors import CacheError, ConfigError, GazeError, PatchError, UnsupportedModelError
 from gazepatch.patch import apply, dense, is_patched, patched, restore, stats
 from gazepatch.verification import fingerprint, generate_logits, verify
@@ -304,20 +305,34 @@ def test_statistics_start_again_with_every_prompt(ran: Case) -> None:
 def test_two_threads_do_not_see_each_other(ran: Case) -> None:
     other = tiny("llava", seed=3).inputs
     with patched(ran.model, SMALL):
-        alone = [generate_logits(ran.model, inputs, 6)[0] for inputs in (ran.inputs, other)]
-        together: list[torch.Tensor | None] = [None, None]
+        wanted = [(generate_logits(ran.model, *case)[0], stats(ran.model)) for case in ((ran.inputs, 6), (other, 9))]
+        found: list[tuple[torch.Tensor, Stats] | None] = [None, None]
+        both_done = threading.Barrier(2)
 
-        def run(place: int, inputs: dict) -> None:
+        def run(place: int, inputs: dict, tokens: int) -> None:
             for _ in range(3):
-                together[place] = generate_logits(ran.model, inputs, 6)[0]
+                logits = generate_logits(ran.model, inputs, tokens)[0]
+            both_done.wait(timeout=60)
+            found[place] = logits, stats(ran.model)
 
-        threads = [threading.Thread(target=run, args=(i, inputs)) for i, inputs in enumerate((ran.inputs, other))]
+        threads = [threading.Thread(target=run, args=case) for case in ((0, ran.inputs, 6), (1, other, 9))]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    for one, both in zip(alone, together, strict=True):
-        assert both is not None and torch.equal(one, both)
+    for alone, together in zip(wanted, found, strict=True):
+        assert together is not None and torch.equal(alone[0], together[0])
+        assert alone[1] == together[1]
+
+
+def test_a_thread_that_never_ran_the_model_sees_what_was_read_last(ran: Case) -> None:
+    with patched(ran.model, SMALL):
+        generate_logits(ran.model, ran.inputs, 3)
+        found: list[Stats] = []
+        watcher = threading.Thread(target=lambda: found.append(stats(ran.model)))
+        watcher.start()
+        watcher.join()
+        assert found == [stats(ran.model)] and found[0].steps == 3
 
 
 def test_training_through_a_patched_model(ran: Case) -> None:

@@ -66,6 +66,7 @@ class Running(threading.local):
         offset: What is added to its index, where it runs several times a token (`Adapter.cache_layers`).
         trace: Who wants to know what decode steps read.
         reads: Who wants to know what queries of prompts read.
+        counters: Those of the cache that the thread used last.
     """
 
     def __init__(self) -> None:
@@ -82,6 +83,7 @@ class Running(threading.local):
         self.offset = 0
         self.trace: Trace | None = None
         self.reads: PromptReads | None = None
+        self.counters: Counters | None = None
 
 
 class Runtime:
@@ -98,7 +100,7 @@ class Runtime:
         store_of: For every layer that reads the keys of another one: that layer.
         latent: Whether caches hold latents, a single key head for all query heads.
         stores: Layers whose entries are kept region by region, among those of the sequence.
-        counters: Of the cache that was used last.
+        counters: Those of the cache that any thread used last.
         warned: Whether somebody was told that a prompt came without token ids.
     """
 
@@ -140,7 +142,7 @@ class Runtime:
         state = forward.state
         if self.running.trace is not None:
             self.running.trace.follow(state, rows, prompt or others)
-        self.counters = state.counters
+        self.counters = self.running.counters = state.counters
         if prompt:
             state.counters.clear()
         elif state.spans:
@@ -151,7 +153,7 @@ class Runtime:
 
     def record_step(self, forward: Forward, rows: int, others: bool = False) -> None:
         """`record` a step on a static cache, which has been counted."""
-        self.counters = forward.state.counters
+        self.counters = self.running.counters = forward.state.counters
         if self.running.trace is not None:
             self.running.trace.follow(forward.state, rows, others)
             forward.trace = self.running.trace if forward.state.spans else None

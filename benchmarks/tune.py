@@ -46,7 +46,7 @@ FINALISTS = 4
 #: How many of the best after that are launched early, too, or are not.
 EARLY = 2
 #: Processes that compile; each holds a context of the GPU.
-MOST_COMPILERS = 8
+MAX_COMPILERS = 8
 
 
 def candidates(dim: int, size: int, present: Settings) -> list[Settings]:
@@ -86,7 +86,7 @@ def search(present: Settings, dim: int, size: int, measure: Callable[[Settings],
 def compile_ahead(dim: int, size: int, present: Settings) -> None:
     """Have other processes compile the candidates, launched early or not, into the cache that Triton keeps."""
     settings = [(*launch, early) for *launch, _ in candidates(dim, size, present) for early in (False, True)]
-    jobs = min(MOST_COMPILERS, os.cpu_count() or 1)
+    jobs = min(MAX_COMPILERS, os.cpu_count() or 1)
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(run_once, *([value] * len(settings) for value in (dim, size)), settings))
 

@@ -95,17 +95,17 @@ def _bandwidth(tables: Tables) -> Iterable[Row]:
     triad = (tables.get("triad") or [{}])[0].get("triad_gbs")
     rows = [row for name in ("steps", "bandwidth") for row in tables.get(name, ()) if "decode_gbs" in row]
     bounds = sorted(TRIAD, reverse=True)
-    for least, below in zip(bounds, [math.inf, *bounds], strict=False):
+    for minimum, below in zip(bounds, [math.inf, *bounds], strict=False):
 
-        def worst(name: str, least: float = least, below: float = below) -> Value:
-            of = [row for row in rows if row["settings"] == name and least <= row["selected_mb"] < below]
+        def worst(name: str, minimum: float = minimum, below: float = below) -> Value:
+            of = [row for row in rows if row["settings"] == name and minimum <= row["selected_mb"] < below]
             if not of or not triad:
                 return Value(None, f"{name}: no row")
             row = min(of, key=lambda row: row["decode_gbs"])
             return Value(row["decode_gbs"] / triad, f"{name}, batch {row['batch']}, {row['visual']}")
 
         values, beside = _of_settings(worst)
-        yield judged(f"decode kernel, share of the triad, from {least:g} MB", TRIAD[least], values, beside)
+        yield judged(f"decode kernel, share of the triad, from {minimum:g} MB", TRIAD[minimum], values, beside)
 
 
 def _attention(tables: Tables, compared: list[Row]) -> Iterable[Row]:

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from gazepatch.answering import Answer
 
 
-def number_option(flag: str, default: int, help_text: str, least: int = 1) -> Callable[[Command], Command]:
-    """An option that takes a whole number of at least `least`."""
+def number_option(flag: str, default: int, help_text: str, minimum: int = 1) -> Callable[[Command], Command]:
+    """An option that takes a whole number of at least `minimum`."""
     return click.option(
-        flag, default=default, show_default=True, type=click.IntRange(min=least), metavar="N", help=help_text
+        flag, default=default, show_default=True, type=click.IntRange(min=minimum), metavar="N", help=help_text
     )
 
 

@@ -15,7 +15,7 @@ from gazepatch.cli.settings import reading_options
 @click.command("bench", short_help="Time a token of MODEL here, unpatched and with gaze.")
 @click.argument("model")
 @click.argument("asked", metavar="[IMAGE... PROMPT]", nargs=-1)
-@number_option("--new-tokens", 32, "Tokens to generate each time.", least=2)
+@number_option("--new-tokens", 32, "Tokens to generate each time.", minimum=2)
 @number_option("--rounds", 5, "Rounds to time, after one that is not counted.")
 @reading_options
 @json_option

@@ -64,7 +64,7 @@ def command(
     ]
     print_table(head, rows)
     if whole := scores[0].whole:
-        least = gazepatch.inspect(patched).settings.min_visual_tokens
+        minimum = gazepatch.inspect(patched).settings.min_visual_tokens
         click.echo(
-            f"{whole} of these conversations were read whole: fewer than min_visual_tokens={least} visual tokens"
+            f"{whole} of these conversations were read whole: fewer than min_visual_tokens={minimum} visual tokens"
         )

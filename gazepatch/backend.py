@@ -61,9 +61,9 @@ def _interpreted() -> bool:
 
 #: What the kernels take.
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
-MOST_DIM = 256
+MAX_DIM = 256
 
 
 def kernels_fit(dtypes: Collection[torch.dtype], *dims: int) -> bool:
     """Whether the kernels take tensors of these types, which must all be one, and heads of these dims."""
-    return len(set(dtypes)) == 1 and set(dtypes) <= DTYPES and max(dims) <= MOST_DIM
+    return len(set(dtypes)) == 1 and set(dtypes) <= DTYPES and max(dims) <= MAX_DIM

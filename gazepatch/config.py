@@ -76,8 +76,8 @@ class GazeConfig:
                     f"in region {self.region}"
                 )
         _check_budget(self.budget)
-        check_int("context_tokens", self.context_tokens, least=0)
-        check_int("min_visual_tokens", self.min_visual_tokens, least=0)
+        check_int("context_tokens", self.context_tokens, minimum=0)
+        check_int("min_visual_tokens", self.min_visual_tokens, minimum=0)
         if not isinstance(self.periphery, bool):
             raise ConfigError(f"periphery must be True or False, got {self.periphery!r}")
         check_choice("head_reduce", self.head_reduce, HEAD_REDUCTIONS)
@@ -167,10 +167,10 @@ def settings_of(given: Any, default: Settings) -> Settings:
     return default if given is None else given
 
 
-def check_int(name: str, value: object, least: int) -> None:
-    """Raise ConfigError unless a setting is an integer of at least `least`."""
-    if not _is_int(value) or value < least:  # type: ignore[operator]
-        raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
+def check_int(name: str, value: object, minimum: int) -> None:
+    """Raise ConfigError unless a setting is an integer of at least `minimum`."""
+    if not _is_int(value) or value < minimum:  # type: ignore[operator]
+        raise ConfigError(f"{name} must be an integer of at least {minimum}, got {value!r}")
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -171,7 +171,7 @@ def _follow(model: Any, batch: Mapping[str, Any], whole: bool, sums: Sequence[_S
         of_budget.add(gazed, densely, answer, 1.0 if whole and reads.share is None else reads.share)
 
 
-def _whole(model: Any, batch: Mapping[str, Any], least: int) -> bool:
+def _whole(model: Any, batch: Mapping[str, Any], minimum: int) -> bool:
     """Whether a conversation has images, and too few visual tokens to gaze."""
     root = root_model(model)
-    return bool(read_whole(locate(adapter_for(root.config.model_type), root, batch), least))
+    return bool(read_whole(locate(adapter_for(root.config.model_type), root, batch), minimum))

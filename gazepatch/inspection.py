@@ -171,16 +171,16 @@ def _notes(spans: list[Span], settings: GazeConfig, inputs: Mapping[str, Any] | 
     if without := [span for span in spans if span.grid is None]:
         where = ", ".join(f"row {span.row} [{span.start}, {span.stop})" for span in without)
         notes.append(f"the grid is not known at {where}: regions are one-dimensional runs there")
-    least = settings.min_visual_tokens
-    for row, tokens in read_whole(spans, least).items():
-        few = f"row {row} has {tokens} visual tokens, fewer than min_visual_tokens={least}"
+    minimum = settings.min_visual_tokens
+    for row, tokens in read_whole(spans, minimum).items():
+        few = f"row {row} has {tokens} visual tokens, fewer than min_visual_tokens={minimum}"
         notes.append(f"{few}: it is read whole (with 0 it would gaze)")
     return notes
 
 
-def read_whole(spans: Iterable[Span], least: int) -> dict[int, int]:
-    """Rows with images that have too few visual tokens to gaze, fewer than `least`, and how many they have."""
+def read_whole(spans: Iterable[Span], minimum: int) -> dict[int, int]:
+    """Rows with images that have too few visual tokens to gaze, fewer than `minimum`, and how many they have."""
     tokens: Counter[int] = Counter()
     for span in spans:
         tokens[span.row] += span.tokens
-    return {row: tokens[row] for row in sorted(tokens) if tokens[row] < least}
+    return {row: tokens[row] for row in sorted(tokens) if tokens[row] < minimum}

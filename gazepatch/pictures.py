@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 #: Longest side of a picture in a page, in pixels.
-MOST_PX = 1024
+MAX_PX = 1024
 
 
 def read_picture(file: str | Path | BinaryIO) -> Image:
@@ -58,7 +58,7 @@ def as_seen(image: Image, image_processor: Any) -> Image:
 def data_url(image: Image) -> str:
     """A PNG to be written into a page, made smaller where it is large."""
     small = image.convert("RGB")
-    small.thumbnail((MOST_PX, MOST_PX))
+    small.thumbnail((MAX_PX, MAX_PX))
     png = io.BytesIO()
     small.save(png, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()

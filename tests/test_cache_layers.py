@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gazepatch.caches.layer import LEAST_ROOM, GazeLayer
+from gazepatch.caches.layer import MIN_ROOM, GazeLayer
 from gazepatch.caches.state import GazeState
 from gazepatch.config import GazeConfig
 from gazepatch.layout import Span
@@ -30,7 +30,7 @@ def filled_layer(tokens: int, span: Span) -> tuple[GazeState, GazeLayer, object]
 def test_decode_steps_append_in_place_and_grow_rarely() -> None:
     state, layer, _owner = filled_layer(50, Span(0, 4, 40, (1, 6, 6), 0))
     stores = set()
-    for step in range(3 * LEAST_ROOM):
+    for step in range(3 * MIN_ROOM):
         state.begin([], 1, 1)
         new = torch.full((1, 2, 1, 8), float(step))
         layer.update(new, -new)
@@ -40,7 +40,7 @@ def test_decode_steps_append_in_place_and_grow_rarely() -> None:
         assert key.shape[2] == 14 + step + 1
         assert torch.equal(key[:, :, -1:], new) and torch.equal(value[:, :, -1:], -new)
     assert len(stores) <= 4
-    assert torch.equal(layer.logical()[0][:, :, 50:, 0], torch.arange(3 * LEAST_ROOM).expand(1, 2, -1).float())
+    assert torch.equal(layer.logical()[0][:, :, 50:, 0], torch.arange(3 * MIN_ROOM).expand(1, 2, -1).float())
 
 
 def test_an_entry_that_nobody_attended_to_is_not_lost() -> None:

@@ -91,7 +91,7 @@ def test_sinks_change_no_selection(settings: str, sequences: Make) -> None:
 @pytest.mark.parametrize("layout", ["35", "rows of different images", "a row without an image"])
 def test_many_steps(layout: str, settings: str, sequences: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     # With little room to spare, so that the store grows several times while the steps go on.
-    monkeypatch.setattr(gazepatch.caches.layer, "LEAST_ROOM", 3)
+    monkeypatch.setattr(gazepatch.caches.layer, "MIN_ROOM", 3)
     assert_every_step_is_the_reference(sequences([LAYOUTS[layout]], steps=11), replace(BASE, **SETTINGS[settings]))
 
 

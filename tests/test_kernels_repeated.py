@@ -94,7 +94,7 @@ def test_repeated_steps(rows: int, name: str, cache: str, monkeypatch: pytest.Mo
 
 
 def test_a_store_that_grows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gazepatch.caches.layer.LEAST_ROOM", 3)
+    monkeypatch.setattr("gazepatch.caches.layer.MIN_ROOM", 3)
     launches = equal_anew(tiny("llava"), SETTINGS["quarter"], monkeypatch, steps=10)
     assert 0 < launches < 2 * 2 * 7
 

@@ -22,7 +22,7 @@ from tiny_reader import write_reader
 import gazepatch
 from gazepatch.cli import main
 from gazepatch.config import GazeConfig
-from gazepatch.pictures import MOST_PX, as_seen, data_url
+from gazepatch.pictures import MAX_PX, as_seen, data_url
 from gazepatch.verification import generate_logits
 from gazepatch.viewer import _panels, _texts, render
 
@@ -243,7 +243,7 @@ def test_only_what_the_model_gets_is_shown() -> None:
 
 def test_large_pictures_are_made_smaller() -> None:
     url = data_url(Image.new("L", (3000, 10)))
-    assert Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).size == (MOST_PX, 3)
+    assert Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).size == (MAX_PX, 3)
 
 
 def test_characters_of_several_tokens_come_with_the_last_one() -> None:

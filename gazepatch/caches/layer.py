@@ -23,7 +23,7 @@ from gazepatch.regions import Chunk, take
 from gazepatch.untraced import untraced
 
 #: Room for new entries: an eighth of what is held, at least this many. Rare copies, and little memory held in vain.
-LEAST_ROOM = 128
+MIN_ROOM = 128
 
 #: Tensors `[B, H, T, D]` of the same tokens: keys and values, or one that is both.
 Stores = tuple[Tensor, ...]
@@ -139,7 +139,7 @@ class GazeLayer(DynamicLayer):
     def _make_room(self, start: int, new: Stores) -> None:
         """Have a store of other entries with room for all that are used; the first `start` of them are held."""
         if self._other is None or self._used > self._other[0].shape[-2] or self._lent or locked(self._other[0]):
-            room = max(LEAST_ROOM, self._used // 8)
+            room = max(MIN_ROOM, self._used // 8)
             self._other = _grown(self._other, start, self._used + room, new)
         self._lent = torch.is_grad_enabled()
 

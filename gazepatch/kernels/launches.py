@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gazepatch.backend import MOST_DIM
+from gazepatch.backend import MAX_DIM
 from gazepatch.kernels.tuned import DECODE
 
 #: Bytes of mean keys that a program of the selection scores at a time.
@@ -19,7 +19,7 @@ INTERPRETED = 4
 #: Regions from which on a program of the selection has twice the warps, and a multiprocessor no room for a second one.
 MANY_REGIONS = 2048
 #: Of a thread of NVIDIA's, 65,536 of which are those of a multiprocessor.
-MOST_REGISTERS = 255
+MAX_REGISTERS = 255
 #: Numbers that are counted at a time in a selection.
 COUNTED = 8192
 #: Numbers that a thread holds at a time where a program waits for many of them at once.
@@ -47,7 +47,7 @@ def decode_launch(architecture: str, dim: int, bytes_per_element: int) -> Launch
     """The row of the table, for the next larger head dim of the architecture, or of the next older one that has it."""
     older = ["cuda90", "cuda80"] if architecture.startswith("cuda") and int(architecture[4:]) > 90 else ["cuda80"]
     known = [architecture, *(["gfx942"] if architecture.startswith("gfx") else older)]
-    dim, size = min(padded(dim), MOST_DIM), max(bytes_per_element, 2)
+    dim, size = min(padded(dim), MAX_DIM), max(bytes_per_element, 2)
     fitting = (key for one in known for key in sorted(DECODE) if key[::2] == (one, size) and key[1] >= dim)
     return Launch(*DECODE[next(fitting)])
 
@@ -81,7 +81,7 @@ def decode_settings(
         "num_warps": launch.warps,
         "num_stages": launch.stages,
         **({"launch_pdl": True} if launch.early else {}),
-        **({"maxnreg": MOST_REGISTERS} if _has_all_registers(architecture, launch) else {}),
+        **({"maxnreg": MAX_REGISTERS} if _has_all_registers(architecture, launch) else {}),
     }
 
 
@@ -127,7 +127,7 @@ def _stages(architecture: str) -> int:
 def _has_all_registers(architecture: str, launch: Launch) -> bool:
     """Whether threads may have all they can: ptxas may spill some to make room for programs that nobody launches."""
     threads = 32 * launch.warps * launch.programs
-    return architecture.startswith("cuda") and (1 << 16) // threads > MOST_REGISTERS
+    return architecture.startswith("cuda") and (1 << 16) // threads > MAX_REGISTERS
 
 
 def _waits(architecture: str) -> bool:

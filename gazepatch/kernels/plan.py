@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gazepatch.backend import DTYPES, MOST_DIM, kernels_fit
+from gazepatch.backend import DTYPES, MAX_DIM, kernels_fit
 from gazepatch.config import GazeConfig
 from gazepatch.errors import UnsupportedModelError
 from gazepatch.kernels.launches import (
@@ -33,10 +33,10 @@ from gazepatch.regions import Regions
 from gazepatch.scores import Scores
 
 #: One program holds the scores of all regions of a row in its registers.
-MOST_REGIONS = 8192
-MOST_WINDOWS = 64  # of a region
+MAX_REGIONS = 8192
+MAX_WINDOWS = 64  # of a region
 #: Query heads of a key head: a program holds them all, in registers and shared memory.
-MOST_GROUP = 32
+MAX_GROUP = 32
 
 
 class Share(NamedTuple):
@@ -270,14 +270,14 @@ class KernelPlan(DecodePlan):
             return "takes no biases in decode steps"
         dtypes, dims = {tensor.dtype for tensor in tensors}, (query.shape[-1], entries.value.shape[-1])
         if not kernels_fit(dtypes, *dims):
-            wanted = f"one type among {_names(DTYPES)}, head dims up to {MOST_DIM}"
+            wanted = f"one type among {_names(DTYPES)}, head dims up to {MAX_DIM}"
             return f"needs {wanted}, got {_names(dtypes)}, {dims}"
-        if (group := self.heads // self.shape[1]) > MOST_GROUP:
-            return f"takes up to {MOST_GROUP} query heads a key head, got {group}"
-        if not self.whole and self.regions.start.shape[1] > MOST_REGIONS:
-            return f"selects among up to {MOST_REGIONS} regions, got {self.regions.start.shape[1]}"
-        if not self.whole and self.regions.windows > MOST_WINDOWS:
-            return f"scores up to {MOST_WINDOWS} windows a region, got {self.regions.windows}"
+        if (group := self.heads // self.shape[1]) > MAX_GROUP:
+            return f"takes up to {MAX_GROUP} query heads a key head, got {group}"
+        if not self.whole and self.regions.start.shape[1] > MAX_REGIONS:
+            return f"selects among up to {MAX_REGIONS} regions, got {self.regions.start.shape[1]}"
+        if not self.whole and self.regions.windows > MAX_WINDOWS:
+            return f"scores up to {MAX_WINDOWS} windows a region, got {self.regions.windows}"
         return None
 
 

@@ -62,10 +62,10 @@ class TrainConfig:
         check_choice("objective", self.objective, OBJECTIVES)
         check_choice("trainable", self.trainable, TRAINABLE)
         for name in ("batch_size", "accumulate", "lora_rank", "save_every", "log_every"):
-            check_int(name, getattr(self, name), least=1)
-        check_int("seed", self.seed, least=0)
+            check_int(name, getattr(self, name), minimum=1)
+        check_int("seed", self.seed, minimum=0)
         if self.steps is not None:
-            check_int("steps", self.steps, least=1)
+            check_int("steps", self.steps, minimum=1)
         _check_number("epochs", self.epochs, "above 0", _positive)
         for name in ("learning_rate", "context_learning_rate"):
             if getattr(self, name) is not None:

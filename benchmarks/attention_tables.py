@@ -39,8 +39,8 @@ def check(setup: Setup) -> Iterator[Case]:
             layers = Layers(grid, config, (2, setup.heads, setup.key_heads, setup.dim), 1, like)
             query, entries = layers.queries[0], layers.entries[0]
             exact = Entries(*(None if entry is None else entry.float() for entry in entries))
-            ours = layers.plan().decode(query, entries, setup.scores)
-            twin = layers.plan(DecodePlan).decode(query.float(), exact, setup.scores)
+            ours = layers.plan().decode(query, entries, setup.score_mod)
+            twin = layers.plan(DecodePlan).decode(query.float(), exact, setup.score_mod)
             error = (ours.output.float() - twin.output).abs().max().item()
             if not error < limits[dtype] or int(ours.read) != int(twin.read):
                 raise WrongError(f"off by {error}, read {int(ours.read)} entries, their twin {int(twin.read)}")
@@ -96,7 +96,7 @@ def _step(setup: Setup, name: str, whole: bool, alone: bool) -> Callable[[Grid, 
         layers, plan = ways.case(setup, grid, batch, config)
         row: Row = {"visual_tokens": layers.tokens, "budget": config.budget}
         if whole:
-            row["step_us"] = 1e3 * graph_ms(ways.gaze(layers, plan, setup.scores))
+            row["step_us"] = 1e3 * graph_ms(ways.gaze(layers, plan, setup.score_mod))
         if alone:
             read = layers.bytes_read(plan)
             moved = read["selected"] + read["text"] + read["mean_values"]
@@ -116,7 +116,7 @@ def selection(setup: Setup) -> Iterator[Case]:
         layers, plan = ways.case(setup, grid, batch, SETTINGS[name], "mean_keys")
         read = layers.bytes_read(plan)
         alone = 1e3 * graph_ms(ways.selections(setup, layers, plan))
-        whole = 1e3 * graph_ms(ways.gaze(layers, plan, setup.scores))
+        whole = 1e3 * graph_ms(ways.gaze(layers, plan, setup.score_mod))
         return {
             "regions": layers.regions.start.shape[1],
             "select_us": alone,

@@ -16,7 +16,7 @@ from gazepatch.config import GazeConfig
 from gazepatch.kernels.ops import decode, select
 from gazepatch.layout import Grid
 from gazepatch.ops.decode import DecodePlan
-from gazepatch.scores import Scores
+from gazepatch.score_mod import ScoreMod
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -46,25 +46,25 @@ def case(
 # ---- ours
 
 
-def gaze(layers: Layers, plan: Any, scores: Scores) -> Calls:
+def gaze(layers: Layers, plan: Any, score_mod: ScoreMod) -> Calls:
     """Selection and decode of every layer."""
     both = zip(layers.queries, layers.entries, strict=True)
-    return [lambda q=q, e=e: plan.decode(q, e, scores) for q, e in both]
+    return [lambda q=q, e=e: plan.decode(q, e, score_mod) for q, e in both]
 
 
 def selections(setup: Setup, layers: Layers, plan: Any) -> Calls:
     """The selection alone."""
     total = torch.zeros(1, dtype=torch.int64, device=setup.device)
     both = zip(layers.queries, layers.entries, strict=True)
-    launches = [plan.selecting(q[:, :, 0], e, setup.scores, total, None) for q, e in both]
+    launches = [plan.selecting(q[:, :, 0], e, setup.score_mod, total, None) for q, e in both]
     return [lambda arguments=arguments: select(*arguments) for arguments in launches]
 
 
 def attentions(setup: Setup, layers: Layers, plan: Any) -> Calls:
     """Decode alone, of the regions that a selection has left in the plan."""
-    plan.decode(layers.queries[0], layers.entries[0], setup.scores)
+    plan.decode(layers.queries[0], layers.entries[0], setup.score_mod)
     both = zip(layers.queries, layers.entries, strict=True)
-    launches = [plan.attending(q[:, :, 0], e, setup.scores, None) for q, e in both]
+    launches = [plan.attending(q[:, :, 0], e, setup.score_mod, None) for q, e in both]
     return [lambda arguments=arguments: decode(*arguments) for arguments in launches]
 
 

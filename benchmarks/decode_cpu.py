@@ -36,7 +36,7 @@ from gazepatch.config import GazeConfig
 from gazepatch.layout import Span
 from gazepatch.ops.decode import DecodePlan, gaze_decode
 from gazepatch.patch import apply, is_patched, patch_of, restore
-from gazepatch.scores import Scores
+from gazepatch.score_mod import ScoreMod
 
 HEADS, KEY_HEADS, DIM, TEXT, LAYERS = 32, 8, 128, 64, 4
 SETTINGS = {
@@ -95,7 +95,7 @@ class Layers:
         for layer in self.layers:
             key, value = layer.update(new, new)
             if self.plans:
-                gaze_decode(query, layer.entries(), self.plans[budget], Scores(DIM**-0.5))
+                gaze_decode(query, layer.entries(), self.plans[budget], ScoreMod(DIM**-0.5))
             else:
                 sdpa_attention_forward(ATTENTION, query, key, value, None, scaling=DIM**-0.5)
         self.state.finish(True)

@@ -81,7 +81,7 @@ def profile(setup: Setup, models: Models) -> Iterator[Case]:
                 def attention(frames: int = frames, batch: int = batch, name: str = name) -> Row:
                     layers, plan = ways.case(setup, setup.grid(frames), batch, SETTINGS[name])
                     try:
-                        return kernels_of(ways.gaze(layers, plan, setup.scores))
+                        return kernels_of(ways.gaze(layers, plan, setup.score_mod))
                     finally:
                         free()
 

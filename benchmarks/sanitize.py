@@ -20,7 +20,7 @@ from gazepatch.caches.state import GazeState
 from gazepatch.config import GazeConfig
 from gazepatch.layout import Span
 from gazepatch.ops.prefill import Keys, Queries, gaze_prefill
-from gazepatch.scores import Scores
+from gazepatch.score_mod import ScoreMod
 
 #: Images of two rows that differ, on grids that regions of 3 x 2 do not divide; then text.
 SPANS = [Span(0, 3, 38, (1, 5, 7), 0), Span(1, 1, 34, (3, 11, 1), 0), Span(1, 36, 45, None, 1)]
@@ -33,7 +33,7 @@ def run(config: GazeConfig, device: torch.device, dtype: torch.dtype) -> tuple[T
     """`[B, H, 1, D]` of a decode step, and the gradient of a prompt's keys."""
     owner = torch.nn.Module()
     state = GazeState(owner, config)
-    layer, scores = GazeLayer(state, gazes=True, leads=True), Scores(DIM**-0.5)
+    layer, score_mod = GazeLayer(state, gazes=True, leads=True), ScoreMod(DIM**-0.5)
 
     def random(heads: int, tokens: int) -> Tensor:
         return torch.randn(2, heads, tokens, DIM, device=device, dtype=dtype)
@@ -45,7 +45,7 @@ def run(config: GazeConfig, device: torch.device, dtype: torch.dtype) -> tuple[T
     assert layer.mean_keys is not None
     tables = state.table("regions", device), state.table("region_of", device)
     keys = Keys(key, value, layer.mean_keys, layer.mean_values, *tables)
-    queries = Queries(random(HEADS, len(positions)).requires_grad_(), positions, None, scores)
+    queries = Queries(random(HEADS, len(positions)).requires_grad_(), positions, None, score_mod)
     gaze_prefill(queries, keys, config).float().square().sum().backward()
     state.finish(True)
     assert key.grad is not None
@@ -58,8 +58,8 @@ def run(config: GazeConfig, device: torch.device, dtype: torch.dtype) -> tuple[T
         detached.begin([], 2, 1)
         step.update(random(KEY_HEADS, 1), random(KEY_HEADS, 1))
         query = random(HEADS, 1)
-        bias, late, entries = detached.bias(None, device), step.take_late(), step.entries()
-        output = detached.plan(query, entries).decode(query, entries, scores, bias, late=late).output
+        bias, pending, entries = detached.bias(None, device), step.take_pending(), step.entries()
+        output = detached.plan(query, entries).decode(query, entries, score_mod, bias, pending=pending).output
         detached.finish(True)
     return output, key.grad
 

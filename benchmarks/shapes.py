@@ -9,7 +9,7 @@ import torch
 
 from gazepatch.config import GazeConfig
 from gazepatch.layout import Grid
-from gazepatch.scores import Scores
+from gazepatch.score_mod import ScoreMod
 
 PAPER = GazeConfig(window=None, budget=0.1, periphery=False, min_visual_tokens=0)
 DEFAULTS = "the defaults"
@@ -80,9 +80,9 @@ class Setup:
     compiler: str
 
     @property
-    def scores(self) -> Scores:
+    def score_mod(self) -> ScoreMod:
         """Plain dot products."""
-        return Scores(self.dim**-0.5)
+        return ScoreMod(self.dim**-0.5)
 
     def grid(self, frames: int) -> Grid:
         """Of so many frames."""

@@ -31,7 +31,7 @@ import gazepatch.kernels.tuned as tuned
 from gazepatch.config import GazeConfig
 from gazepatch.kernels.launches import apart, architecture, decode_launch, forget
 from gazepatch.ops.decode import DecodePlan
-from gazepatch.scores import Scores
+from gazepatch.score_mod import ScoreMod
 
 CONFIG = GazeConfig(region=(8, 8, 1), window=None, budget=0.1, periphery=False, min_visual_tokens=0)
 #: Rows, frames of 24 x 24 tokens, heads and key heads: with few of these, more programs share what one of them reads.
@@ -140,7 +140,7 @@ def _take(key: tuple[str, int, int], settings: Settings) -> None:
 
 
 def _steps(layers: Layers) -> list[Callable[[], object]]:
-    return gaze(layers, layers.plan(), Scores(layers.shape[3] ** -0.5))
+    return gaze(layers, layers.plan(), ScoreMod(layers.shape[3] ** -0.5))
 
 
 def write(path: Path, found: dict[tuple[str, int, int], Settings], measured: str) -> None:

@@ -32,7 +32,7 @@ from gazepatch.layout import Span
 from gazepatch.patch import patch_of, patched, root_model, stats
 from gazepatch.reference import Attended, gaze_reference
 from gazepatch.registry import adapter_for
-from gazepatch.scores import Scores
+from gazepatch.score_mod import ScoreMod
 from gazepatch.verification import fingerprint, generate_logits, verify
 
 #: Largest difference from the dense logits, float32, relative to the largest logit.
@@ -146,7 +146,7 @@ class _Step:
     key: Tensor
     value: Tensor
     visible: Tensor
-    scores: Scores
+    score_mod: ScoreMod
     output: Tensor
     key_heads: int
 
@@ -165,7 +165,7 @@ class _Step:
     def expected(self, row: int, settings: GazeConfig, spans: Sequence[Span]) -> Attended:
         """What the reference makes of a row, whose spans these are."""
         rows = len(self.query)
-        scale, softcap, sinks, bias, _ = self.scores
+        scale, softcap, sinks, bias, _ = self.score_mod
         return gaze_reference(
             self.query[row, :, 0],
             self.key[row],
@@ -188,8 +188,8 @@ def _spied(model: nn.Module) -> Iterator[list[_Step]]:
     attention, runtime = patch_of(model).attention, patch_of(model).runtime
     decode = attention.decode
 
-    def noted(forward: Any, layer: int, module: Any, query: Tensor, scores: Scores, mask: Any) -> Tensor:
-        output = decode(forward, layer, module, query, scores, mask)
+    def noted(forward: Any, layer: int, module: Any, query: Tensor, score_mod: ScoreMod, mask: Any) -> Tensor:
+        output = decode(forward, layer, module, query, score_mod, mask)
         key, value = forward.cache.layers[runtime.store_of.get(layer, layer)].logical()
         key_heads = key.shape[1]
         if runtime.latent:
@@ -198,7 +198,7 @@ def _spied(model: nn.Module) -> Iterator[list[_Step]]:
         if mask is not None:
             row = mask[:, 0, -1]
             visible = (row if row.dtype == torch.bool else row == 0).expand_as(visible)
-        steps.append(_Step(layer, query, key, value, visible, scores, output, key_heads))
+        steps.append(_Step(layer, query, key, value, visible, score_mod, output, key_heads))
         return output
 
     attention.decode = noted  # type: ignore[method-assign]

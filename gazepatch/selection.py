@@ -8,24 +8,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gazepatch.scores import Scores
+from gazepatch.score_mod import ScoreMod
 
 
-def window_logits(query: Tensor, mean_keys: Tensor, log_counts: Tensor, scores: Scores) -> Tensor:
+def window_logits(query: Tensor, mean_keys: Tensor, log_counts: Tensor, score_mod: ScoreMod) -> Tensor:
     """Score of the mean key + `log n` for every window: what the window weighs if its keys were all alike.
 
     Args:
         query: `[B, H_kv, G, D]`.
         mean_keys: `[B, H_kv, R * C, D]`.
         log_counts: `[B or 1, R * C]` float32.
-        scores: What becomes of the dot products; grouped as the query is.
+        score_mod: What becomes of the dot products; grouped as the query is.
 
     Returns:
         `[B, H_kv, G, R * C]` float32.
     """
     products = torch.matmul(query, mean_keys.transpose(-1, -2))
-    sizes = log_counts[:, None, None] if scores.window_bias is None else scores.window_bias
-    return torch.add(sizes, products, alpha=scores.scale) if scores.softcap is None else sizes + scores.of(products)
+    sizes = log_counts[:, None, None] if score_mod.window_bias is None else score_mod.window_bias
+    return (
+        torch.add(sizes, products, alpha=score_mod.scale)
+        if score_mod.softcap is None
+        else sizes + score_mod.of(products)
+    )
 
 
 def region_scores(weights: Tensor, windows: int, head_reduce: str) -> Tensor:

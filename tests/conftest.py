@@ -16,7 +16,7 @@ from gazepatch.config import GazeConfig
 from gazepatch.layout import Block, Span
 from gazepatch.reference import gaze_reference
 from gazepatch.regions import tile_span
-from gazepatch.scores import Scores
+from gazepatch.score_mod import ScoreMod
 
 # The tests are many small operations, which further threads only slow down.
 torch.set_num_threads(1)
@@ -99,10 +99,10 @@ class Sequences:
     def to(self, dtype: torch.dtype) -> Sequences:
         return replace(self, query=self.query.to(dtype), key=self.key.to(dtype), value=self.value.to(dtype))
 
-    def scores(self, positions: Tensor | slice, keys: int) -> Scores:
+    def score_mod(self, positions: Tensor | slice, keys: int) -> ScoreMod:
         """What becomes of the dot products of the queries at these positions and so many keys."""
         bias = None if self.bias is None else self.bias[..., :keys]
-        return Scores(self.scale, self.softcap, self.sinks, bias).of_queries(positions)
+        return ScoreMod(self.scale, self.softcap, self.sinks, bias).of_queries(positions)
 
     def mask(self, position: int) -> Tensor | None:
         """`[B, 1, 1, L]` for the query at `position`; None without padding, as transformers has it."""

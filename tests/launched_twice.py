@@ -45,8 +45,8 @@ def twice(plan: KernelPlan, *args: Any) -> Decoded:
     decoded = DECODE(plan, *args)
     for step, output in repeated:
         flat = step.query.view(*step.query.shape[:2], -1)
-        select(*plan.selecting(flat, step.entries, step.scores, step.total, step.late))
-        anew = decode(*plan.attending(flat, step.entries, step.scores, step.bias))
+        select(*plan.selecting(flat, step.entries, step.score_mod, step.total, step.pending))
+        anew = decode(*plan.attending(flat, step.entries, step.score_mod, step.bias))
         again, first = GPU.launched[:2], GPU.launched[2:]
         for one, other in zip(again, first, strict=True):
             assert [plain(x) for x in one if x is not output] == [plain(x) for x in other if x is not anew]

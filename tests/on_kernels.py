@@ -11,7 +11,7 @@ from sequences import BASE
 from torch import Tensor
 
 from gazepatch.regions import ABSENT
-from gazepatch.scores import Scores
+from gazepatch.score_mod import ScoreMod
 from gazepatch.selection import region_scores, window_logits
 from gazepatch.selection import select as torch_select
 
@@ -81,7 +81,7 @@ class Selection:
 
     def logits(self) -> Tensor:
         grouped = self.query.unflatten(1, (-1, self.group))
-        return window_logits(grouped, self.mean_keys, self.log_counts, Scores(0.25))
+        return window_logits(grouped, self.mean_keys, self.log_counts, ScoreMod(0.25))
 
     def expected(self, budget: list[int], head_reduce: str) -> Tensor:
         """Which regions the twin takes."""

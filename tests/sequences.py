@@ -14,7 +14,7 @@ from gazepatch.caches.layer import GazeLayer
 from gazepatch.caches.state import GazeState
 from gazepatch.config import GazeConfig
 from gazepatch.ops.decode import Decoded
-from gazepatch.scores import Scores
+from gazepatch.score_mod import ScoreMod
 
 BASE = GazeConfig(region=(4, 4, 1), window=(2, 2, 1), budget=0.3, min_visual_tokens=0)
 
@@ -107,15 +107,15 @@ class Filled:
         """The decode step at `position`; by plain attention, where a sequence has too few visual tokens to gaze."""
         key, value = self.begin(position, position + 1)
         at = slice(position, position + 1)
-        query, scores = self.sequence.query[:, :, at], self.sequence.scores(at, position + 1)
+        query, score_mod = self.sequence.query[:, :, at], self.sequence.score_mod(at, position + 1)
         if self.state.decoding:
             entries, bias = self.layer.entries(), self.state.bias(mask, query.device)
-            decoded = self.state.plan(query, entries).decode(query, entries, self.state.laid(scores), bias)
+            decoded = self.state.plan(query, entries).decode(query, entries, self.state.laid(score_mod), bias)
         else:
             group = query.shape[1] // key.shape[1]
             key, value = (x.repeat_interleave(group, 1) for x in (key, value))
-            assert scores == Scores(scores.scale)
-            output = sdpa(query, key, value, attn_mask=mask, scale=scores.scale)
+            assert score_mod == ScoreMod(score_mod.scale)
+            output = sdpa(query, key, value, attn_mask=mask, scale=score_mod.scale)
             decoded = Decoded(output, -1)
         self.state.finish(completed=True)
         return decoded

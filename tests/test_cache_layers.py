@@ -53,10 +53,10 @@ def test_an_entry_that_nobody_attended_to_is_not_lost() -> None:
         if step == 2:
             assert torch.equal(layer.logical()[0][0, 0, 50:, 0], torch.arange(3.0))
         state.finish(True)
-    late = layer.take_late()
-    assert late is not None and layer.take_late() is None
+    pending = layer.take_pending()
+    assert pending is not None and layer.take_pending() is None
     assert layer.keys[0, 0, 50:53, 0].tolist() == [0, 1, 2]
-    late.write()  # by whoever took it
+    pending.write()  # by whoever took it
     assert layer.keys[0, 0, 50:, 0].tolist() == [0, 1, 2, 3] and layer.values[0, 1, -1, 7] == -3
 
 

@@ -15,7 +15,7 @@ import gazepatch.caches.layer
 from gazepatch.config import GazeConfig
 from gazepatch.ops import decode
 from gazepatch.ops.decode import DecodePlan, gaze_decode
-from gazepatch.scores import Scores
+from gazepatch.score_mod import ScoreMod
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -239,10 +239,12 @@ def test_gradients_of_a_query_through_layers_that_share_a_plan(sequences: Make) 
     entries = filled.layer.entries()
     query = sequence.query[:, :, position : position + 1].clone().requires_grad_()
     plan = filled.state.plan(query, entries)
-    layers = Scores(0.25), Scores(0.5)
-    outputs = [gaze_decode(query, entries, plan, scores).output.sum() for scores in layers]
+    layers = ScoreMod(0.25), ScoreMod(0.5)
+    outputs = [gaze_decode(query, entries, plan, score_mod).output.sum() for score_mod in layers]
     (together,) = torch.autograd.grad(sum(outputs), query)
-    alone = [torch.autograd.grad(gaze_decode(query, entries, plan, scores).output.sum(), query)[0] for scores in layers]
+    alone = [
+        torch.autograd.grad(gaze_decode(query, entries, plan, score_mod).output.sum(), query)[0] for score_mod in layers
+    ]
     torch.testing.assert_close(together, sum(alone))
 
 

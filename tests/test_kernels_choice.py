@@ -18,7 +18,7 @@ from gazepatch import apply, inspect
 from gazepatch.backend import choose
 from gazepatch.errors import ConfigError, GazeError, UnsupportedModelError
 from gazepatch.kernels.plan import KernelPlan
-from gazepatch.scores import Scores
+from gazepatch.score_mod import ScoreMod
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -78,10 +78,10 @@ def test_gradients_are_left_to_the_twin(sequences: Make) -> None:
     filled.begin(filled.sequence.stops[0], filled.sequence.stops[0] + 1)
     entries = filled.layer.entries()
     query = filled.sequence.query[:, :, :1].clone().requires_grad_()
-    plan, scores = filled.state.plan(query, entries), Scores(0.25)
-    assert isinstance(plan, KernelPlan) and plan.unfit(query, entries, scores) == "has no gradients of decode steps"
+    plan, score_mod = filled.state.plan(query, entries), ScoreMod(0.25)
+    assert isinstance(plan, KernelPlan) and plan.unfit(query, entries, score_mod) == "has no gradients of decode steps"
     plan.config = replace(KERNELS, backend="auto")
-    plan.decode(query, entries, scores).output.sum().backward()
+    plan.decode(query, entries, score_mod).output.sum().backward()
     assert query.grad is not None and query.grad.abs().sum() > 0
 
 
@@ -93,13 +93,13 @@ def test_biases_are_left_to_the_twin(sequences: Make) -> None:
     filled.read(0, position)
     filled.begin(position, position + 1)
     query, entries = sequence.query[:, :, position : position + 1], filled.layer.entries()
-    scores = filled.state.laid(sequence.scores(slice(position, position + 1), position + 1))
+    score_mod = filled.state.laid(sequence.score_mod(slice(position, position + 1), position + 1))
     plan = filled.state.plan(query, entries)
     with pytest.raises(UnsupportedModelError, match="backend='triton' takes no biases"):
-        plan.decode(query, entries, scores)
+        plan.decode(query, entries, score_mod)
     plan.config = replace(KERNELS, backend="auto")
     expected, _ = sequence.reference(position, KERNELS)
-    torch.testing.assert_close(plan.decode(query, entries, scores).output[:, :, 0], expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(plan.decode(query, entries, score_mod).output[:, :, 0], expected, atol=2e-5, rtol=0)
 
 
 def test_importing_the_package_does_not_import_triton() -> None:

@@ -37,16 +37,16 @@ def test_a_step_in_a_graph(sequences: Make) -> None:
     query = sequence.query[:, :, position : position + 1].clone()
     plan = filled.state.plan(query, entries)
     bias = filled.state.bias(sequence.mask(position), DEVICE)
-    total, scores = torch.zeros(1, dtype=torch.int64, device=DEVICE), sequence.scores(slice(1), 1)
-    plan.decode(query, entries, scores, bias, total)  # compiles
+    total, score_mod = torch.zeros(1, dtype=torch.int64, device=DEVICE), sequence.score_mod(slice(1), 1)
+    plan.decode(query, entries, score_mod, bias, total)  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = plan.decode(query, entries, scores, bias, total).output
+        captured = plan.decode(query, entries, score_mod, bias, total).output
     for other in range(3):
         query.copy_(sequence.query[:, :, other : other + 1])
         graph.replay()
-        torch.testing.assert_close(captured, plan.decode(query, entries, scores, bias, total).output)
+        torch.testing.assert_close(captured, plan.decode(query, entries, score_mod, bias, total).output)
 
 
 def test_auto_is_kernels_on_a_gpu() -> None:

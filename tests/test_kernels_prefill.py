@@ -39,11 +39,11 @@ def gazed(sequence: Any, config: GazeConfig, positions: Tensor, mask_kind: str) 
     mask = masks(sequence, positions, mask_kind)
     positions = positions.to(DEVICE)
     mask = None if mask is None else mask.to(DEVICE)
-    scores = state.laid(sequence.scores(slice(None), key.shape[2])).of_queries(positions)
+    score_mod = state.laid(sequence.score_mod(slice(None), key.shape[2])).of_queries(positions)
     assert layer.mean_keys is not None
     tables = state.table("regions", DEVICE), state.table("region_of", DEVICE)
     keys = Keys(key, value, layer.mean_keys, layer.mean_values, *tables)
-    output = gaze_prefill(Queries(query[:, :, positions], positions, mask, scores), keys, config)
+    output = gaze_prefill(Queries(query[:, :, positions], positions, mask, score_mod), keys, config)
     torch.manual_seed(1)
     rows = text(sequence)[:, positions.cpu()].to(DEVICE)
     gradient = torch.randn(output.shape).to(DEVICE, output.dtype) * rows[:, None, :, None]

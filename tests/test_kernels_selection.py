@@ -8,7 +8,7 @@ from on_kernels import DEVICE, Selection, assert_runs
 
 from gazepatch.kernels.ops import select
 from gazepatch.kernels.plan import appended
-from gazepatch.ops.late import Late
+from gazepatch.ops.pending import PendingEntry
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -77,10 +77,10 @@ def test_an_entry_is_appended_by_the_way(dims: tuple[int, ...], filled: int | No
     entry = tuple(torch.randn(2, 1, 2, dim, device=DEVICE).to(dtype).transpose(1, 2) for dim in dims)
     entry = (entry[0].mT.contiguous().mT, *entry[1:])
     count = None if filled is None else torch.tensor(filled, device=DEVICE)
-    late = Late(stores, entry, count, 7 if filled is None else 7 - filled)
+    pending = PendingEntry(stores, entry, count, 7 if filled is None else 7 - filled)
     expected = [store.clone() for store in stores]
-    late._replace(stores=tuple(expected)).write()
-    select(*case.arguments([9, 4], "mean", 3, appended(late)))
+    pending._replace(stores=tuple(expected)).write()
+    select(*case.arguments([9, 4], "mean", 3, appended(pending)))
     for store, written in zip(stores, expected, strict=True):
         assert torch.equal(store, written)
     assert all(torch.equal(store[:, :, 7:8], new) for store, new in zip(stores, entry, strict=True))
@@ -91,6 +91,6 @@ def test_nothing_is_written_behind_a_full_store() -> None:
     store, entry = (torch.randn(2, 2, tokens, 16, device=DEVICE) for tokens in (8, 1))
     before = store.clone()
     for filled in (None, torch.tensor(5, device=DEVICE)):
-        late = Late((store,), (entry,), filled, 8 if filled is None else 3)
-        select(*case.arguments([9, 4], "mean", 3, appended(late)))
+        pending = PendingEntry((store,), (entry,), filled, 8 if filled is None else 3)
+        select(*case.arguments([9, 4], "mean", 3, appended(pending)))
     assert torch.equal(store, before)

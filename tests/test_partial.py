@@ -8,12 +8,12 @@ from torch import Tensor
 
 from gazepatch.ops.partial import Part, attend, combine, sink
 from gazepatch.regions import ABSENT
-from gazepatch.scores import Scores
+from gazepatch.score_mod import ScoreMod
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 SCALE = 0.3
-SCORES = Scores(SCALE)
+SCORE_MOD = ScoreMod(SCALE)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 #: How the torch operator and the fallback are reached: value dimension, whether a gradient is asked for
 PATHS = {"operator": (16, False), "other value dimension": (24, False), "gradient": (16, True)}
@@ -51,7 +51,7 @@ def assert_no_worse(actual: Tensor, query: Tensor, key: Tensor, value: Tensor, b
 @pytest.mark.parametrize("keys", [1, 35, 36, 63, 100])
 def test_attend(keys: int, queries: int, path: tuple[int, bool]) -> None:
     query, key, value = tensors(keys, path, queries=queries)
-    part = attend(query, key, value, SCORES)
+    part = attend(query, key, value, SCORE_MOD)
     output, weight = plain(query, key, value)
     assert part.weight.shape == (2, 2, queries) and part.weight.dtype == torch.float32
     torch.testing.assert_close(part.output.double(), output, atol=2e-6, rtol=0)
@@ -61,9 +61,9 @@ def test_attend(keys: int, queries: int, path: tuple[int, bool]) -> None:
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["query", "key", "value"])
 def test_attend_whatever_the_strides(which: int) -> None:
     given = tensors(35)
-    expected = attend(*given, SCORES)
+    expected = attend(*given, SCORE_MOD)
     given[which] = given[which].mT.contiguous().mT
-    for actual, wanted in zip(attend(*given, SCORES), expected, strict=True):
+    for actual, wanted in zip(attend(*given, SCORE_MOD), expected, strict=True):
         torch.testing.assert_close(actual, wanted)
 
 
@@ -72,7 +72,7 @@ def test_attend_whatever_the_strides(which: int) -> None:
 def test_attend_with_a_bias_that_broadcasts(shape: tuple[int, ...], path: tuple[int, bool]) -> None:
     query, key, value = tensors(35, path)
     bias = torch.randn(shape).masked_fill(torch.rand(shape) < 0.5, ABSENT)
-    part = attend(query, key, value, SCORES, bias)
+    part = attend(query, key, value, SCORE_MOD, bias)
     output, weight = plain(query, key, value, bias)
     torch.testing.assert_close(part.output.double(), output, atol=2e-6, rtol=0)
     torch.testing.assert_close(part.weight.double(), weight, atol=2e-6, rtol=1e-6)
@@ -83,7 +83,7 @@ def test_attend_with_a_bias_that_broadcasts(shape: tuple[int, ...], path: tuple[
 def test_soft_capped_scores(keys: int, path: tuple[int, bool]) -> None:
     query, key, value = tensors(keys, path)
     bias = torch.randn(2, 1, 3, keys)
-    part = attend(query, key, value, Scores(SCALE, softcap=0.8), bias)
+    part = attend(query, key, value, ScoreMod(SCALE, softcap=0.8), bias)
     scores = 0.8 * (SCALE * query.double() @ key.double().mT / 0.8).tanh() + bias
     torch.testing.assert_close(part.output.double(), scores.softmax(-1) @ value.double(), atol=2e-6, rtol=0)
     torch.testing.assert_close(part.weight.double(), scores.logsumexp(-1), atol=2e-6, rtol=1e-6)
@@ -95,9 +95,9 @@ def test_a_sink_is_a_key_whose_value_is_zero(shape: tuple[int, ...]) -> None:
     sinks = (2 * torch.randn(shape)).requires_grad_()
     query, key, value = torch.randn(2, 6, 5, 16), torch.randn(2, 2, 35, 16), torch.randn(2, 2, 35, 24)
     grouped = query.view(2, 2, 3, 5, 16).transpose(2, 3).flatten(2, 3)
-    parts = [attend(grouped, key[:, :, i], value[:, :, i], SCORES) for i in random_parts(35)]
+    parts = [attend(grouped, key[:, :, i], value[:, :, i], SCORE_MOD) for i in random_parts(35)]
     output = (
-        combine([*parts, sink(Scores(SCALE, sinks=sinks).grouped(2, 5).sinks)])
+        combine([*parts, sink(ScoreMod(SCALE, sinks=sinks).grouped(2, 5).sinks)])
         .unflatten(2, (5, 3))
         .transpose(2, 3)
         .flatten(1, 2)
@@ -123,7 +123,7 @@ def test_combined_parts_are_the_whole(keys: int, path: tuple[int, bool], dtype: 
     query, key, value = tensors(keys, path, dtype)
     bias = torch.randn(1, 1, 1, keys)
     for _ in range(3):
-        parts = [attend(query, key[:, :, i], value[:, :, i], SCORES, bias[..., i]) for i in random_parts(keys)]
+        parts = [attend(query, key[:, :, i], value[:, :, i], SCORE_MOD, bias[..., i]) for i in random_parts(keys)]
         output = combine(parts)
         assert output.dtype == dtype
         assert_no_worse(output, query, key, value, bias)
@@ -142,7 +142,7 @@ def test_a_hidden_part_has_no_weight(hidden: list[int], path: tuple[int, bool], 
     bias = torch.zeros(1, 1, 1, 35)
     for i in hidden:
         bias[..., pieces[i]] = ABSENT
-    parts = [attend(query, key[:, :, i], value[:, :, i], SCORES, bias[..., i]) for i in pieces]
+    parts = [attend(query, key[:, :, i], value[:, :, i], SCORE_MOD, bias[..., i]) for i in pieces]
     for i, part in enumerate(parts):
         assert part.output.isfinite().all() and part.weight.isfinite().all()
         assert bool((part.weight < -1e29).all()) is (i in hidden)
@@ -154,7 +154,7 @@ def test_a_hidden_part_has_no_weight(hidden: list[int], path: tuple[int, bool], 
 def test_hidden_parts_only_are_not_nan(dtype: torch.dtype) -> None:
     # The rows of padding tokens: nobody reads them, but NaN would spread through gradients and caches.
     query, key, value = tensors(9, dtype=dtype)
-    part = attend(query, key, value, SCORES, torch.full((1, 1, 1, 9), ABSENT))
+    part = attend(query, key, value, SCORE_MOD, torch.full((1, 1, 1, 9), ABSENT))
     assert combine([part, part, part]).isfinite().all()
 
 
@@ -175,7 +175,7 @@ def test_combine_of_very_different_weights() -> None:
 
 def test_gradients_are_those_of_plain_attention() -> None:
     query, key, value = tensors(35, PATHS["gradient"])
-    parts = [attend(query, key[:, :, i], value[:, :, i], SCORES) for i in random_parts(35)]
+    parts = [attend(query, key[:, :, i], value[:, :, i], SCORE_MOD) for i in random_parts(35)]
     seed = torch.randn(2, 2, 3, 16)
     gradients = torch.autograd.grad((combine(parts) * seed).sum(), (query, key, value))
     expected = torch.autograd.grad((plain(query, key, value)[0] * seed).sum(), (query, key, value))
@@ -187,5 +187,7 @@ def test_double_precision_stays_double() -> None:
     query, key, value = tensors(63, dtype=torch.float64)
     bias = torch.zeros(1, 1, 1, 63, dtype=torch.float64)
     bias[..., ::5] = ABSENT
-    parts = [attend(query, key[:, :, s], value[:, :, s], SCORES, bias[..., s]) for s in (slice(0, 20), slice(20, 63))]
+    parts = [
+        attend(query, key[:, :, s], value[:, :, s], SCORE_MOD, bias[..., s]) for s in (slice(0, 20), slice(20, 63))
+    ]
     torch.testing.assert_close(combine(parts), plain(query, key, value, bias)[0], atol=1e-12, rtol=0)

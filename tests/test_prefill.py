@@ -77,9 +77,9 @@ def gazed(
     key, value = layer.update(sequence.key, sequence.value)
     assert state.regions is not None and layer.mean_keys is not None
     keys = Keys(key, value, layer.mean_keys, layer.mean_values, state.regions, state.region_of())
-    scores = state.laid(sequence.scores(slice(None), key.shape[2])).of_queries(positions)
+    score_mod = state.laid(sequence.score_mod(slice(None), key.shape[2])).of_queries(positions)
     counted = None if reads is None else QueryReads(reads, reads.tokens[:, positions])
-    return gaze_prefill(Queries(sequence.query[:, :, positions], positions, mask, scores, counted), keys, config)
+    return gaze_prefill(Queries(sequence.query[:, :, positions], positions, mask, score_mod, counted), keys, config)
 
 
 def assert_every_query_is_the_reference(sequence: Any, config: GazeConfig, mask_kind: str) -> None:

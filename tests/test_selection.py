@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gazepatch.regions import ABSENT
-from gazepatch.scores import Scores
+from gazepatch.score_mod import ScoreMod
 from gazepatch.selection import region_scores, select, window_logits
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -46,7 +46,7 @@ def test_select_among_many_ties(regions: int) -> None:
 def test_window_logits() -> None:
     query = torch.tensor([[1.0, 0.0], [0.0, 2.0]]).view(1, 1, 2, 2)
     mean_keys = torch.tensor([[3.0, 5.0], [-1.0, 0.5], [7.0, 7.0]]).view(1, 1, 3, 2)
-    logits = window_logits(query, mean_keys, torch.tensor([[0.25, 0.5, ABSENT]]), Scores(0.5))
+    logits = window_logits(query, mean_keys, torch.tensor([[0.25, 0.5, ABSENT]]), ScoreMod(0.5))
     assert logits.shape == (1, 1, 2, 3) and logits.dtype == torch.float32
     assert logits[0, 0, :, :2].tolist() == [[1.75, 0.0], [5.25, 1.0]]
     assert (logits[..., 2] < -1e29).all()
@@ -54,13 +54,13 @@ def test_window_logits() -> None:
 
 def test_window_logits_are_capped_before_counts_are_added() -> None:
     query, mean_keys = torch.tensor([2.0]).view(1, 1, 1, 1), torch.tensor([1.0, -3.0, 0.0]).view(1, 1, 3, 1)
-    logits = window_logits(query, mean_keys, torch.tensor([[5.0, 0.5, 0.0]]), Scores(0.5, softcap=2.0))
+    logits = window_logits(query, mean_keys, torch.tensor([[5.0, 0.5, 0.0]]), ScoreMod(0.5, softcap=2.0))
     assert logits.flatten().tolist() == pytest.approx([2 * math.tanh(0.5) + 5, 2 * math.tanh(-1.5) + 0.5, 0.0])
 
 
 def test_window_logits_of_rows_with_their_own_counts() -> None:
     query, mean_keys = torch.ones(2, 1, 1, 1), torch.ones(2, 1, 2, 1)
-    logits = window_logits(query, mean_keys, torch.tensor([[0.0, 1.0], [2.0, ABSENT]]), Scores(1.0))
+    logits = window_logits(query, mean_keys, torch.tensor([[0.0, 1.0], [2.0, ABSENT]]), ScoreMod(1.0))
     assert logits[:, 0, 0].tolist() == [[1.0, 2.0], [3.0, pytest.approx(ABSENT)]]
 
 
@@ -87,7 +87,9 @@ def test_scores_are_those_of_a_plain_softmax(regions: int, windows: int, group: 
     absent = absent.flatten(1)
     log_counts = counts.float().log().masked_fill(absent, ABSENT)
 
-    scores = region_scores(window_logits(query, mean_keys, log_counts, Scores(scale)).softmax(-1), windows, head_reduce)
+    scores = region_scores(
+        window_logits(query, mean_keys, log_counts, ScoreMod(scale)).softmax(-1), windows, head_reduce
+    )
 
     x = scale * query.double() @ mean_keys.double().mT + counts.double().log()[:, None, None]
     x = x.masked_fill(absent[:, None, None], -math.inf).unflatten(-1, (regions, windows)).logsumexp(-1)
@@ -103,5 +105,5 @@ def test_scores_are_those_of_a_plain_softmax(regions: int, windows: int, group: 
 def test_counts_are_added_in_float32() -> None:
     query, mean_keys = torch.ones(1, 1, 1, 1, dtype=torch.bfloat16), torch.full((1, 1, 2, 1), 256, dtype=torch.bfloat16)
     # bfloat16 has 8 bits: both would be 256, and a tie.
-    logits = window_logits(query, mean_keys, torch.tensor([[0.25, 0.5]]), Scores(1.0))
+    logits = window_logits(query, mean_keys, torch.tensor([[0.25, 0.5]]), ScoreMod(1.0))
     assert logits.tolist() == [[[[256.25, 256.5]]]]

@@ -17,7 +17,7 @@ from gazepatch.caches.static import StaticGazeLayer, StaticState
 from gazepatch.layout import Span
 from gazepatch.ops.decode import DecodePlan
 from gazepatch.patch import patched, stats
-from gazepatch.scores import Scores
+from gazepatch.score_mod import ScoreMod
 
 OWNER = type("Owner", (), {})()  # stands for the patch that a cache belongs to
 
@@ -94,7 +94,7 @@ def test_a_step_stays_on_its_device(name: str) -> None:
             read = layer.update(entries, entries)
             if state.decoding:
                 decoded = state.plan(query, layer.entries()).decode(
-                    query, layer.entries(), Scores(0.25), state.bias(mask, device)
+                    query, layer.entries(), ScoreMod(0.25), state.bias(mask, device)
                 )
                 state.counters.add_read(0, decoded.read)
                 assert decoded.output.shape == (2, 8, 1, 16)

@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 from gazepatch.caches.state import GazeState
 from gazepatch.errors import CacheError
 from gazepatch.ops.decode import Entries
-from gazepatch.ops.late import Late
+from gazepatch.ops.pending import PendingEntry
 from gazepatch.ops.plan import means_of
 from gazepatch.places import locked
 from gazepatch.regions import Chunk, take
@@ -48,7 +48,7 @@ class GazeLayer(DynamicLayer):
         self._other: Stores | None = None  # with room for more behind `_used`
         self._visual: Stores | None = None
         self._means: Stores | None = None  # of the values with periphery only
-        self._late: Late | None = None
+        self._pending: PendingEntry | None = None
         self._lent = False  # a graph for gradients may keep the store of others as it is
 
     # ---- filling
@@ -112,29 +112,29 @@ class GazeLayer(DynamicLayer):
         for store, of_store in zip(self._other, new, strict=True):
             store.narrow(2, start, of_store.shape[2]).copy_(of_store)
 
-    def _behind_others(self, new: Stores) -> Late:
+    def _behind_others(self, new: Stores) -> PendingEntry:
         self._write_late()
         start, self._used = self._used, self._used + 1
         self._make_room(start, new)
         assert self._other is not None
-        return Late(self._other, new, None, start)
+        return PendingEntry(self._other, new, None, start)
 
-    def _defer(self, late: Late) -> None:
-        if not late.fits():
-            held, new = (tuple(x.shape) for x in (late.stores[0], late.entry[0]))
+    def _defer(self, pending: PendingEntry) -> None:
+        if not pending.fits():
+            held, new = (tuple(x.shape) for x in (pending.stores[0], pending.entry[0]))
             raise CacheError(
                 f"this cache holds keys {held}, and a step brought {new}: keep its rows, or start a new one"
             )
-        self._late = late
+        self._pending = pending
 
-    def take_late(self) -> Late | None:
+    def take_pending(self) -> PendingEntry | None:
         """The newest entry, if it is not written yet: whoever takes it has to."""
-        late, self._late = self._late, None
-        return late
+        pending, self._pending = self._pending, None
+        return pending
 
     def _write_late(self) -> None:
-        if (late := self.take_late()) is not None:
-            late.write()
+        if (pending := self.take_pending()) is not None:
+            pending.write()
 
     def _make_room(self, start: int, new: Stores) -> None:
         """Have a store of other entries with room for all that are used; the first `start` of them are held."""

@@ -20,7 +20,7 @@ from gazepatch.layout import Span
 from gazepatch.ops.decode import DecodePlan, Entries
 from gazepatch.ops.plan import plan_for
 from gazepatch.regions import ABSENT, Chunk, Regions, by_window, sort_chunk
-from gazepatch.scores import Scores, as_bias
+from gazepatch.score_mod import ScoreMod, as_bias
 
 #: Tables that change with every token.
 _GROWING = ("region_of", "window_of", "logical_order", "other_positions", "entry_positions")
@@ -207,18 +207,18 @@ class GazeState:
         assert self.order is not None
         return self.order
 
-    def laid(self, scores: Scores) -> Scores:
+    def laid(self, score_mod: ScoreMod) -> ScoreMod:
         """Scores with biases by position, `[B or 1, H, Q, L]`, as attention over this sequence takes them."""
-        if scores.bias is None:
-            return scores
+        if score_mod.bias is None:
+            return score_mod
         assert self.regions is not None
-        bias, device = scores.bias.float(), scores.bias.device
+        bias, device = score_mod.bias.float(), score_mod.bias.device
         windows = by_window(bias, self.table("window_of", device), self.regions.log_counts.shape[1])
         if self.decoding:
             order = self.table("entry_positions", device)[:, None, None]
             rows = max(len(order), len(bias))
             bias = bias.expand(rows, -1, -1, -1).gather(-1, order.expand(rows, *bias.shape[1:3], -1))
-        return scores._replace(bias=bias, window_bias=windows)
+        return score_mod._replace(bias=bias, window_bias=windows)
 
     def recorded(self) -> tuple[Tensor, Tensor]:
         """`Slots.source` and `Slots.context`."""

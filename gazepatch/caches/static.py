@@ -22,9 +22,9 @@ from gazepatch.counters import StepCounters
 from gazepatch.errors import CacheError
 from gazepatch.insertion import Insertion
 from gazepatch.layout import Span
-from gazepatch.ops.late import Late
+from gazepatch.ops.pending import PendingEntry
 from gazepatch.places import Places, settled
-from gazepatch.scores import as_bias
+from gazepatch.score_mod import as_bias
 
 
 class StaticState(GazeState):
@@ -217,11 +217,11 @@ class StaticGazeLayer(SettledLayer):
         if self.state.ready and self.state.running and self._other is not None:
             assert self.state.filled is not None
             new = self._stored(key_states, value_states)
-            late = Late(self._other, new, self.state.filled.to(self.device), -self._apart)
+            pending = PendingEntry(self._other, new, self.state.filled.to(self.device), -self._apart)
             if self.gazes and self.state.decoding:
-                self._defer(late)
+                self._defer(pending)
                 return key_states, value_states
-            late.write()
+            pending.write()
             return self.logical()
         self._slots = self.state.length
         self._used = self._slots - self._apart

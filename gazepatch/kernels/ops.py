@@ -43,7 +43,7 @@ def selection(
     periphery: bool,
     splits: int,
 ) -> Invocation:
-    """The launch that selects regions, like `gazepatch.selection`, and appends an entry, like `gazepatch.ops.late`.
+    """The launch that selects regions, like `gazepatch.selection`, and appends an entry, like `gazepatch.ops.pending`.
 
     Args:
         query: `[B, H, D]`.
@@ -62,7 +62,7 @@ def selection(
             be None.
         new_key, new_value: `[B, H_kv, 1, D]` and `[B, H_kv, 1, D_v]`, for these.
         filled, offset: An int64 number on the device, or None for 0, and one to be added: the slot to write to.
-        scale, softcap: Of the attention scores, as in `gazepatch.scores`.
+        scale, softcap: Of the attention scores, as in `gazepatch.score_mod`.
         by_max: Heads agree by the maximum of their shares, not their mean.
         periphery: Whether `logits` and `taken` are written.
         splits: Programs a (row, key head) pair.
@@ -173,7 +173,7 @@ def attention(
         sinks: `[b, H]`, scores of one more key, whose value is zero; or None.
         partial, max_and_sum: Scratch float32 of at least `[B * H_kv * g, splits, G / g, D_v]` and `[..., 2]`.
         arrived: `[B * H_kv * g]` int32 zeros, and zeros again afterwards.
-        scale, softcap: Of the attention scores, as in `gazepatch.scores`.
+        scale, softcap: Of the attention scores, as in `gazepatch.score_mod`.
         longest: Tokens of the longest region.
         splits: Programs a selection.
         output: Out, `[B, H, D_v]`.

@@ -27,10 +27,10 @@ from gazepatch.kernels.library import watched
 from gazepatch.kernels.ops import attention, decode, select, selection
 from gazepatch.kernels.repeated import Step, Steps
 from gazepatch.ops.decode import Decoded, DecodePlan, Entries
-from gazepatch.ops.late import Late
+from gazepatch.ops.pending import PendingEntry
 from gazepatch.places import Places
 from gazepatch.regions import Regions
-from gazepatch.scores import Scores
+from gazepatch.score_mod import ScoreMod
 
 #: One program holds the scores of all regions of a row in its registers.
 MAX_REGIONS = 8192
@@ -107,30 +107,30 @@ class KernelPlan(DecodePlan):
         self,
         query: Tensor,
         entries: Entries,
-        scores: Scores,
+        score_mod: ScoreMod,
         bias: Tensor | None = None,
         total: Tensor | None = None,
-        late: Late | None = None,
+        pending: PendingEntry | None = None,
     ) -> Decoded:
         """See `DecodePlan.decode`; by the kernels, where they fit."""
-        step = self._step(query, entries, scores, bias, total, late)
+        step = self._step(query, entries, score_mod, bias, total, pending)
         if step is not None and (known := self._steps.like(step)) is not None:
             return Decoded(known.run(step, self._splits(query, entries))[:, :, None], self._evenly, self.runs)
-        if reason := self.unfit(query, entries, scores, late):
+        if reason := self.unfit(query, entries, score_mod, pending):
             if self.config.backend == "triton":
                 raise UnsupportedModelError(f"backend='triton' {reason}: take backend='auto'")
-            return super().decode(query, entries, scores, bias, total, late)
+            return super().decode(query, entries, score_mod, bias, total, pending)
         batch, heads, _, _ = query.shape
         flat = query.view(batch, heads, -1) if query.stride(-1) == 1 else query.reshape(batch, heads, -1)
-        attending = self.attending(flat, entries, scores, bias)
+        attending = self.attending(flat, entries, score_mod, bias)
         if self.whole:
-            if late is not None:
-                late.write()
+            if pending is not None:
+                pending.write()
             return Decoded(decode(*attending)[:, :, None], self.visual_entries)
         read: int | Tensor = self._evenly
         if total is None and not self.regions.even:
             total = read = torch.zeros(1, dtype=torch.int64, device=query.device)
-        selecting = self.selecting(flat, entries, scores, total, late)
+        selecting = self.selecting(flat, entries, score_mod, total, pending)
         if step is not None and self._steps.wanted(step):
             output = self._first(step, selecting, attending)
         else:
@@ -142,16 +142,16 @@ class KernelPlan(DecodePlan):
         self,
         query: Tensor,
         entries: Entries,
-        scores: Scores,
+        score_mod: ScoreMod,
         bias: Tensor | None,
         total: Tensor | None,
-        late: Late | None,
+        pending: PendingEntry | None,
     ) -> Step | None:
         """A step that may be launched as the one before it was, or None."""
         counted = self.regions.even or total is not None
-        if self.whole or late is None or not counted or watched():
+        if self.whole or pending is None or not counted or watched():
             return None
-        return Step(query, entries, scores, bias, total, late)
+        return Step(query, entries, score_mod, bias, total, pending)
 
     def _first(self, step: Step, selecting: tuple[Any, ...], attending: tuple[Any, ...]) -> Tensor:
         """Launch a step, and note how for those like it."""
@@ -184,7 +184,7 @@ class KernelPlan(DecodePlan):
         return self.config.periphery and entries.mean_values is not None and not self.whole
 
     def selecting(
-        self, query: Tensor, entries: Entries, scores: Scores, total: Tensor | None, late: Late | None
+        self, query: Tensor, entries: Entries, score_mod: ScoreMod, total: Tensor | None, pending: PendingEntry | None
     ) -> tuple[Any, ...]:
         """Arguments of `select`."""
         return (
@@ -199,15 +199,15 @@ class KernelPlan(DecodePlan):
             self.taken,
             None if self.regions.even else total,
             self.arrived,
-            *appended(late),
-            scores.scale,
-            scores.softcap,
+            *appended(pending),
+            score_mod.scale,
+            score_mod.softcap,
             self.config.head_reduce == "max",
             self._far(entries),
             self._share(query, entries.value.shape[3]).scoring,
         )
 
-    def attending(self, query: Tensor, entries: Entries, scores: Scores, bias: Tensor | None) -> tuple[Any, ...]:
+    def attending(self, query: Tensor, entries: Entries, score_mod: ScoreMod, bias: Tensor | None) -> tuple[Any, ...]:
         """Arguments of `decode`."""
         key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (entries.key, entries.value))
         share, far = self._share(query, entries.value.shape[3]), self._far(entries)
@@ -222,12 +222,12 @@ class KernelPlan(DecodePlan):
             self.logits if far else None,
             self.taken if far else None,
             entries.mean_values if far else None,
-            None if scores.sinks is None else scores.sinks[:, :, 0],
+            None if score_mod.sinks is None else score_mod.sinks[:, :, 0],
             share.partial,
             share.max_and_sum,
             self.arrived,
-            scores.scale,
-            scores.softcap,
+            score_mod.scale,
+            score_mod.softcap,
             self.longest,
             self._splits(query, entries),
         )
@@ -261,12 +261,18 @@ class KernelPlan(DecodePlan):
         partial, max_and_sum = empty(groups, most, heads, value_dim), empty(groups, most, heads, 2)
         return Share(scoring, launch.block, tiles, most, max(results, 1), partial, max_and_sum)
 
-    def unfit(self, query: Tensor, entries: Entries, scores: Scores, late: Late | None = None) -> str | None:
+    def unfit(
+        self, query: Tensor, entries: Entries, score_mod: ScoreMod, pending: PendingEntry | None = None
+    ) -> str | None:
         """Why the kernels cannot take this step, or None."""
-        tensors = [query, *(entry for entry in entries if entry is not None), *(() if late is None else late.entry)]
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*tensors, scores.sinks)):
+        tensors = [
+            query,
+            *(entry for entry in entries if entry is not None),
+            *(() if pending is None else pending.entry),
+        ]
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*tensors, score_mod.sinks)):
             return "has no gradients of decode steps"
-        if scores.bias is not None:
+        if score_mod.bias is not None:
             return "takes no biases in decode steps"
         dtypes, dims = {tensor.dtype for tensor in tensors}, (query.shape[-1], entries.value.shape[-1])
         if not kernels_fit(dtypes, *dims):
@@ -285,12 +291,12 @@ def _kind(query: Tensor, value_dim: int) -> tuple[int, int, int]:
     return query.shape[-1], value_dim, query.element_size()
 
 
-def appended(late: Late | None) -> tuple[Any, ...]:
+def appended(pending: PendingEntry | None) -> tuple[Any, ...]:
     """Arguments of `select`: stores of keys and values, the entry for both, and the slot. What is both is a key."""
-    if late is None:
+    if pending is None:
         return None, None, None, None, None, 0
-    stores, entry = ((*pair, None)[:2] for pair in (late.stores, late.entry))
-    return *stores, *entry, late.filled, late.offset
+    stores, entry = ((*pair, None)[:2] for pair in (pending.stores, pending.entry))
+    return *stores, *entry, pending.filled, pending.offset
 
 
 def _names(dtypes: Iterable[torch.dtype]) -> str:

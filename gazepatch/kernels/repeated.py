@@ -10,8 +10,8 @@ from torch import Tensor
 from gazepatch.kernels.invocation import Again, Invocation
 from gazepatch.kernels.launches import on, row_stride
 from gazepatch.ops.decode import Entries
-from gazepatch.ops.late import Late
-from gazepatch.scores import Scores
+from gazepatch.ops.pending import PendingEntry
+from gazepatch.score_mod import ScoreMod
 
 ALIGNED = 16  # bytes, as Triton asks
 
@@ -23,18 +23,18 @@ class Step(NamedTuple):
 
     query: Tensor
     entries: Entries
-    scores: Scores
+    score_mod: ScoreMod
     bias: Tensor | None
     total: Tensor | None
-    late: Late
+    pending: PendingEntry
 
     def held(self) -> Held:
         """What lies where it lay in the step before, as long as nothing of the sequence is made anew."""
-        return (*self.entries[2:], *self.late.stores, self.late.filled, self.total)
+        return (*self.entries[2:], *self.pending.stores, self.pending.filled, self.total)
 
     def kinds(self) -> tuple[Any, ...]:
         """All that Triton looks at of the tensors that every step brings, and their shapes."""
-        new = (self.query, *self.late.entry)
+        new = (self.query, *self.pending.entry)
         strides, dtypes, places = zip(*[(x.stride(), x.dtype, x.data_ptr() % ALIGNED) for x in new], strict=True)
         bias = None if self.bias is None else (len(self.bias), self.bias.stride(-1), self.bias.data_ptr() % ALIGNED)
         return self.query.shape, strides, dtypes, places, bias
@@ -51,8 +51,8 @@ class Repeated:
     """
 
     def __init__(self, step: Step, chosen: Invocation, attended: Invocation, codes: tuple[Any, Any]) -> None:
-        self._held, self._kinds, self._scores = step.held(), step.kinds(), step.scores
-        new = ("new_key", "new_value")[: len(step.late.entry)]
+        self._held, self._kinds, self._scores = step.held(), step.kinds(), step.score_mod
+        new = ("new_key", "new_value")[: len(step.pending.entry)]
         self._select = Again(codes[0], chosen, "query", *new, "offset")
         self._attend = Again(codes[1], attended, "query", "output", "bias", "stride_bias_batch", "others")
         self._grid, (_, self._selections, self._rows) = chosen.grid, attended.grid
@@ -60,7 +60,7 @@ class Repeated:
 
     def fits(self, step: Step) -> bool:
         """Whether a step is like it: on the same memory, with a query and an entry of the same kinds."""
-        same = _same(self._held, step.held()) and step.scores == self._scores and step.kinds() == self._kinds
+        same = _same(self._held, step.held()) and step.score_mod == self._scores and step.kinds() == self._kinds
         return same and not torch.is_grad_enabled()
 
     def run(self, step: Step, splits: int) -> Tensor:
@@ -68,7 +68,7 @@ class Repeated:
         output, bias = step.query.new_empty(self._output), step.bias
         row = 0 if bias is None else row_stride(bias)
         with on(output.device):
-            self._select.run(self._grid, step.query, *step.late.entry, step.late.offset)
+            self._select.run(self._grid, step.query, *step.pending.entry, step.pending.offset)
             grid = splits, self._selections, self._rows
             self._attend.run(grid, step.query, output, bias, row, step.entries.key.shape[2])
         return output
@@ -123,8 +123,8 @@ def _same(held: Held, other: Held) -> bool:
 
 def _repeatable(step: Step) -> bool:
     """Whether steps like it can be launched again: nothing else of it is made for this step alone."""
-    stores = zip((step.entries.key, step.entries.value), (step.late.stores * 2)[:2], strict=True)
+    stores = zip((step.entries.key, step.entries.value), (step.pending.stores * 2)[:2], strict=True)
     in_place = all(x.data_ptr() == store.data_ptr() and x.stride() == store.stride() for x, store in stores)
-    dense = all(x.stride(-1) == 1 for x in (step.query, *step.late.entry))
-    plain = step.scores.sinks is None and step.scores.bias is None
+    dense = all(x.stride(-1) == 1 for x in (step.query, *step.pending.entry))
+    plain = step.score_mod.sinks is None and step.score_mod.bias is None
     return in_place and dense and plain and not torch.is_grad_enabled()

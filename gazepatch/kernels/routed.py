@@ -37,7 +37,7 @@ def routed(
         taken: `[B, H_kv, Q, g, R]` int8, g being 1 or G.
         positions: `[Q]` int32: without a bias, a query sees the keys up to its own position.
         bias: `[b, Q, L]` float32, added to the scores; or None.
-        scale, softcap: Of the attention scores, as in `gazepatch.scores`.
+        scale, softcap: Of the attention scores, as in `gazepatch.score_mod`.
 
     Returns:
         `[B, H_kv, Q * G, D_v]`, and `[B, H_kv, Q * G]` float32, the log-sum-exp of the scores.

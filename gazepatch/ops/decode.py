@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from gazepatch.config import GazeConfig
-from gazepatch.ops.late import Late
 from gazepatch.ops.partial import Part, attend, combine, sink
+from gazepatch.ops.pending import PendingEntry
 from gazepatch.places import Places, locked
 from gazepatch.regions import Regions
-from gazepatch.scores import Scores, added, as_bias
+from gazepatch.score_mod import ScoreMod, added, as_bias
 from gazepatch.selection import region_scores, select, window_logits
 
 #: Keys and values that a CPU core's own cache can hold for a moment.
@@ -101,18 +101,18 @@ class DecodePlan:
         self,
         query: Tensor,
         entries: Entries,
-        scores: Scores,
+        score_mod: ScoreMod,
         bias: Tensor | None = None,
         total: Tensor | None = None,
-        late: Late | None = None,
+        pending: PendingEntry | None = None,
     ) -> Decoded:
-        """`gaze_decode` by this plan, after `late` has joined the other entries, which have room for it.
+        """`gaze_decode` by this plan, after `pending` has joined the other entries, which have room for it.
 
         `total` is for plans with `counts_itself`: a `[1]` int64 tensor.
         """
-        if late is not None:
-            late.write()
-        return gaze_decode(query, entries, self, scores, bias)
+        if pending is not None:
+            pending.write()
+        return gaze_decode(query, entries, self, score_mod, bias)
 
     def prepare(self, query: Tensor, value_dim: int, places: Places) -> None:
         """Have what steps for such queries `[..., D]` and values of `value_dim` write to, in places that last."""
@@ -154,7 +154,7 @@ class DecodePlan:
 
 
 def gaze_decode(
-    query: Tensor, entries: Entries, plan: DecodePlan, scores: Scores, bias: Tensor | None = None
+    query: Tensor, entries: Entries, plan: DecodePlan, score_mod: ScoreMod, bias: Tensor | None = None
 ) -> Decoded:
     """Attention of one query token per row over the other entries, its selected regions and their periphery.
 
@@ -162,29 +162,31 @@ def gaze_decode(
         query: `[B, H, 1, D]`.
         entries: What the layer has cached, the query's own key included.
         plan: Of the regions that the entries were stored by.
-        scores: What becomes of the dot products, with biases as `GazeState.laid` sorts them.
+        score_mod: What becomes of the dot products, with biases as `GazeState.laid` sorts them.
         bias: `[B or 1, 1, 1, T]`, added to the scores of the other entries (padding).
     """
     batch, heads, _, dim = query.shape
     key_heads = entries.key.shape[1]
     grouped = query.view(batch, key_heads, heads // key_heads, dim)
-    scores, others = scores.grouped(key_heads, 1), entries.key.shape[2]
-    of_others, of_visual = (None, None) if scores.bias is None else scores.bias.tensor_split([others], -1)
-    parts = [attend(grouped, entries.key, entries.value, scores, added(bias, of_others))]
+    score_mod, others = score_mod.grouped(key_heads, 1), entries.key.shape[2]
+    of_others, of_visual = (None, None) if score_mod.bias is None else score_mod.bias.tensor_split([others], -1)
+    parts = [attend(grouped, entries.key, entries.value, score_mod, added(bias, of_others))]
     read: int | Tensor = plan.visual_entries
     selected: Tensor | None = None
     if plan.whole:
-        parts.append(attend(grouped, entries.visual_key, entries.visual_value, scores, added(plan.padding, of_visual)))
+        parts.append(
+            attend(grouped, entries.visual_key, entries.visual_value, score_mod, added(plan.padding, of_visual))
+        )
     else:
-        logits = window_logits(grouped, entries.mean_keys, plan.regions.log_counts, scores)
+        logits = window_logits(grouped, entries.mean_keys, plan.regions.log_counts, score_mod)
         weights = logits.softmax(-1)
         selected = _select(weights, plan)
-        part, read = _attend_selected(grouped, entries, selected, plan, scores, of_visual)
+        part, read = _attend_selected(grouped, entries, selected, plan, score_mod, of_visual)
         parts.append(part)
         if plan.config.periphery and entries.mean_values is not None:
             parts.append(_attend_periphery(logits, weights, entries.mean_values, selected, plan))
-    if scores.sinks is not None:
-        parts.append(sink(scores.sinks))
+    if score_mod.sinks is not None:
+        parts.append(sink(score_mod.sinks))
     return Decoded(combine(parts).reshape(batch, heads, 1, -1), read, selected)
 
 
@@ -197,7 +199,7 @@ def _select(weights: Tensor, plan: DecodePlan) -> Tensor:
 
 
 def _attend_selected(
-    grouped: Tensor, entries: Entries, selected: Tensor, plan: DecodePlan, scores: Scores, of_visual: Tensor | None
+    grouped: Tensor, entries: Entries, selected: Tensor, plan: DecodePlan, score_mod: ScoreMod, of_visual: Tensor | None
 ) -> tuple[Part, int | Tensor]:
     batch, key_heads, group, dim = grouped.shape
     groups = batch * key_heads * selected.shape[2]  # that read the same entries
@@ -224,7 +226,9 @@ def _attend_selected(
         # Latents are their own values: they are read once.
         alike = entries.visual_value is entries.visual_key
         value = key if alike else plan.read(entries.visual_value, pages[some], 1)
-        parts.append(attend(query[None, some], key[None], value[None], scores, None if bias is None else bias[:, some]))
+        parts.append(
+            attend(query[None, some], key[None], value[None], score_mod, None if bias is None else bias[:, some])
+        )
     output, weight = parts[0] if len(parts) == 1 else (torch.cat(of_all, 1) for of_all in zip(*parts, strict=True))
     return Part(output.reshape(batch, key_heads, group, -1), weight.reshape(batch, key_heads, group)), read
 

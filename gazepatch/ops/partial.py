@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gazepatch.scores import Scores, at_least_single
+from gazepatch.score_mod import ScoreMod, at_least_single
 
 # What F.scaled_dot_product_attention calls on CPU; called by name for the log-sum-exp, which it computes anyway.
 _FLASH_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -26,19 +26,19 @@ class Part(NamedTuple):
     weight: Tensor
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, scores: Scores, bias: Tensor | None = None) -> Part:
+def attend(query: Tensor, key: Tensor, value: Tensor, score_mod: ScoreMod, bias: Tensor | None = None) -> Part:
     """Softmax attention with its log-sum-exp. Sinks are a part of their own.
 
     Args:
         query: `[B, H, Q, D]`.
         key: `[B, H, N, D]`.
         value: `[B, H, N, D_v]`.
-        scores: What becomes of the dot products; its biases are those of more keys than these.
+        score_mod: What becomes of the dot products; its biases are those of more keys than these.
         bias: Added to the scores; broadcasts to `[B, H, Q, N]`.
     """
     tensors = (query, key, value)
     if (
-        scores.softcap is None
+        score_mod.softcap is None
         and query.device.type == "cpu"
         and query.shape[-1] == value.shape[-1]
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
@@ -49,8 +49,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scores: Scores, bias: Tens
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
         cast = (x.to(dtype) for x in tensors)
         dense = (x if x.stride(-1) == 1 else x.contiguous() for x in cast)  # it does not ask, and reads nonsense
-        return Part(*_FLASH_CPU(*dense, 0.0, False, attn_mask=mask, scale=scores.scale))
-    logits = scores.of(torch.matmul(query, key.transpose(-1, -2)))
+        return Part(*_FLASH_CPU(*dense, 0.0, False, attn_mask=mask, scale=score_mod.scale))
+    logits = score_mod.of(torch.matmul(query, key.transpose(-1, -2)))
     if bias is not None:
         logits = logits + bias
     weight = logits.logsumexp(-1)

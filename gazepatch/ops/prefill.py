@@ -17,7 +17,7 @@ from gazepatch.counters import QueryReads
 from gazepatch.ops.decode import periphery, unread
 from gazepatch.ops.partial import Part, attend, combine, sink
 from gazepatch.regions import ABSENT, Regions
-from gazepatch.scores import Scores, added, as_bias
+from gazepatch.score_mod import ScoreMod, added, as_bias
 from gazepatch.selection import region_scores, select, window_logits
 
 #: Elements of the largest temporary, the mask of a block of queries.
@@ -49,21 +49,21 @@ class Queries(NamedTuple):
         query: `[B, H, Q, D]`.
         positions: `[Q]`.
         mask: `[B or 1, 1, Q, L]`, boolean or to be added to the scores; None: causal.
-        scores: What becomes of the dot products.
+        score_mod: What becomes of the dot products.
         reads: Counts what they read; None: nobody asks.
     """
 
     query: Tensor
     positions: Tensor
     mask: Tensor | None
-    scores: Scores
+    score_mod: ScoreMod
     reads: QueryReads | None = None
 
     def part(self, part: slice) -> Queries:
         """Some of them."""
         mask = None if self.mask is None else self.mask[:, :, part]
         reads = None if self.reads is None else self.reads.part(part)
-        return Queries(self.query[:, :, part], self.positions[part], mask, self.scores.of_queries(part), reads)
+        return Queries(self.query[:, :, part], self.positions[part], mask, self.score_mod.of_queries(part), reads)
 
 
 def gaze_prefill(queries: Queries, keys: Keys, config: GazeConfig) -> Tensor:
@@ -81,22 +81,22 @@ def _block(queries: Queries, keys: Keys, config: GazeConfig) -> Tensor:
     grouped = queries.query.view(batch, key_heads, group, count, dim).transpose(2, 3)
     grouped = grouped.reshape(batch, key_heads, -1, dim)
     bias = None if queries.mask is None else as_bias(queries.mask)
-    scores = queries.scores.grouped(key_heads, count)
+    score_mod = queries.score_mod.grouped(key_heads, count)
     seen = _seen(queries.positions, bias, regions)
-    logits = window_logits(grouped, keys.mean_keys, regions.log_counts, scores).unflatten(2, (count, group))
+    logits = window_logits(grouped, keys.mean_keys, regions.log_counts, score_mod).unflatten(2, (count, group))
     windows_seen = seen.repeat_interleave(regions.windows, -1)[:, None, :, None]
     logits = logits.masked_fill(~windows_seen, ABSENT)
     weights = logits.softmax(-1)
     taken = _taken(weights.detach(), seen, regions, config)  # [B, H_kv, Q, 1 or G, R]
     if queries.reads is not None:
         queries.reads.add(taken, seen, regions.length)
-    read = _attend_kernel if _fits_kernel(grouped, keys, scores, config.backend) else _attend_masked
-    parts = [read(grouped, keys, taken, queries.positions, bias, scores)]
+    read = _attend_kernel if _fits_kernel(grouped, keys, score_mod, config.backend) else _attend_masked
+    parts = [read(grouped, keys, taken, queries.positions, bias, score_mod)]
     if config.periphery and keys.mean_values is not None:
         far = unread(weights, taken).flatten(2, 3)
         parts.append(periphery(far, logits.logsumexp(-1).flatten(2, 3), keys.mean_values))
-    if scores.sinks is not None:
-        parts.append(sink(scores.sinks))
+    if score_mod.sinks is not None:
+        parts.append(sink(score_mod.sinks))
     output = combine(parts).view(batch, key_heads, count, group, -1)
     return output.transpose(2, 3).reshape(batch, heads, count, -1)
 
@@ -112,25 +112,25 @@ def _seen(positions: Tensor, bias: Tensor | None, regions: Regions) -> Tensor:
     return seen & (regions.length > 0)[:, None]
 
 
-def _fits_kernel(query: Tensor, keys: Keys, scores: Scores, backend: str) -> bool:
+def _fits_kernel(query: Tensor, keys: Keys, score_mod: ScoreMod, backend: str) -> bool:
     dtypes = {query.dtype, keys.key.dtype, keys.value.dtype}
-    fits = scores.bias is None and kernels_fit(dtypes, query.shape[3], keys.value.shape[3])
+    fits = score_mod.bias is None and kernels_fit(dtypes, query.shape[3], keys.value.shape[3])
     return fits and choose(backend, query.device).name == "triton"
 
 
 def _attend_kernel(
-    query: Tensor, keys: Keys, taken: Tensor, positions: Tensor, bias: Tensor | None, scores: Scores
+    query: Tensor, keys: Keys, taken: Tensor, positions: Tensor, bias: Tensor | None, score_mod: ScoreMod
 ) -> Part:
     """As `_attend_masked`, of which no mask is made."""
     from gazepatch.kernels.routed import routed  # imports triton
 
     of_queries = None if bias is None else bias[:, 0].contiguous()
     tables = keys.region_of.int(), taken.view(torch.int8), positions.int()
-    return Part(*routed(query, keys.key, keys.value, *tables, of_queries, scores.scale, scores.softcap))
+    return Part(*routed(query, keys.key, keys.value, *tables, of_queries, score_mod.scale, score_mod.softcap))
 
 
 def _attend_masked(
-    query: Tensor, keys: Keys, taken: Tensor, positions: Tensor, bias: Tensor | None, scores: Scores
+    query: Tensor, keys: Keys, taken: Tensor, positions: Tensor, bias: Tensor | None, score_mod: ScoreMod
 ) -> Part:
     """Attention of `query` `[B, H_kv, Q * G, D]` over the keys that are no visual tokens and those of regions taken."""
     batch, key_heads, rows, _ = query.shape
@@ -141,7 +141,7 @@ def _attend_masked(
     allowed = reads | (region_of < 0)[:, None, None, None]
     full = as_bias(allowed) + bias[:, :, :, None]
     full = full.expand(batch, key_heads, queries, rows // queries, length).reshape(batch, key_heads, rows, length)
-    return attend(query, keys.key, keys.value, scores, added(full.clamp(min=ABSENT), scores.bias))
+    return attend(query, keys.key, keys.value, score_mod, added(full.clamp(min=ABSENT), score_mod.bias))
 
 
 def _taken(weights: Tensor, seen: Tensor, regions: Regions, config: GazeConfig) -> Tensor:

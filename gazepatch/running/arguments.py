@@ -9,23 +9,23 @@ from torch import Tensor
 
 from gazepatch.errors import UnsupportedModelError
 from gazepatch.running.forward import Forward
-from gazepatch.scores import Scores
+from gazepatch.score_mod import ScoreMod
 
 #: Arguments that pick the keys already.
 UNSUPPORTED = ("indices", "block_indices")
 
 
-def scores_of(original: str, query: Tensor, options: dict[str, Any]) -> Scores:
+def scores_of(original: str, query: Tensor, options: dict[str, Any]) -> ScoreMod:
     """What the implementation `original` makes of dot products: sdpa knows neither soft caps nor sinks."""
     scaling, bias = options.get("scaling"), options.get("position_bias")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     if original == "sdpa":
-        return Scores(scale, bias=bias)
+        return ScoreMod(scale, bias=bias)
     if (sinks := options.get("s_aux")) is not None:
         sinks = sinks.view(1, -1, 1)
     elif (of_queries := options.get("sinks")) is not None:  # [B, H, Q, 1]
         sinks = of_queries[..., 0]
-    return Scores(scale, options.get("softcap"), sinks, bias)
+    return ScoreMod(scale, options.get("softcap"), sinks, bias)
 
 
 def refuse_unsupported(options: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ from gazepatch.running.forward import Forward
 from gazepatch.running.masks import as_4d, block_mask, by_position, of_keys
 from gazepatch.running.prompt import gaze, see_own_image
 from gazepatch.running.runtime import Runtime
-from gazepatch.scores import Scores
+from gazepatch.score_mod import ScoreMod
 from gazepatch.untraced import untraced
 
 #: Of the names under which transformers knows patched attention: free of the words that it looks for in names.
@@ -87,8 +87,8 @@ class GazeAttention:
             forward = forward.across
         if forward.state.decoding and layer in self.runtime.gaze_layers:
             refuse_unsupported(call.options)
-            scores = scores_of(self.original, call.query, call.options)
-            return self.decode(forward, layer, call.module, call.query, scores, call.mask), None
+            score_mod = scores_of(self.original, call.query, call.options)
+            return self.decode(forward, layer, call.module, call.query, score_mod, call.mask), None
         return self.read(forward, layer, call)
 
     outside_graphs = untraced(within_forward)
@@ -97,16 +97,18 @@ class GazeAttention:
         """The model's own attention."""
         return implementation(self.original, module)(module, *args, **kwargs)
 
-    def decode(self, forward: Forward, layer: int, module: Any, query: Tensor, scores: Scores, mask: Any) -> Tensor:
+    def decode(
+        self, forward: Forward, layer: int, module: Any, query: Tensor, score_mod: ScoreMod, mask: Any
+    ) -> Tensor:
         """One routed step of one layer: `query` `[B, H, 1, D]` gives `[B, 1, H, D_v]`."""
         store, state = forward.layer(self.runtime.store_of.get(layer, layer)), forward.state
-        late = store.take_late()
+        pending = store.take_pending()
         expansion = store.expansion(module.expand_kv) if isinstance(store, LatentLayer) else None
         query = query if expansion is None else expansion.absorbed(query)
         entries = store.entries()
-        plan, scores = state.plan(query, entries), state.laid(scores)
+        plan, score_mod = state.plan(query, entries), state.laid(score_mod)
         total = state.counters.on_device(layer, query.device) if plan.counts_itself else None
-        decoded = plan.decode(query, entries, scores, forward.bias(as_4d(mask), query.device), total, late)
+        decoded = plan.decode(query, entries, score_mod, forward.bias(as_4d(mask), query.device), total, pending)
         forward.count(layer, query.shape[1], entries.key.shape[1], plan.visual_entries, decoded.read)
         if forward.trace is not None:
             forward.reads[layer] = None if decoded.selected is None else plan.numbers(decoded.selected)
@@ -144,8 +146,8 @@ class GazeAttention:
             output = see_own_image(call, forward.own_image(forward.insertion, call.query.device), self.original, output)
         if gazes and forward.routed is not None:
             refuse_unsupported(call.options)
-            scores = scores_of(self.original, call.query, call.options)
-            output = gaze(call, scores, forward, store, output, self.runtime.running.reads)
+            score_mod = scores_of(self.original, call.query, call.options)
+            output = gaze(call, score_mod, forward, store, output, self.runtime.running.reads)
         return output, weights
 
 

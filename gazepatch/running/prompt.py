@@ -15,7 +15,7 @@ from gazepatch.ops.prefill import Keys, Queries, gaze_prefill
 from gazepatch.running.call import Call, implementation
 from gazepatch.running.forward import Forward
 from gazepatch.running.masks import as_4d, of_queries
-from gazepatch.scores import Scores
+from gazepatch.score_mod import ScoreMod
 
 
 def see_own_image(call: Call, own: OwnImage, original: str, dense: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def see_own_image(call: Call, own: OwnImage, original: str, dense: Tensor) -> Te
 
 def gaze(
     call: Call,
-    scores: Scores,
+    score_mod: ScoreMod,
     forward: Forward,
     store: int,
     dense: Tensor,
@@ -54,7 +54,7 @@ def gaze(
 
     Args:
         call: Of the layer.
-        scores: What becomes of its dot products.
+        score_mod: What becomes of its dot products.
         forward: It has `routed` queries.
         store: Index of the layer of the cache that has the keys.
         dense: `[B, S, H, D_v]` what the model's own attention made of all queries.
@@ -72,7 +72,7 @@ def gaze(
         query if expansion is None else expansion.absorbed(query),
         positions,
         of_queries(as_4d(call.mask), columns, positions, call.query.shape[2], key.shape[2]),
-        forward.state.laid(scores).of_queries(columns),
+        forward.state.laid(score_mod).of_queries(columns),
         None if reads is None else QueryReads(reads, rows & _among(reads.tokens, forward, positions - forward.past)),
     )
     output = gaze_prefill(queries, _keys(forward, store, key, value, config.periphery), config)

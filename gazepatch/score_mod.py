@@ -10,7 +10,7 @@ from torch import Tensor
 from gazepatch.regions import ABSENT
 
 
-class Scores(NamedTuple):
+class ScoreMod(NamedTuple):
     """From dot products to the softmax.
 
     Attributes:
@@ -36,7 +36,7 @@ class Scores(NamedTuple):
         scores = products.to(at_least_single(products.dtype)) * self.scale
         return scores if self.softcap is None else torch.tanh(scores / self.softcap) * self.softcap
 
-    def of_queries(self, index: Tensor | slice) -> Scores:
+    def of_queries(self, index: Tensor | slice) -> ScoreMod:
         """The same for some of the queries."""
         if self.sinks is None and self.bias is None:
             return self
@@ -44,7 +44,7 @@ class Scores(NamedTuple):
         bias, windows = (None if x is None else x[:, :, index] for x in (self.bias, self.window_bias))
         return self._replace(sinks=sinks, bias=bias, window_bias=windows)
 
-    def grouped(self, key_heads: int, queries: int) -> Scores:
+    def grouped(self, key_heads: int, queries: int) -> ScoreMod:
         """The same for queries `[B, H_kv, Q * G, D]`, the heads of a query next to each other: `[B, H_kv, Q * G, ..]`.
 
         Args:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class Late(NamedTuple):
+class PendingEntry(NamedTuple):
     """An entry that a routed step writes behind the others of its layer, before it reads them.
 
     A kernel that runs anyway does so by the way: that spares two launches in every layer and step.

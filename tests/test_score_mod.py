@@ -13,7 +13,7 @@ from gazepatch.conformance import QUARTER, WHOLE, _spied
 from gazepatch.patch import patched
 from gazepatch.running import attention, prompt
 from gazepatch.running.arguments import scores_of
-from gazepatch.scores import Scores
+from gazepatch.score_mod import ScoreMod
 from gazepatch.verification import generate_logits
 
 NAMES = ["internvl_gpt_oss", "paligemma_gemma2"]
@@ -42,12 +42,12 @@ def test_what_the_model_has_is_honoured(name: str, monkeypatch: pytest.MonkeyPat
         whole, _ = generate_logits(case.model, case.inputs, 4, tokens)
     torch.testing.assert_close(whole, dense, atol=2e-5, rtol=1e-5)
     if name == "paligemma_gemma2":
-        assert all(step.scores.softcap == 2.0 and step.scores.sinks is None for step in steps)
+        assert all(step.score_mod.softcap == 2.0 and step.score_mod.sinks is None for step in steps)
     else:
         (own,) = {module.sinks for module in attention_of(case) if hasattr(module, "sinks")}
-        assert all(step.scores.softcap is None and torch.equal(step.scores.sinks[0, :, 0], own) for step in steps)
+        assert all(step.score_mod.softcap is None and torch.equal(step.score_mod.sinks[0, :, 0], own) for step in steps)
     # It is large enough in these models for its absence to show.
-    monkeypatch.setattr(attention, "scores_of", lambda original, query, options: Scores(options["scaling"]))
+    monkeypatch.setattr(attention, "scores_of", lambda original, query, options: ScoreMod(options["scaling"]))
     with patched(case.model, settings):
         without, _ = generate_logits(case.model, case.inputs, 4, tokens)
     assert (without - dense).abs().max() > 1e-2
@@ -82,4 +82,4 @@ def test_own_images_under_flash_attention_are_those_of_eager(name: str, monkeypa
     outputs = [prompt.see_own_image(call, own, original, dense) for original in ("flash_attention_2", "eager")]
     assert torch.equal(*outputs) and not torch.equal(outputs[0], dense)
     # Older versions use sdpa, which leaves out soft caps, as does gaze.
-    assert scores_of("sdpa", call.query, call.options) == Scores(call.options["scaling"])
+    assert scores_of("sdpa", call.query, call.options) == ScoreMod(call.options["scaling"])

@@ -59,7 +59,7 @@ class Adapter:
     #: Inputs with an entry for each token, on their second axis, which stays the same throughout an answer.
     repeated_in_answers: tuple[str, ...] = ()
     #: Whether images are the keys of cross-attention layers, and no tokens of the sequence.
-    across: bool = False
+    cross_attention: bool = False
     #: The decoder's arguments, for such families: what these layers make keys of, `[..., hidden]`, and who sees them.
     cross_states: str = "cross_attention_states"
     cross_mask: str = "cross_attention_mask"
@@ -95,11 +95,11 @@ class Adapter:
         return layers + layers[start:stop] * (times - 1)
 
     def cross_layers(self, config: Any) -> tuple[int, ...]:
-        """Decoder layers whose keys are images instead of the sequence, by index; for families `across` alone."""
+        """Decoder layers whose keys are images instead of the sequence, by index: with `cross_attention`."""
         return ()
 
     def cross_spans(self, config: Any, keys: int) -> list[Span]:
-        """Where images are among `keys` keys of such a layer, those of one row; for families `across` alone."""
+        """Where images are among `keys` keys of such a layer, those of one row: with `cross_attention`."""
         raise NotImplementedError
 
     def store_layers(self, config: Any) -> dict[int, int]:

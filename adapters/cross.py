@@ -16,7 +16,7 @@ class Mllama(Declared):
     Spans count places among the keys of a row, as nothing of an image is in the sequence.
     """
 
-    across = True
+    cross_attention = True
     repeated_in_answers = ("cross_attention_mask",)
 
     def cross_layers(self, config: Any) -> tuple[int, ...]:

@@ -32,7 +32,7 @@ from gazepatch.kernels.device.decode import decode_kernel
 from gazepatch.kernels.device.means import means_kernel
 from gazepatch.kernels.device.prefill import forward_kernel, key_gradient_kernel, query_gradient_kernel
 from gazepatch.kernels.device.selection import select_kernel
-from gazepatch.kernels.launches import decode_settings, padded, prefill_settings, select_settings
+from gazepatch.kernels.settings import decode_settings, padded, prefill_settings, select_settings
 
 TARGETS = {
     "cuda80": GPUTarget("cuda", 80, 32),

@@ -29,7 +29,7 @@ from on_gpu import Layers, first_line, free, graph_ms, layers_needed, machine
 
 import gazepatch.kernels.tuned as tuned
 from gazepatch.config import GazeConfig
-from gazepatch.kernels.launches import apart, architecture, decode_launch, forget
+from gazepatch.kernels.settings import apart, architecture, forget, tuned_for
 from gazepatch.ops.decode import DecodePlan
 from gazepatch.score_mod import ScoreMod
 
@@ -37,7 +37,7 @@ CONFIG = GazeConfig(region=(8, 8, 1), window=None, budget=0.1, periphery=False, 
 #: Rows, frames of 24 x 24 tokens, heads and key heads: with few of these, more programs share what one of them reads.
 CASES = ((1, 57, 32, 8), (1, 228, 28, 4), (16, 57, 32, 8))
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
-#: As in `gazepatch.kernels.launches.Launch`.
+#: As in `gazepatch.kernels.settings.Launch`.
 Settings = tuple[int, int, int, int, bool]
 #: What ran: microseconds and settings.
 Ran = list[tuple[float, Settings]]
@@ -126,7 +126,7 @@ def tune(dim: int, size: int, device: torch.device, seconds: float) -> Ran:
         print(f"  {key} {settings}: {us:.1f} us", file=sys.stderr, flush=True)
         return us
 
-    present: Settings = tuple(decode_launch(*key))  # type: ignore[assignment]
+    present: Settings = tuple(tuned_for(*key))  # type: ignore[assignment]
     ran = search(present, dim, size, measure, seconds)
     cases.clear()  # `measure` holds it
     if not ran:
@@ -175,7 +175,7 @@ def main() -> None:
     device, where = torch.device("cuda"), machine(torch.device("cuda"))
     for dim, size in itertools.product(options.dim or (64, 128, 256), options.bytes or DTYPES):
         before, key = dict(tuned.DECODE), (architecture(device), dim, size)
-        compile_ahead(dim, size, tuple(decode_launch(*key)))  # type: ignore[arg-type]
+        compile_ahead(dim, size, tuple(tuned_for(*key)))  # type: ignore[arg-type]
         ran = tune(dim, size, device, options.seconds)
         tuned.DECODE.clear()
         tuned.DECODE.update(before)

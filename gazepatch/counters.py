@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gazepatch.places import Places, settled
+from gazepatch.buffers import StableBuffers, mark_static
 
 
 @dataclass(frozen=True)
@@ -142,12 +142,12 @@ class StepCounters(Counters):
     Attributes:
         ran: `[1]` steps that are not in the counts yet.
         each: What a layer counts in every step. Reads that depend on what is selected are 0 here, and in `read`.
-        places: Of the numbers on a device.
+        buffers: Of the numbers on a device.
     """
 
     ran: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
     each: dict[int, LayerStats] = field(default_factory=dict)
-    places: Places = field(default_factory=Places)
+    buffers: StableBuffers = field(default_factory=StableBuffers)
 
     def clear(self) -> None:
         """A new prompt starts."""
@@ -158,14 +158,14 @@ class StepCounters(Counters):
     def expect(self, layer: int, visual: int, read: int | None, context: int, device: torch.device) -> None:
         """What a layer will count in every step; `read` is None where that depends on what is selected."""
         self.each[layer] = LayerStats(visual, read or 0, context)
-        self.ran = settled(self.ran.to(device))
+        self.ran = mark_static(self.ran.to(device))
         if read is None:
             self.on_device(layer, device)
 
     def on_device(self, layer: int, device: torch.device) -> Tensor:
         """See `Counters.on_device`; it lies where it lay before the last prompt."""
         if not isinstance(held := self.read.get(layer), Tensor):
-            held = self.read[layer] = self.places.place(layer, super().on_device(layer, device))
+            held = self.read[layer] = self.buffers.keep(layer, super().on_device(layer, device))
         return held
 
     def step(self) -> None:

@@ -144,7 +144,7 @@ def locate(adapter: Adapter, root: Any, inputs: Mapping[str, Any]) -> list[Span]
     mask = inputs.get("attention_mask")
     if torch.is_tensor(mask) and mask.shape == ids.shape:
         ids = torch.where(mask == 0, -1, ids)
-    if adapter.across:  # nothing in the sequence tells
+    if adapter.cross_attention:  # nothing in the sequence tells
         return adapter.locate(root.config, ids.tolist(), {"image": inputs})
     calls = {modality: call for modality in MODALITIES if (call := _call(root, modality, inputs))}
     return adapter.locate(root.config, ids.tolist(), calls)

@@ -18,7 +18,7 @@ from gazepatch.registry import adapter_for
 
 CASES = [(name, False) for name in FAMILIES] + [(name, True) for name in VIDEO]
 #: Those whose images are tokens of the sequence.
-IN_SEQUENCE = [(name, video) for name, video in CASES if not adapter_for(type_of(name)).across]
+IN_SEQUENCE = [(name, video) for name, video in CASES if not adapter_for(type_of(name)).cross_attention]
 IDS, SEQUENCE_IDS = ([f"{name}-video" if video else name for name, video in some] for some in (CASES, IN_SEQUENCE))
 CORE_IDS = [name for name in IDS if name.removesuffix("-video") in CORE]
 core_case = pytest.mark.parametrize("case", [(n, v) for n, v in CASES if n in CORE], ids=CORE_IDS, indirect=True)
@@ -61,7 +61,7 @@ def capturing(model: Any) -> Iterator[Captured]:
 
 @torch.no_grad()
 def captured_by(case: Case, call: Callable[..., Any], **settings: Any) -> Captured:
-    if adapter_of(case).across:  # its forward encodes the images itself
+    if adapter_of(case).cross_attention:  # its forward encodes the images itself
         return {"image": case.inputs}
     with capturing(case.model) as captured:
         call(**case.inputs, **settings)

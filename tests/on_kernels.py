@@ -16,8 +16,8 @@ from gazepatch.selection import region_scores, window_logits
 from gazepatch.selection import select as torch_select
 
 pytest.importorskip("triton")
-from gazepatch.kernels.launches import padded_regions
 from gazepatch.kernels.ops import select
+from gazepatch.kernels.settings import padded_regions
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

@@ -120,6 +120,6 @@ def test_features_made_before_are_laid_out_as_their_own_image(monkeypatch: pytes
             model(**inputs, mm_encoder_outputs={"image": made}, past_key_values=cache)
             assert cache.gaze.spans == case.spans
         made = model.model.get_image_features(*pixels[0], return_dict=True)
-        assert len(patch_of(model).runtime.running.made._held) == 3
+        assert len(patch_of(model).runtime.running.origins._held) == 3
         del features, made
-        assert len(patch_of(model).runtime.running.made._held) == 0
+        assert len(patch_of(model).runtime.running.origins._held) == 0

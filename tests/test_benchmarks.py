@@ -34,7 +34,7 @@ from transformers import StaticCache
 
 import gazepatch.kernels.tuned as tuned
 from gazepatch.config import GazeConfig
-from gazepatch.kernels.launches import architecture, decode_launch
+from gazepatch.kernels.settings import architecture, tuned_for
 from gazepatch.patch import patched
 
 GPU = torch.cuda.is_available()
@@ -268,7 +268,7 @@ def test_settings_are_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     monkeypatch.setattr(tune, "CASES", ((1, 1, 32, 8), (2, 1, 4, 2)))
     monkeypatch.setattr(tuned, "DECODE", dict(tuned.DECODE))
     ran = tune.tune(64, 4, DEVICE, 0.0)
-    assert [settings for _, settings in ran] == [tuple(decode_launch(architecture(DEVICE), 64, 4))]
+    assert [settings for _, settings in ran] == [tuple(tuned_for(architecture(DEVICE), 64, 4))]
 
 
 def test_settings_are_compiled_by_other_processes(

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, MllamaForConditionalGeneration, StaticCache
 
-from gazepatch.caches.crossing import StaticCrossLayer
+from gazepatch.caches.cross_attention import StaticCrossLayer
 from gazepatch.patch import patched, stats, trace
 
 pytestmark = pytest.mark.skipif(
@@ -160,7 +160,7 @@ def test_guesses_that_are_taken_back_leave_the_images(case: Case) -> None:
 def addresses(cache: StaticCache) -> list[tuple[str, int]]:
     """Of what the layers of images hold, and of what steps write to besides."""
     layer = next(layer for layer in cache.layers if isinstance(layer, StaticCrossLayer))
-    places = {"layer": layer._places, "state": layer.state._places, "counters": layer.state.counters.places}
+    places = {"layer": layer._buffers, "state": layer.state._buffers, "counters": layer.state.counters.places}
     return [(name, memory.data_ptr()) for name, held in places.items() for memory in held._held.values()]
 
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
 from gazepatch.caches.adoption import gaze_state
-from gazepatch.caches.crossing import CrossLayer, CrossState
+from gazepatch.caches.cross_attention import CrossLayer, CrossState
 from gazepatch.patch import patched
 
 

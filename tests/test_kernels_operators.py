@@ -12,7 +12,7 @@ import torch
 from on_kernels import DEVICE, GPU, KERNELS, Selection, assert_runs, decode_arguments
 from sequences import BASE
 
-from gazepatch.kernels import launches
+from gazepatch.kernels import settings
 from gazepatch.kernels.ops import decode
 from gazepatch.layout import Span
 from gazepatch.ops.plan import means_of
@@ -47,10 +47,10 @@ def test_splits_do_not_matter(longest: int, splits: int) -> None:
 def test_results_are_combined_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = decode_arguments(9)
     at_once = decode(*arguments)
-    monkeypatch.setattr(launches, "HELD", 1)  # four results of 2 heads and 16 numbers, on 4 warps
-    launches.forget()
+    monkeypatch.setattr(settings, "HELD", 1)  # four results of 2 heads and 16 numbers, on 4 warps
+    settings.forget()
     torch.testing.assert_close(decode(*arguments), at_once, atol=1e-6, rtol=0)
-    launches.forget()
+    settings.forget()
 
 
 @pytest.mark.skipif(GPU, reason="a GPU has an order of its own")

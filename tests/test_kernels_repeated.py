@@ -21,7 +21,7 @@ from tiny import Case, batch, tiny
 
 from gazepatch.config import GazeConfig
 from gazepatch.errors import UnsupportedModelError
-from gazepatch.kernels.invocation import Again, Invocation
+from gazepatch.kernels.launch import CachedLaunch, Launch
 from gazepatch.kernels.repeated import Repeated
 from gazepatch.patch import patched, stats
 
@@ -46,17 +46,17 @@ class Ran:
     """How many launches were made again."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.again, launch, again = 0, Invocation.run, Again.run
+        self.again, launch, again = 0, Launch.run, CachedLaunch.run
 
-        def interpreted(of: Invocation, device: torch.device) -> Any:
+        def interpreted(of: Launch, device: torch.device) -> Any:
             return launch(of, device) or Interpreted(of.kernel)
 
-        def counted(of: Again, *args: Any) -> None:
+        def counted(of: CachedLaunch, *args: Any) -> None:
             self.again += 1
             again(of, *args)
 
-        monkeypatch.setattr(Invocation, "run", interpreted)
-        monkeypatch.setattr(Again, "run", counted)
+        monkeypatch.setattr(Launch, "run", interpreted)
+        monkeypatch.setattr(CachedLaunch, "run", counted)
 
 
 def on_its_device(case: Case) -> Case:

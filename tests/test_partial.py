@@ -52,10 +52,10 @@ def assert_no_worse(actual: Tensor, query: Tensor, key: Tensor, value: Tensor, b
 def test_attend(keys: int, queries: int, path: tuple[int, bool]) -> None:
     query, key, value = tensors(keys, path, queries=queries)
     part = attend(query, key, value, SCORE_MOD)
-    output, weight = plain(query, key, value)
-    assert part.weight.shape == (2, 2, queries) and part.weight.dtype == torch.float32
+    output, lse = plain(query, key, value)
+    assert part.lse.shape == (2, 2, queries) and part.lse.dtype == torch.float32
     torch.testing.assert_close(part.output.double(), output, atol=2e-6, rtol=0)
-    torch.testing.assert_close(part.weight.double(), weight, atol=2e-6, rtol=1e-6)
+    torch.testing.assert_close(part.lse.double(), lse, atol=2e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["query", "key", "value"])
@@ -73,9 +73,9 @@ def test_attend_with_a_bias_that_broadcasts(shape: tuple[int, ...], path: tuple[
     query, key, value = tensors(35, path)
     bias = torch.randn(shape).masked_fill(torch.rand(shape) < 0.5, ABSENT)
     part = attend(query, key, value, SCORE_MOD, bias)
-    output, weight = plain(query, key, value, bias)
+    output, lse = plain(query, key, value, bias)
     torch.testing.assert_close(part.output.double(), output, atol=2e-6, rtol=0)
-    torch.testing.assert_close(part.weight.double(), weight, atol=2e-6, rtol=1e-6)
+    torch.testing.assert_close(part.lse.double(), lse, atol=2e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
@@ -86,7 +86,7 @@ def test_soft_capped_scores(keys: int, path: tuple[int, bool]) -> None:
     part = attend(query, key, value, ScoreMod(SCALE, softcap=0.8), bias)
     scores = 0.8 * (SCALE * query.double() @ key.double().mT / 0.8).tanh() + bias
     torch.testing.assert_close(part.output.double(), scores.softmax(-1) @ value.double(), atol=2e-6, rtol=0)
-    torch.testing.assert_close(part.weight.double(), scores.logsumexp(-1), atol=2e-6, rtol=1e-6)
+    torch.testing.assert_close(part.lse.double(), scores.logsumexp(-1), atol=2e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(1, 6, 1), (2, 6, 1), (1, 6, 5), (2, 6, 5)], ids=str)
@@ -144,8 +144,8 @@ def test_a_hidden_part_has_no_weight(hidden: list[int], path: tuple[int, bool], 
         bias[..., pieces[i]] = ABSENT
     parts = [attend(query, key[:, :, i], value[:, :, i], SCORE_MOD, bias[..., i]) for i in pieces]
     for i, part in enumerate(parts):
-        assert part.output.isfinite().all() and part.weight.isfinite().all()
-        assert bool((part.weight < -1e29).all()) is (i in hidden)
+        assert part.output.isfinite().all() and part.lse.isfinite().all()
+        assert bool((part.lse < -1e29).all()) is (i in hidden)
     shown = torch.cat([piece for i, piece in enumerate(pieces) if i not in hidden])
     assert_no_worse(combine(parts), query, key[:, :, shown], value[:, :, shown], bias[..., shown])
 
@@ -159,8 +159,8 @@ def test_hidden_parts_only_are_not_nan(dtype: torch.dtype) -> None:
 
 
 def test_combine_by_hand() -> None:
-    def part(output: float, weight: float) -> Part:
-        return Part(torch.full((1, 1, 1, 2), float(output)), torch.tensor([[[weight]]]).log())
+    def part(output: float, lse: float) -> Part:
+        return Part(torch.full((1, 1, 1, 2), float(output)), torch.tensor([[[lse]]]).log())
 
     assert combine([part(1, 3), part(5, 1)]).flatten().tolist() == [pytest.approx(2)] * 2
     assert combine([part(1, 3), part(5, 1), part(10, 4)]).flatten().tolist() == [pytest.approx(6)] * 2

@@ -154,8 +154,8 @@ def test_nothing_moves_from_step_to_step(name: str) -> None:
 
 def addresses(cache: StaticCache) -> list[int]:
     """Of everything that steps write to."""
-    of_state, of_counters = cache.gaze._places._held, cache.gaze.counters.places._held
-    held = [*of_state.values(), *of_counters.values(), *cache.layers[0]._places._held.values(), cache.gaze.filled]
+    of_state, of_counters = cache.gaze._buffers._held, cache.gaze.counters.buffers._held
+    held = [*of_state.values(), *of_counters.values(), *cache.layers[0]._buffers._held.values(), cache.gaze.filled]
     return [memory.data_ptr() for memory in held]
 
 

@@ -18,7 +18,7 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from gazepatch.caches.crossing import CrossLayer, CrossState, StaticCrossLayer, StaticCrossState
+from gazepatch.caches.cross_attention import CrossLayer, CrossState, StaticCrossLayer, StaticCrossState
 from gazepatch.caches.hybrid import HybridLayer
 from gazepatch.caches.latents import LatentLayer, StaticLatentLayer
 from gazepatch.caches.layer import GazeLayer
@@ -65,7 +65,7 @@ def gaze_state(cache: object) -> GazeState | None:
 def stepping(cache: object, owner: object) -> StaticState | None:
     """The state of the owner's static cache, if it is ready for a decode step."""
     state = gaze_state(cache)
-    if isinstance(state, StaticState) and state.ready and state.cut is None and state.owner() is owner:
+    if isinstance(state, StaticState) and state.ready and state.partial_prompt is None and state.owner() is owner:
         return state
     return None
 

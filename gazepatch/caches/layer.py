@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from gazepatch.buffers import locked
 from gazepatch.caches.state import GazeState
 from gazepatch.errors import CacheError
 from gazepatch.ops.decode import Entries
 from gazepatch.ops.pending import PendingEntry
 from gazepatch.ops.plan import means_of
-from gazepatch.places import locked
 from gazepatch.regions import Chunk, take
-from gazepatch.untraced import untraced
+from gazepatch.uncompiled import uncompiled
 
 #: Room for new entries: an eighth of what is held, at least this many. Rare copies, and little memory held in vain.
 MIN_ROOM = 128
@@ -58,7 +58,7 @@ class GazeLayer(DynamicLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
-    @untraced
+    @uncompiled
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append `[B, H_kv, S, D]` keys and values; returns what the attention of this forward reads.
 

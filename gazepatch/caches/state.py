@@ -29,7 +29,7 @@ _OF_REGIONS = ("chunk", "regions", "readable", "sorted_others", *_GROWING)
 
 
 @dataclass(frozen=True)
-class Cut:
+class PartialPrompt:
     """The part of a prompt that there is while images are still to come, as with `prefill_chunk_size`.
 
     Attributes:
@@ -77,7 +77,7 @@ class GazeState:
         self.regions: Regions | None = None
         self.order: Order | None = None
         self.selections: dict[int, int] = {}
-        self.cut: Cut | None = None
+        self.partial_prompt: PartialPrompt | None = None
         self.chunk: Chunk | None = None
         self.running = self.decoding = self.broken = False
         self.tables = Tables()
@@ -287,7 +287,7 @@ class GazeState:
     def check_crop(self, tokens: int) -> None:
         """Raise CacheError unless the last `tokens` tokens, none of which may be visual, can be forgotten."""
         last = max(-1 if self.order is None else self.order.last_visual, self.slots.last_context())
-        if self.cut is not None:
+        if self.partial_prompt is not None:
             last = self.length - 1
         if tokens > self.length or self.length - tokens <= last:
             self.broken = self.follows
@@ -308,8 +308,9 @@ class GazeState:
         for span in self.spans:
             of_row.setdefault(span.row, []).append(span)
         self.spans = [replace(span, row=i) for i, row in enumerate(rows.tolist()) for span in of_row.get(row, ())]
-        if self.cut is not None:
-            self.cut = replace(self.cut, ids=[self.cut.ids[row] for row in rows.tolist()])
+        if self.partial_prompt is not None:
+            ids = self.partial_prompt.ids
+            self.partial_prompt = replace(self.partial_prompt, ids=[ids[row] for row in rows.tolist()])
         self.tables = Tables()
         self._plans.clear()
 

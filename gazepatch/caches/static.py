@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
+from gazepatch.buffers import StableBuffers, mark_static
 from gazepatch.caches.layer import GazeLayer, Stores
 from gazepatch.caches.order import same_rows
 from gazepatch.caches.state import GazeState, bias_of
@@ -23,7 +24,6 @@ from gazepatch.errors import CacheError
 from gazepatch.insertion import Insertion
 from gazepatch.layout import Span
 from gazepatch.ops.pending import PendingEntry
-from gazepatch.places import Places, settled
 from gazepatch.score_mod import as_bias
 
 
@@ -44,7 +44,7 @@ class StaticState(GazeState):
         super().__init__(owner, config)
         self.capacity = capacity
         self.counters = StepCounters()
-        self._places = Places()
+        self._buffers = StableBuffers()
 
     def clear(self) -> None:
         """Forget the sequence."""
@@ -104,7 +104,7 @@ class StaticState(GazeState):
     def count_on(self, device: torch.device) -> None:
         """Have `filled`, on the device of the first layer that asks."""
         if self.filled is None:
-            self.filled = settled(torch.zeros((), dtype=torch.long, device=device))
+            self.filled = mark_static(torch.zeros((), dtype=torch.long, device=device))
 
     def expect(self, layer: int, query: Tensor, key_heads: int, value_dim: int) -> None:
         """A layer that gazes was seen in a prompt: it will ask for a plan, with queries `[B, H, Q, D]` like these."""
@@ -125,7 +125,7 @@ class StaticState(GazeState):
                 self.table("other_positions", device)
                 self.table("logical_order", device)
                 plan = self.plan_of(batch, heads, key_heads, device)
-                plan.prepare(query, value_dim, self._places)
+                plan.prepare(query, value_dim, self._buffers)
                 visual, read = plan.visual_entries, plan.always_read
             if self.spans:
                 self.counters.expect(layer, visual, read, selections * self.slots.context_tokens, device)
@@ -183,7 +183,7 @@ class StaticState(GazeState):
             self._make_ready()
 
 
-class SettledLayer(GazeLayer):
+class StableLayer(GazeLayer):
     """A layer whose stores lie where those of the last prompt lay."""
 
     state: StaticState
@@ -191,13 +191,13 @@ class SettledLayer(GazeLayer):
 
     def __init__(self, state: StaticState, gazes: bool, leads: bool) -> None:
         super().__init__(state, gazes, leads)
-        self._places = Places()
+        self._buffers = StableBuffers()
 
     def _placed(self, name: str, stores: Stores) -> Stores:
-        return tuple(self._places.place((name, i), store) for i, store in enumerate(stores))
+        return tuple(self._buffers.keep((name, i), store) for i, store in enumerate(stores))
 
 
-class StaticGazeLayer(SettledLayer):
+class StaticGazeLayer(StableLayer):
     """A `GazeLayer` that takes its memory once: for the visual entries of a prompt, and for all others to come."""
 
     _apart: int  # slots whose entries are not in the store of others

@@ -14,12 +14,12 @@ from torch import Tensor
 from gazepatch.kernels.device.decode import decode_kernel
 from gazepatch.kernels.device.means import means_kernel
 from gazepatch.kernels.device.selection import select_kernel
-from gazepatch.kernels.invocation import Invocation
-from gazepatch.kernels.launches import architecture, decode_settings, on, padded, power, row_stride, select_settings
+from gazepatch.kernels.launch import Launch
 from gazepatch.kernels.library import fake, operator
+from gazepatch.kernels.settings import architecture, decode_settings, on, padded, power, row_stride, select_settings
 
 
-def selection(
+def select_launch(
     query: Tensor,
     mean_keys: Tensor,
     log_counts: Tensor,
@@ -42,7 +42,7 @@ def selection(
     by_max: bool,
     periphery: bool,
     splits: int,
-) -> Invocation:
+) -> Launch:
     """The launch that selects regions, like `gazepatch.selection`, and appends an entry, like `gazepatch.ops.pending`.
 
     Args:
@@ -120,7 +120,7 @@ def selection(
         BLOCK_V=padded(value_dim),
         **settings,
     )
-    return Invocation(select_kernel, (splits, key_heads, batch), arguments, constants)
+    return Launch(select_kernel, (splits, key_heads, batch), arguments, constants)
 
 
 @operator(
@@ -131,7 +131,7 @@ def selection(
 )
 def select(*arguments: Any) -> None:
     """What `selection` launches."""
-    selection(*arguments).run(arguments[0].device)
+    select_launch(*arguments).run(arguments[0].device)
 
 
 @fake("select")
@@ -139,7 +139,7 @@ def _(*_: object) -> None:
     return None
 
 
-def attention(
+def decode_launch(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -160,7 +160,7 @@ def attention(
     splits: int,
     *,
     output: Tensor,
-) -> Invocation:
+) -> Launch:
     """The launch for attention of one query token a row, like `gazepatch.ops.decode.gaze_decode`.
 
     Args:
@@ -230,7 +230,7 @@ def attention(
         CAPPED=softcap is not None,
         **settings,
     )
-    return Invocation(decode_kernel, (splits, key_heads * selections, batch), arguments, constants)
+    return Launch(decode_kernel, (splits, key_heads * selections, batch), arguments, constants)
 
 
 @operator(
@@ -242,7 +242,7 @@ def decode(*arguments: Any) -> Tensor:
     """What `attention` launches, and its output."""
     query, _, value, *_ = arguments
     output: Tensor = query.new_empty(*query.shape[:2], value.shape[3])
-    attention(*arguments, output=output).run(query.device)
+    decode_launch(*arguments, output=output).run(query.device)
     return output
 
 

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from gazepatch.backend import DTYPES, MAX_DIM, kernels_fit
+from gazepatch.buffers import StableBuffers
 from gazepatch.config import GazeConfig
 from gazepatch.errors import UnsupportedModelError
-from gazepatch.kernels.launches import (
+from gazepatch.kernels.library import watched
+from gazepatch.kernels.ops import decode, decode_launch, select, select_launch
+from gazepatch.kernels.repeated import Step, Steps
+from gazepatch.kernels.settings import (
     architecture,
     balanced_splits,
-    decode_launch,
     even_splits,
     most_splits,
     multiprocessors,
@@ -22,13 +25,10 @@ from gazepatch.kernels.launches import (
     scored_regions,
     scoring_programs,
     tiles_of,
+    tuned_for,
 )
-from gazepatch.kernels.library import watched
-from gazepatch.kernels.ops import attention, decode, select, selection
-from gazepatch.kernels.repeated import Step, Steps
 from gazepatch.ops.decode import Decoded, DecodePlan, Entries
 from gazepatch.ops.pending import PendingEntry
-from gazepatch.places import Places
 from gazepatch.regions import Regions
 from gazepatch.score_mod import ScoreMod
 
@@ -39,7 +39,7 @@ MAX_WINDOWS = 64  # of a region
 MAX_GROUP = 32
 
 
-class Share(NamedTuple):
+class WorkSplit(NamedTuple):
     """How the work of a step is shared out among programs, for queries of one kind.
 
     Attributes:
@@ -87,21 +87,21 @@ class KernelPlan(DecodePlan):
             self.region_logits = torch.empty(batch, heads, padded_regions(count), device=device)
             self.logits = torch.empty(batch, heads, windows if config.periphery else 0, device=device)
             self.taken = torch.empty(*self.shape, count if config.periphery else 0, dtype=torch.int8, device=device)
-        self._shares: dict[tuple[int, int, int], Share] = {}
+        self._split_of_kind: dict[tuple[int, int, int], WorkSplit] = {}
         self._steps = Steps()
 
-    def prepare(self, query: Tensor, value_dim: int, places: Places) -> None:
+    def prepare(self, query: Tensor, value_dim: int, buffers: StableBuffers) -> None:
         """See `DecodePlan.prepare`."""
 
-        def place(name: Hashable, made: Tensor) -> Tensor:
-            return places.place((*self.shape, self.heads, name), made)
+        def keep(name: Hashable, made: Tensor) -> Tensor:
+            return buffers.keep((*self.shape, self.heads, name), made)
 
         self._steps.clear()
         for name in ("arrived",) if self.whole else ("arrived", "runs", "region_logits", "logits", "taken"):
-            setattr(self, name, place(name, getattr(self, name)))
-        share, kind = self._share(query, value_dim), _kind(query, value_dim)
-        partial, max_and_sum = place(("partial", kind), share.partial), place(("max_and_sum", kind), share.max_and_sum)
-        self._shares[kind] = share._replace(partial=partial, max_and_sum=max_and_sum)
+            setattr(self, name, keep(name, getattr(self, name)))
+        split, kind = self._split(query, value_dim), _kind(query, value_dim)
+        partial, max_and_sum = keep(("partial", kind), split.partial), keep(("max_and_sum", kind), split.max_and_sum)
+        self._split_of_kind[kind] = split._replace(partial=partial, max_and_sum=max_and_sum)
 
     def decode(
         self,
@@ -115,7 +115,7 @@ class KernelPlan(DecodePlan):
         """See `DecodePlan.decode`; by the kernels, where they fit."""
         step = self._step(query, entries, score_mod, bias, total, pending)
         if step is not None and (known := self._steps.like(step)) is not None:
-            return Decoded(known.run(step, self._splits(query, entries))[:, :, None], self._evenly, self.runs)
+            return Decoded(known.run(step, self._splits(query, entries))[:, :, None], self._even_read, self.runs)
         if reason := self.unfit(query, entries, score_mod, pending):
             if self.config.backend == "triton":
                 raise UnsupportedModelError(f"backend='triton' {reason}: take backend='auto'")
@@ -127,12 +127,12 @@ class KernelPlan(DecodePlan):
             if pending is not None:
                 pending.write()
             return Decoded(decode(*attending)[:, :, None], self.visual_entries)
-        read: int | Tensor = self._evenly
+        read: int | Tensor = self._even_read
         if total is None and not self.regions.even:
             total = read = torch.zeros(1, dtype=torch.int64, device=query.device)
         selecting = self.selecting(flat, entries, score_mod, total, pending)
         if step is not None and self._steps.wanted(step):
-            output = self._first(step, selecting, attending)
+            output = self._launch_and_note(step, selecting, attending)
         else:
             select(*selecting)
             output = decode(*attending)
@@ -153,11 +153,11 @@ class KernelPlan(DecodePlan):
             return None
         return Step(query, entries, score_mod, bias, total, pending)
 
-    def _first(self, step: Step, selecting: tuple[Any, ...], attending: tuple[Any, ...]) -> Tensor:
+    def _launch_and_note(self, step: Step, selecting: tuple[Any, ...], attending: tuple[Any, ...]) -> Tensor:
         """Launch a step, and note how for those like it."""
         query = step.query
         output = query.new_empty(*query.shape[:2], step.entries.value.shape[3])
-        chosen, attended = selection(*selecting), attention(*attending, output=output)
+        chosen, attended = select_launch(*selecting), decode_launch(*attending, output=output)
         self._steps.note(step, chosen, attended, (chosen.run(query.device), attended.run(query.device)))
         return output
 
@@ -175,11 +175,11 @@ class KernelPlan(DecodePlan):
         return found.masked_fill(length == 0, -1)
 
     @property
-    def _evenly(self) -> int:
+    def _even_read(self) -> int:
         """Visual entries that a step reads where regions are even; 0 where the kernel counts them."""
         return self.pairs * self.selections * self.count * self.regions.max_length if self.regions.even else 0
 
-    def _far(self, entries: Entries) -> bool:
+    def _has_periphery(self, entries: Entries) -> bool:
         """Whether the periphery takes part."""
         return self.config.periphery and entries.mean_values is not None and not self.whole
 
@@ -203,14 +203,14 @@ class KernelPlan(DecodePlan):
             score_mod.scale,
             score_mod.softcap,
             self.config.head_reduce == "max",
-            self._far(entries),
-            self._share(query, entries.value.shape[3]).scoring,
+            self._has_periphery(entries),
+            self._split(query, entries.value.shape[3]).scoring,
         )
 
     def attending(self, query: Tensor, entries: Entries, score_mod: ScoreMod, bias: Tensor | None) -> tuple[Any, ...]:
         """Arguments of `decode`."""
         key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (entries.key, entries.value))
-        share, far = self._share(query, entries.value.shape[3]), self._far(entries)
+        split, periphery = self._split(query, entries.value.shape[3]), self._has_periphery(entries)
         return (
             query,
             key,
@@ -219,12 +219,12 @@ class KernelPlan(DecodePlan):
             entries.visual_key,
             entries.visual_value,
             self.runs,
-            self.logits if far else None,
-            self.taken if far else None,
-            entries.mean_values if far else None,
+            self.logits if periphery else None,
+            self.taken if periphery else None,
+            entries.mean_values if periphery else None,
             None if score_mod.sinks is None else score_mod.sinks[:, :, 0],
-            share.partial,
-            share.max_and_sum,
+            split.partial,
+            split.max_and_sum,
             self.arrived,
             score_mod.scale,
             score_mod.softcap,
@@ -234,32 +234,32 @@ class KernelPlan(DecodePlan):
 
     def _splits(self, query: Tensor, entries: Entries) -> int:
         """Programs of the decode kernel that a selection has."""
-        share = self._share(query, entries.value.shape[3])
-        tiles = share.tiles + -(-entries.key.shape[2] // share.block)
-        tiles += -(-self.log_counts.shape[1] // share.block) if self._far(entries) else 0
-        return even_splits(tiles, min(share.most, balanced_splits(tiles, share.results)))
+        split = self._split(query, entries.value.shape[3])
+        tiles = split.tiles + -(-entries.key.shape[2] // split.block)
+        tiles += -(-self.log_counts.shape[1] // split.block) if self._has_periphery(entries) else 0
+        return even_splits(tiles, min(split.most, balanced_splits(tiles, split.results)))
 
-    def _share(self, query: Tensor, value_dim: int) -> Share:
+    def _split(self, query: Tensor, value_dim: int) -> WorkSplit:
         """Made once, as all layers share it."""
         kind = _kind(query, value_dim)
-        if kind not in self._shares:
-            self._shares[kind] = self._shared(*kind)
-        return self._shares[kind]
+        if kind not in self._split_of_kind:
+            self._split_of_kind[kind] = self._make_split(*kind)
+        return self._split_of_kind[kind]
 
-    def _shared(self, dim: int, value_dim: int, bytes_per_element: int) -> Share:
+    def _make_split(self, dim: int, value_dim: int, bytes_per_element: int) -> WorkSplit:
         device, regions = self.log_counts.device, self.regions.start.shape[1]
         scored = scored_regions(self.regions.windows, dim, bytes_per_element)
         most_scoring = most_splits(self.pairs, scoring_programs(regions) * self.programs)
         scoring = even_splits(-(-regions // scored), most_scoring)
-        launch = decode_launch(architecture(device), max(dim, value_dim), bytes_per_element)
-        tiles = tiles_of(self.runs.shape[3], self.longest, launch.block)
+        tuned = tuned_for(architecture(device), max(dim, value_dim), bytes_per_element)
+        tiles = tiles_of(self.runs.shape[3], self.longest, tuned.block)
         groups = self.pairs * self.selections
-        most = most_splits(groups, launch.programs * self.programs)
+        most = most_splits(groups, tuned.programs * self.programs)
         heads = self.shape[0] * self.heads // groups
-        results = launch.block * (dim + value_dim) * bytes_per_element // (heads * value_dim * 4)
+        results = tuned.block * (dim + value_dim) * bytes_per_element // (heads * value_dim * 4)
         empty = self.log_counts.new_empty  # float32, on the device
         partial, max_and_sum = empty(groups, most, heads, value_dim), empty(groups, most, heads, 2)
-        return Share(scoring, launch.block, tiles, most, max(results, 1), partial, max_and_sum)
+        return WorkSplit(scoring, tuned.block, tiles, most, max(results, 1), partial, max_and_sum)
 
     def unfit(
         self, query: Tensor, entries: Entries, score_mod: ScoreMod, pending: PendingEntry | None = None

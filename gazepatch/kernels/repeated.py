@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gazepatch.kernels.invocation import Again, Invocation
-from gazepatch.kernels.launches import on, row_stride
+from gazepatch.kernels.launch import CachedLaunch, Launch
+from gazepatch.kernels.settings import on, row_stride
 from gazepatch.ops.decode import Entries
 from gazepatch.ops.pending import PendingEntry
 from gazepatch.score_mod import ScoreMod
@@ -50,11 +50,11 @@ class Repeated:
         codes: What Triton has for them.
     """
 
-    def __init__(self, step: Step, chosen: Invocation, attended: Invocation, codes: tuple[Any, Any]) -> None:
+    def __init__(self, step: Step, chosen: Launch, attended: Launch, codes: tuple[Any, Any]) -> None:
         self._held, self._kinds, self._scores = step.held(), step.kinds(), step.score_mod
         new = ("new_key", "new_value")[: len(step.pending.entry)]
-        self._select = Again(codes[0], chosen, "query", *new, "offset")
-        self._attend = Again(codes[1], attended, "query", "output", "bias", "stride_bias_batch", "others")
+        self._select = CachedLaunch(codes[0], chosen, "query", *new, "offset")
+        self._attend = CachedLaunch(codes[1], attended, "query", "output", "bias", "stride_bias_batch", "others")
         self._grid, (_, self._selections, self._rows) = chosen.grid, attended.grid
         self._output = (*step.query.shape[:2], step.entries.value.shape[3])
 
@@ -111,7 +111,7 @@ class Steps:
             return False
         return _repeatable(step)
 
-    def note(self, step: Step, chosen: Invocation, attended: Invocation, codes: tuple[Any, Any]) -> None:
+    def note(self, step: Step, chosen: Launch, attended: Launch, codes: tuple[Any, Any]) -> None:
         """A step was launched so; `codes` are None where kernels are interpreted."""
         if None not in codes:
             self._launched[id(step.entries.visual_key)] = Repeated(step, chosen, attended, codes)

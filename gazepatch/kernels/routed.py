@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gazepatch.kernels.device.prefill import forward_kernel, key_gradient_kernel, query_gradient_kernel
-from gazepatch.kernels.launches import architecture, on, prefill_settings, row_stride
+from gazepatch.kernels.settings import architecture, on, prefill_settings, row_stride
 
 
 @torch.library.custom_op(

@@ -6,7 +6,7 @@ that must be in flight. `benchmarks/tune.py --write` puts measured ones here.
 
 from __future__ import annotations
 
-#: (architecture, head dim, bytes) -> `gazepatch.kernels.launches.Launch`
+#: (architecture, head dim, bytes) -> `gazepatch.kernels.settings.Launch`
 #: cuda90, head dim 128, 2 bytes: measured on NVIDIA H200, triton 3.6.0, with the kernel as it was before
 DECODE: dict[tuple[str, int, int], tuple[int, int, int, int, bool]] = {
     ("cuda80", 64, 2): (64, 4, 4, 2, False),

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gazepatch.buffers import StableBuffers, locked
 from gazepatch.config import GazeConfig
 from gazepatch.ops.partial import Part, attend, combine, sink
 from gazepatch.ops.pending import PendingEntry
-from gazepatch.places import Places, locked
 from gazepatch.regions import Regions
 from gazepatch.score_mod import ScoreMod, added, as_bias
 from gazepatch.selection import region_scores, select, window_logits
@@ -114,8 +114,8 @@ class DecodePlan:
             pending.write()
         return gaze_decode(query, entries, self, score_mod, bias)
 
-    def prepare(self, query: Tensor, value_dim: int, places: Places) -> None:
-        """Have what steps for such queries `[..., D]` and values of `value_dim` write to, in places that last."""
+    def prepare(self, query: Tensor, value_dim: int, buffers: StableBuffers) -> None:
+        """Have what steps for such queries `[..., D]` and values of `value_dim` write to, in buffers that stay."""
 
     @property
     def always_read(self) -> int | None:
@@ -229,8 +229,8 @@ def _attend_selected(
         parts.append(
             attend(query[None, some], key[None], value[None], score_mod, None if bias is None else bias[:, some])
         )
-    output, weight = parts[0] if len(parts) == 1 else (torch.cat(of_all, 1) for of_all in zip(*parts, strict=True))
-    return Part(output.reshape(batch, key_heads, group, -1), weight.reshape(batch, key_heads, group)), read
+    output, lse = parts[0] if len(parts) == 1 else (torch.cat(of_all, 1) for of_all in zip(*parts, strict=True))
+    return Part(output.reshape(batch, key_heads, group, -1), lse.reshape(batch, key_heads, group)), read
 
 
 def _of_selected(of_visual: Tensor, selected: Tensor, plan: DecodePlan) -> Tensor:
@@ -263,7 +263,7 @@ def unread(weights: Tensor, taken: Tensor) -> Tensor:
     return of_regions.masked_fill(taken[..., None], 0.0).flatten(-2)
 
 
-def periphery(weights: Tensor, total: Tensor, mean_values: Tensor) -> Part:
+def periphery(weights: Tensor, lse: Tensor, mean_values: Tensor) -> Part:
     """Attention over pseudo-tokens.
 
     Args:
@@ -274,7 +274,7 @@ def periphery(weights: Tensor, total: Tensor, mean_values: Tensor) -> Part:
     # At least the smallest normal number, so that a periphery without weight is 0 and not 0 / 0.
     share = weights.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     output = torch.matmul(weights.div(share).to(mean_values.dtype), mean_values)
-    return Part(output, total + share.squeeze(-1).log())
+    return Part(output, lse + share.squeeze(-1).log())
 
 
 def _padding_bias(regions: Regions) -> Tensor | None:

@@ -20,10 +20,10 @@ _FLASH_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 class Part(NamedTuple):
-    """Attention over one set of keys: `output` `[B, H, Q, D]` and `weight` `[B, H, Q]`, log-sum-exp of its scores."""
+    """Attention over one set of keys: `output` `[B, H, Q, D]` and `lse` `[B, H, Q]`, the log-sum-exp of its scores."""
 
     output: Tensor
-    weight: Tensor
+    lse: Tensor
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, score_mod: ScoreMod, bias: Tensor | None = None) -> Part:
@@ -53,23 +53,23 @@ def attend(query: Tensor, key: Tensor, value: Tensor, score_mod: ScoreMod, bias:
     logits = score_mod.of(torch.matmul(query, key.transpose(-1, -2)))
     if bias is not None:
         logits = logits + bias
-    weight = logits.logsumexp(-1)
-    return Part(torch.matmul((logits - weight[..., None]).exp().to(value.dtype), value), weight)
+    lse = logits.logsumexp(-1)
+    return Part(torch.matmul((logits - lse[..., None]).exp().to(value.dtype), value), lse)
 
 
-def sink(weight: Tensor) -> Part:
-    """The part of a key without a value, of score `weight` `[B or 1, H, Q]`: it takes its share, and gives nothing."""
-    return Part(weight.new_zeros(1), weight)
+def sink(lse: Tensor) -> Part:
+    """The part of a key without a value, of score `lse` `[B or 1, H, Q]`: it takes its share, and gives nothing."""
+    return Part(lse.new_zeros(1), lse)
 
 
 def combine(parts: list[Part]) -> Tensor:
     """Attention over the union of disjoint sets of keys, `[B, H, Q, D]`."""
     # Rounding the shares and every step to less costs more than the precision of the parts does.
     dtype = at_least_single(parts[0].output.dtype)
-    output, weight = parts[0].output.to(dtype), parts[0].weight.to(dtype)
+    output, lse = parts[0].output.to(dtype), parts[0].lse.to(dtype)
     for i, part in enumerate(parts[1:], start=2):
-        share = torch.sigmoid(part.weight - weight)[..., None]
+        share = torch.sigmoid(part.lse - lse)[..., None]
         output = torch.lerp(output, part.output.to(dtype), share)
         if i < len(parts):
-            weight = torch.logaddexp(weight, part.weight)
+            lse = torch.logaddexp(lse, part.lse)
     return output.to(parts[0].output.dtype)

@@ -1,4 +1,4 @@
-"""The one door to the kernels: whoever asks here gets them where they can run, and plain PyTorch elsewhere."""
+"""The one door to the kernels of decode steps and means: whoever asks here gets them where they can run, or PyTorch."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from gazepatch.running.masks import as_4d, block_mask, by_position, of_keys
 from gazepatch.running.prompt import gaze, see_own_image
 from gazepatch.running.runtime import Runtime
 from gazepatch.score_mod import ScoreMod
-from gazepatch.untraced import untraced
+from gazepatch.uncompiled import uncompiled
 
 #: Of the names under which transformers knows patched attention: free of the words that it looks for in names.
 PREFIX = "gazepatch_"
@@ -83,15 +83,15 @@ class GazeAttention:
     def within_forward(self, forward: Forward, call: Call) -> Attended:
         """`attend` within a forward of the decoder."""
         layer = call.layer
-        if forward.across is not None and layer in self.runtime.cross_layers:
-            forward = forward.across
+        if forward.cross_attention is not None and layer in self.runtime.cross_layers:
+            forward = forward.cross_attention
         if forward.state.decoding and layer in self.runtime.gaze_layers:
             refuse_unsupported(call.options)
             score_mod = scores_of(self.original, call.query, call.options)
             return self.decode(forward, layer, call.module, call.query, score_mod, call.mask), None
         return self.read(forward, layer, call)
 
-    outside_graphs = untraced(within_forward)
+    outside_graphs = uncompiled(within_forward)
 
     def dense(self, module: nn.Module, *args: Any, **kwargs: Any) -> Attended:
         """The model's own attention."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gazepatch.caches.latents import Expand
-from gazepatch.running.runtime import Origin, Runtime
+from gazepatch.running.runtime import FeatureOrigin, Runtime
 
 MODALITIES = ("image", "video")
 #: The argument that tells layers which run several times a token how far behind their own the cache's layer is.
@@ -32,7 +32,7 @@ class Capture:
         running.ids = ids if torch.is_tensor(ids) else None
         running.encoded = bool(encoded := bound.get("mm_encoder_outputs"))
         for modality, features in (encoded or {}).items():  # made before, and perhaps others since
-            if (origin := running.made.of(features)) is not None:
+            if (origin := running.origins.of(features)) is not None:
                 running.captured[modality] = origin
         running.mask = mask if torch.is_tensor(mask) and mask.dim() == 2 else None
 
@@ -58,9 +58,9 @@ class Capture:
             finally:
                 running.capturing = False
             # A forward has room for all the features that it makes itself.
-            origin = Origin(arguments, _tokens(features) if running.ids is None else 0)
+            origin = FeatureOrigin(arguments, _tokens(features) if running.ids is None else 0)
             running.captured[modality] = origin
-            running.made.note(features, origin)
+            running.origins.note(features, origin)
             return features
 
         return captured

@@ -52,7 +52,7 @@ def put_hooks(root: PreTrainedModel, decoder: nn.Module, attention: GazeAttentio
         for module in decoder.modules():
             if OFFSET in inspect.signature(module.forward).parameters:
                 undo.append(module.register_forward_pre_hook(capture.before_run, with_kwargs=True).remove)
-    if runtime.adapter.across:
+    if runtime.adapter.cross_attention:
         _follow_mask(root, Repeating(runtime), undo)
     # One at a time, each with its undoing, so that a failure half-way leaves nothing.
     undo.append(base.register_forward_pre_hook(capture.before_model, with_kwargs=True).remove)

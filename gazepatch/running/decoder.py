@@ -14,14 +14,14 @@ from gazepatch.caches.name import CACHE, FORMER
 from gazepatch.caches.state import GazeState
 from gazepatch.errors import PatchError, UnsupportedModelError
 from gazepatch.insertion import Insertion
-from gazepatch.running.across import start_across, step_across
 from gazepatch.running.checkpointing import OF_FORWARD, checkpoints, runs_again
+from gazepatch.running.cross_attention import start_cross_attention, step_cross_attention
 from gazepatch.running.forward import Forward
 from gazepatch.running.masks import Documents, documents
 from gazepatch.running.runtime import Runtime
 from gazepatch.running.starting import start, start_step
 from gazepatch.splice import lengthen, lengthen_step, shorten
-from gazepatch.untraced import untraced
+from gazepatch.uncompiled import uncompiled
 
 #: The decoder's parameter that holds the embeddings of the context tokens.
 CONTEXT_TOKENS = "gaze_context_tokens"
@@ -62,8 +62,8 @@ class DecoderHooks:
         brings = call.get(runtime.adapter.cross_states) is not None  # images, which no step does
         if tokens == 1 and not brings and cache is not None and (ready := stepping(cache, runtime)) is not None:
             forward = start_step(runtime, ready, cache, rows)
-            if runtime.adapter.across:
-                forward.across = step_across(runtime, forward, call, rows)
+            if runtime.adapter.cross_attention:
+                forward.cross_attention = step_cross_attention(runtime, forward, call, rows)
             return (), lengthen_step(call, ready, hidden) if ready.slots.inserted else call
         return (), self._started(module, call, hidden)
 
@@ -76,7 +76,7 @@ class DecoderHooks:
         forward.finish(completed=output is not None)
         return output if output is None or forward.insertion is None else shorten(output, forward.insertion)
 
-    @untraced  # where a compiler gives up half-way, it drops which forward is running (torch 2.13)
+    @uncompiled  # where a compiler gives up half-way, it drops which forward is running (torch 2.13)
     def _started(self, decoder: nn.Module, call: dict[str, Any], hidden: Tensor) -> dict[str, Any]:
         """Start any forward but a step on a static cache; returns the arguments of the decoder."""
         runtime, (rows, tokens) = self.runtime, hidden.shape[:2]
@@ -86,8 +86,8 @@ class DecoderHooks:
         else:
             state = adopt(cache, runtime, runtime.config, runtime.layers)
         forward = runtime.running.forward = start(runtime, state, cache, rows, tokens)
-        if runtime.adapter.across:
-            forward.across = start_across(runtime, forward, call, rows)
+        if runtime.adapter.cross_attention:
+            forward.cross_attention = start_cross_attention(runtime, forward, call, rows)
         if forward.insertion is not None or forward.routes:
             forward.documents = self._documents(call, cache, forward.insertion)
         if state.slots.inserted:

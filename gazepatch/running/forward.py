@@ -31,7 +31,7 @@ class Forward:
         trace: Who wants to know what this decode step reads; None: nobody.
         reads: For `trace`: by layer, what `DecodePlan.numbers` says; None where everything was read.
         documents: Sequences that are packed into its rows, where it has context tokens; None without any.
-        across: The same forward as cross-attention layers see it, whose keys are images; None in other families.
+        cross_attention: The same as cross-attention layers see it, whose keys are images; None in other families.
         plain: Whether it is a step that the model's own attention takes as it would unpatched, in every layer.
     """
 
@@ -45,7 +45,7 @@ class Forward:
     trace: Trace | None = None
     reads: dict[int, Tensor | None] = field(default_factory=dict)
     documents: Documents | None = None
-    across: Forward | None = None
+    cross_attention: Forward | None = None
     plain: bool = False
     _own_images: dict[torch.device, OwnImage] = field(default_factory=dict)
     _bias: tuple[Tensor | None, torch.device, Tensor | None] | None = None
@@ -53,7 +53,7 @@ class Forward:
     @property
     def routes(self) -> bool:
         """Whether queries of a prompt gaze, in any layer."""
-        return self.routed is not None or (self.across is not None and self.across.routed is not None)
+        return self.routed is not None or (self.cross_attention is not None and self.cross_attention.routed is not None)
 
     def layer(self, layer: int) -> GazeLayer:
         """The cache's layer of this index, which is one that gazes."""
@@ -90,7 +90,7 @@ class Forward:
 
     def finish(self, completed: bool) -> None:
         """It is over, or failed."""
-        for each in (self, self.across):
+        for each in (self, self.cross_attention):
             if each is not None:
                 each.state.finish(completed)
                 if each.trace is not None and completed:

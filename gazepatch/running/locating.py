@@ -9,11 +9,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gazepatch.caches.state import Cut, GazeState
+from gazepatch.caches.state import GazeState, PartialPrompt
 from gazepatch.errors import CacheError
 from gazepatch.layout import Span
 from gazepatch.running.capture import MODALITIES
-from gazepatch.running.runtime import Origin, Runtime
+from gazepatch.running.runtime import FeatureOrigin, Runtime
 
 logger = logging.getLogger("gazepatch")
 
@@ -25,7 +25,7 @@ _TOGETHER = (
 
 
 def located(
-    runtime: Runtime, state: GazeState, rows: int, tokens: int, captured: Mapping[str, Origin]
+    runtime: Runtime, state: GazeState, rows: int, tokens: int, captured: Mapping[str, FeatureOrigin]
 ) -> tuple[list[Span], Tensor | None]:
     """The spans of a forward, by position in it, and where prompts gaze `[B, S]` which of its tokens are text.
 
@@ -43,12 +43,12 @@ def located(
     Raises:
         CacheError: The prompt is cut inside its images, and has context tokens.
     """
-    cut, state.cut, before = state.cut, None, 0
+    waiting, state.partial_prompt, before = state.partial_prompt, None, 0
     if (ids := _ids(runtime, rows, tokens, state.tokens)) is None:
         return [], None
-    if cut is not None:
-        before, captured = len(cut.ids[0]), {**cut.captured, **captured}
-        ids = [[*held, *new] for held, new in zip(cut.ids, ids, strict=True)]
+    if waiting is not None:
+        before, captured = len(waiting.ids[0]), {**waiting.captured, **captured}
+        ids = [[*held, *new] for held, new in zip(waiting.ids, ids, strict=True)]
     count = {modality: _count(runtime, modality, ids) for modality in captured}
     runtime.running.captured = {modality: origin for modality, origin in captured.items() if not count[modality]}
     captured = {modality: origin for modality, origin in captured.items() if count[modality]}
@@ -59,7 +59,7 @@ def located(
     if to_come and not answered:
         if runtime.config.context_tokens:
             raise CacheError(f"images of this prompt are still to come: {_TOGETHER}")
-        state.cut = Cut(ids, captured)
+        state.partial_prompt = PartialPrompt(ids, captured)
         return [], None
     # Behind a prompt, tokens of images that come without any are guesses of assisted generation, embedded as words.
     guessed = past and not captured and not encoded

@@ -17,10 +17,10 @@ from gazepatch.counters import Counters, PromptReads
 from gazepatch.errors import PatchError
 from gazepatch.running.forward import Forward
 from gazepatch.tracing import Trace
-from gazepatch.untraced import untraced
+from gazepatch.uncompiled import uncompiled
 
 
-class Origin(NamedTuple):
+class FeatureOrigin(NamedTuple):
     """Where some features come from: the `arguments` they were made from, and how many tokens they are for.
 
     `tokens` is 0 where nobody needs to know, or can.
@@ -30,20 +30,20 @@ class Origin(NamedTuple):
     tokens: int = 0
 
 
-class Made:
+class FeatureOrigins:
     """The origin of features, as long as somebody keeps them."""
 
     def __init__(self) -> None:
-        self._held: dict[int, tuple[weakref.ref[Any], Origin]] = {}
+        self._held: dict[int, tuple[weakref.ref[Any], FeatureOrigin]] = {}
 
-    @untraced
-    def note(self, features: Any, origin: Origin) -> None:
+    @uncompiled
+    def note(self, features: Any, origin: FeatureOrigin) -> None:
         """Remember that of some features, unless these are of a kind that Python has no weak references to."""
         key = id(features)
         with suppress(TypeError):
             self._held[key] = weakref.ref(features, lambda _: self._held.pop(key, None)), origin
 
-    def of(self, features: Any) -> Origin | None:
+    def of(self, features: Any) -> FeatureOrigin | None:
         """The origin of these features; None: not known."""
         kept, origin = self._held.get(id(features), (lambda: None, None))
         return origin if kept() is features else None
@@ -58,7 +58,7 @@ class Running(threading.local):
         encoded: Whether it was called with features that were made before.
         captured: By modality, the origin of features, until a forward of the decoder takes them.
         capturing: Whether features are being made right now.
-        made: The origin of features that somebody still keeps, who may give them to a forward later.
+        origins: Those of features that somebody still keeps, who may give them to a forward later.
         dense: Blocks that are on, each of which lets the model read densely.
         forward: The running forward of the decoder.
         last_row: What stands for that of the mask over images, where somebody knows (`gazepatch.running.repeating`).
@@ -73,9 +73,9 @@ class Running(threading.local):
         self.ids: Tensor | None = None
         self.mask: Tensor | None = None
         self.encoded = False
-        self.captured: dict[str, Origin] = {}
+        self.captured: dict[str, FeatureOrigin] = {}
         self.capturing = False
-        self.made = Made()
+        self.origins = FeatureOrigins()
         self.dense: set[object] = set()
         self.forward: Forward | None = None
         self.last_row: object | None = None

@@ -20,24 +20,24 @@ def start_step(runtime: Runtime, state: StaticState, cache: Cache, rows: int) ->
     """A decode step on a static cache starts. No Python value here may differ from one step to the next."""
     state.step()
     forward = runtime.running.forward = Forward(state, cache, -1, 1)
-    if not runtime.adapter.across:
+    if not runtime.adapter.cross_attention:
         runtime.record_step(forward, rows)
     return forward
 
 
 def start(runtime: Runtime, state: GazeState, cache: Cache | None, rows: int, tokens: int) -> Forward:
     """Any other forward of `tokens` tokens in each of `rows` rows starts."""
-    past, across = state.length, runtime.adapter.across
-    prompt = tokens > 1 or past == 0 or state.cut is not None
+    past, cross_attention = state.length, runtime.adapter.cross_attention
+    prompt = tokens > 1 or past == 0 or state.partial_prompt is not None
     captured, runtime.running.captured = runtime.running.captured, {}
-    spans, text = located(runtime, state, rows, tokens, captured) if prompt and not across else ([], None)
+    spans, text = located(runtime, state, rows, tokens, captured) if prompt and not cross_attention else ([], None)
     insertion = insert(spans, rows, tokens, runtime.config.context_tokens)
     if insertion is not None:
         spans, tokens = insertion.moved(spans), insertion.source.shape[1]
     spans = [replace(span, start=span.start + past, stop=span.stop + past) for span in spans]
     state.begin(spans, rows, tokens, insertion)
     forward = Forward(state, cache, past, tokens, insertion)
-    if not across:
+    if not cross_attention:
         runtime.record(forward, rows, prompt)
         forward.plain = not (prompt or state.decoding or state.slots.inserted or forward.trace is not None)
     if text is not None and state.regions is not None:

@@ -11,14 +11,14 @@ import pytest
 
 pytest.importorskip("triton")
 from gazepatch.kernels import tuned
-from gazepatch.kernels.launches import (
+from gazepatch.kernels.settings import (
     apart,
     balanced_splits,
-    decode_launch,
     decode_settings,
     even_splits,
     forget,
     most_splits,
+    tuned_for,
 )
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -27,13 +27,13 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 def test_what_an_architecture_lacks_is_that_of_an_older_one(monkeypatch: pytest.MonkeyPatch) -> None:
     measured, table = (128, 8, 2, 1, True), tuned.DECODE
     monkeypatch.setitem(table, ("cuda100", 128, 2), measured)
-    assert decode_launch("cuda100", 72, 2) == measured
-    assert decode_launch("cuda100", 128, 4) == table["cuda90", 128, 4]
-    assert decode_launch("cuda100", 256, 2) == table["cuda90", 256, 2]
-    assert decode_launch("cuda86", 40, 2) == table["cuda80", 64, 2]
-    assert decode_launch("gfx950", 128, 2) == table["gfx942", 128, 2]
+    assert tuned_for("cuda100", 72, 2) == measured
+    assert tuned_for("cuda100", 128, 4) == table["cuda90", 128, 4]
+    assert tuned_for("cuda100", 256, 2) == table["cuda90", 256, 2]
+    assert tuned_for("cuda86", 40, 2) == table["cuda80", 64, 2]
+    assert tuned_for("gfx950", 128, 2) == table["gfx942", 128, 2]
     for architecture, dim, size in list(table):
-        assert decode_launch(architecture, dim, size) == table[architecture, dim, size]
+        assert tuned_for(architecture, dim, size) == table[architecture, dim, size]
 
 
 def test_registers_are_those_that_programs_leave() -> None:

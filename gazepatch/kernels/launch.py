@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gazepatch.kernels.launches import on
+from gazepatch.kernels.settings import on
 
 Grid = tuple[int, int, int]
 
 
-class Invocation(NamedTuple):
+class Launch(NamedTuple):
     """One launch of a kernel: which, how many programs, arguments in its order, and constants and settings by name."""
 
     kernel: Any
@@ -28,7 +28,7 @@ class Invocation(NamedTuple):
             return self.kernel[self.grid](*self.arguments, **self.constants)
 
 
-class Again:
+class CachedLaunch:
     """A launch that was made, to be made again with others in the place of few of its arguments.
 
     To find the code for a launch, Triton looks at each of some sixty arguments: which type, whether a multiple of 16,
@@ -36,12 +36,12 @@ class Again:
     its kind: a tensor of the same type, and aligned to 16 bytes as the other was, or a number that is not specialised.
 
     Args:
-        code: What `Invocation.run` returned.
+        code: What `Launch.run` returned.
         launch: The launch.
         changing: Names of the arguments that change.
     """
 
-    def __init__(self, code: Any, launch: Invocation, *changing: str) -> None:
+    def __init__(self, code: Any, launch: Launch, *changing: str) -> None:
         defaults = _parameters(launch.kernel.fn)
         values = dict(zip(defaults, launch.arguments, strict=False))
         values = {**defaults, **values, **launch.constants, **dict.fromkeys(changing)}

@@ -15,7 +15,7 @@ import torch
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def untraced(method: Method) -> Method:
+def uncompiled(method: Method) -> Method:
     """The method, at which a compiler breaks its graph; without one it costs a look at a flag."""
     opaque = torch.compiler.disable(method)
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from gazepatch.caches.adoption import state_of_images
-from gazepatch.caches.crossing import CrossState, StaticCrossState, new_keys
+from gazepatch.caches.cross_attention import CrossState, StaticCrossState, new_keys
 from gazepatch.running.forward import Forward
 from gazepatch.running.runtime import Runtime
 
 
-def start_across(runtime: Runtime, text: Forward, call: Mapping[str, Any], rows: int) -> Forward:
+def start_cross_attention(runtime: Runtime, text: Forward, call: Mapping[str, Any], rows: int) -> Forward:
     """The other side of the forward `text`, which has started: all keys come before it, a mask says who sees them.
 
     Args:
@@ -35,8 +35,8 @@ def start_across(runtime: Runtime, text: Forward, call: Mapping[str, Any], rows:
     return forward
 
 
-def step_across(runtime: Runtime, text: Forward, call: Mapping[str, Any], rows: int) -> Forward:
-    """As `start_across`, of a step on a static cache."""
+def step_cross_attention(runtime: Runtime, text: Forward, call: Mapping[str, Any], rows: int) -> Forward:
+    """As `start_cross_attention`, of a step on a static cache."""
     state, running = _state(runtime, text), runtime.running
     assert isinstance(state, StaticCrossState)
     last_row, running.last_row = running.last_row, None

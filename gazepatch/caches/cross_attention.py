@@ -19,7 +19,7 @@ from torch import Tensor
 from gazepatch.adapters.base import Adapter
 from gazepatch.caches.layer import GazeLayer, Stores
 from gazepatch.caches.state import GazeState
-from gazepatch.caches.static import SettledLayer, StaticState
+from gazepatch.caches.static import StableLayer, StaticState
 from gazepatch.config import GazeConfig
 from gazepatch.errors import CacheError
 from gazepatch.layout import Span
@@ -196,7 +196,7 @@ class StaticCrossState(CrossState, StaticState):
         return GazeState.bias(self, mask, device) if mask is not None or not self.ready else None
 
 
-class StaticCrossLayer(SettledLayer, CrossLayer):
+class StaticCrossLayer(StableLayer, CrossLayer):
     """A `CrossLayer` of a static cache."""
 
     def _make_room(self, start: int, new: Stores) -> None:

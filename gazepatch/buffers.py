@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def settled(memory: Tensor) -> Tensor:
+def mark_static(memory: Tensor) -> Tensor:
     """Tell a compiler that this tensor will not move: only then does it record steps that write to it."""
     if not torch.compiler.is_compiling():
         torch._dynamo.mark_static_address(memory)
@@ -20,18 +20,18 @@ def locked(memory: Tensor) -> bool:
     return memory.is_inference() and not torch.is_inference_mode_enabled()
 
 
-class Places:
+class StableBuffers:
     """Where tensors lie that are made anew for every prompt."""
 
     def __init__(self) -> None:
         self._held: dict[Hashable, Tensor] = {}
 
-    def place(self, name: Hashable, new: Tensor) -> Tensor:
+    def keep(self, name: Hashable, new: Tensor) -> Tensor:
         """`new`, where the last one of its name lies, if that took as much."""
         held = self._held.get(name)
         if held is new:
             return new
         if held is not None and (held.shape, held.dtype, held.device) == (new.shape, new.dtype, new.device):
             return held.copy_(new)
-        self._held[name] = settled(new)
+        self._held[name] = mark_static(new)
         return new

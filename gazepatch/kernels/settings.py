@@ -26,7 +26,7 @@ COUNTED = 8192
 HELD = 128
 
 
-class Launch(NamedTuple):
+class Tuned(NamedTuple):
     """Settings of a decode step.
 
     Attributes:
@@ -43,13 +43,13 @@ class Launch(NamedTuple):
     early: bool
 
 
-def decode_launch(architecture: str, dim: int, bytes_per_element: int) -> Launch:
+def tuned_for(architecture: str, dim: int, bytes_per_element: int) -> Tuned:
     """The row of the table, for the next larger head dim of the architecture, or of the next older one that has it."""
     older = ["cuda90", "cuda80"] if architecture.startswith("cuda") and int(architecture[4:]) > 90 else ["cuda80"]
     known = [architecture, *(["gfx942"] if architecture.startswith("gfx") else older)]
     dim, size = min(padded(dim), MAX_DIM), max(bytes_per_element, 2)
     fitting = (key for one in known for key in sorted(DECODE) if key[::2] == (one, size) and key[1] >= dim)
-    return Launch(*DECODE[next(fitting)])
+    return Tuned(*DECODE[next(fitting)])
 
 
 # ---- settings of the kernels, by name; worked out once, not in every layer and step
@@ -60,28 +60,28 @@ def decode_settings(
     architecture: str, rows: int, dim: int, value_dim: int, bytes_per_element: int, longest: int
 ) -> dict[str, Any]:
     """Settings of the decode kernel, for selections of `rows` query heads and regions of up to `longest` tokens."""
-    launch = decode_launch(architecture, max(dim, value_dim), bytes_per_element)
+    tuned = tuned_for(architecture, max(dim, value_dim), bytes_per_element)
     return {
-        "EARLY": launch.early,
+        "EARLY": tuned.early,
         "WAITS": _waits(architecture),
-        "PER_TILE": regions_per_tile(longest, launch.block),
-        "IN_PIECES": longest > launch.block,
+        "PER_TILE": regions_per_tile(longest, tuned.block),
+        "IN_PIECES": longest > tuned.block,
         # Heads are columns here, of which products need but 8 on NVIDIA's.
         "BLOCK_M": max(8 if architecture.startswith("cuda") else 16, power(rows)),
-        "BLOCK_N": launch.block,
+        "BLOCK_N": tuned.block,
         "BLOCK_D": padded(dim),
         "BLOCK_V": padded(value_dim),
         "BLOCK_G": power(rows),
         # So many results of programs are combined at a time.
-        "BLOCK_S": max(1, HELD * 32 * launch.warps // (power(rows) * padded(value_dim))),
-        "PARTS": launch.warps if apart(max(dim, value_dim), bytes_per_element) else 1,
+        "BLOCK_S": max(1, HELD * 32 * tuned.warps // (power(rows) * padded(value_dim))),
+        "PARTS": tuned.warps if apart(max(dim, value_dim), bytes_per_element) else 1,
         # Of float32: three products of tensor cores are as exact, where registers hold what they take.
         "PRECISION": "tf32x3" if architecture.startswith("cuda") and padded(dim) * bytes_per_element <= 512 else "ieee",
-        "STAGES": launch.stages,
-        "num_warps": launch.warps,
-        "num_stages": launch.stages,
-        **({"launch_pdl": True} if launch.early else {}),
-        **({"maxnreg": MAX_REGISTERS} if _has_all_registers(architecture, launch) else {}),
+        "STAGES": tuned.stages,
+        "num_warps": tuned.warps,
+        "num_stages": tuned.stages,
+        **({"launch_pdl": True} if tuned.early else {}),
+        **({"maxnreg": MAX_REGISTERS} if _has_all_registers(architecture, tuned) else {}),
     }
 
 
@@ -92,7 +92,7 @@ def select_settings(
     """Settings of the selection, for `regions` of `windows` each."""
     warps, block_all = 8 if regions > MANY_REGIONS else 4, max(16, power(regions))
     return {
-        "EARLY": decode_launch(architecture, dim, bytes_per_element).early,
+        "EARLY": tuned_for(architecture, dim, bytes_per_element).early,
         "WAITS": _waits(architecture),
         # So many heads' scores of all regions are held at a time.
         "HEADS": max(1, min(power(group), HELD * 32 * warps // block_all)),
@@ -124,9 +124,9 @@ def _stages(architecture: str) -> int:
     return 2 if architecture.startswith("gfx") else 3
 
 
-def _has_all_registers(architecture: str, launch: Launch) -> bool:
+def _has_all_registers(architecture: str, tuned: Tuned) -> bool:
     """Whether threads may have all they can: ptxas may spill some to make room for programs that nobody launches."""
-    threads = 32 * launch.warps * launch.programs
+    threads = 32 * tuned.warps * tuned.programs
     return architecture.startswith("cuda") and (1 << 16) // threads > MAX_REGISTERS
 
 

@@ -158,7 +158,7 @@ class _Sums:
 def _follow(model: Any, batch: Mapping[str, Any], whole: bool, sums: Sequence[_Sums]) -> None:
     """Add one conversation, of which nothing gazes if it is read `whole`, to the sums of every budget."""
     root = root_model(model)
-    inputs = {name: value.to(root.device) for name, value in batch.items()}
+    inputs = {name: x.to(root.device) if torch.is_tensor(x) else x for name, x in batch.items()}
     labels = inputs.pop("labels")
     columns, kept, answer = supervised(labels)
     choosing = torch.zeros_like(labels, dtype=torch.bool).index_copy(1, columns, kept)

@@ -15,16 +15,16 @@ MAX_PX = 1024
 
 
 def read_picture(file: str | Path | BinaryIO) -> Image:
-    """The picture in a file, in RGB.
+    """The picture in a file, in RGB, upright: cameras note which side is up, and transformers turns it too.
 
     Raises:
         ValueError: It cannot be decoded.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(file) as opened:
-            decoded: Image.Image = opened.convert("RGB")
+            decoded: Image.Image = ImageOps.exif_transpose(opened).convert("RGB")
             return decoded
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from None

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,7 @@ def _only_file(folder: Path) -> Path:
 
 def _of_file(path: Path) -> Records:
     folder = path.parent
-    digest, places, start = hashlib.sha256(), [], 0
+    digest, lines, start = hashlib.sha256(), [], 0
     with path.open("rb") as file:
         if file.read(64).lstrip()[:1] == b"[":
             return _of_list(path)
@@ -188,16 +189,18 @@ def _of_file(path: Path) -> Records:
             if line.strip():
                 where = f"{path.name}, line {number}"
                 record(_parsed(line, where), where, folder)
-                places.append((start, where))
+                lines.append((start, where))
             start += len(line)
 
-    def get(number: int) -> Record:
-        start, where = places[number]
-        with path.open("rb") as file:
-            file.seek(start)
-            return record(_parsed(file.readline(), where), where, folder)
+    return Records(str(path), digest.hexdigest(), len(lines), partial(_of_line, path, lines))
 
-    return Records(str(path), digest.hexdigest(), len(places), get)
+
+def _of_line(path: Path, lines: Sequence[tuple[int, str]], number: int) -> Record:
+    """One record of a file, of whose lines the starts and names are known."""
+    start, where = lines[number]
+    with path.open("rb") as file:
+        file.seek(start)
+        return record(_parsed(file.readline(), where), where, path.parent)
 
 
 def _of_list(path: Path) -> Records:
@@ -230,7 +233,8 @@ def _of_hub(name: str) -> Records:
             f"{' '.join(str(error).split())}"
         ) from error
 
-    def get(number: int) -> Record:
-        return record(rows[number], f"{name}, record {number + 1}", Path())
+    return Records(name, str(rows._fingerprint), len(rows), partial(_of_row, name, rows))
 
-    return Records(name, str(rows._fingerprint), len(rows), get)
+
+def _of_row(name: str, rows: Any, number: int) -> Record:
+    return record(rows[number], f"{name}, record {number + 1}", Path())

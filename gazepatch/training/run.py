@@ -28,6 +28,7 @@ from gazepatch.registry import adapter_for
 from gazepatch.training.bar import Bar
 from gazepatch.training.chat import Collator
 from gazepatch.training.checkpoints import Work
+from gazepatch.training.order import Shuffled
 from gazepatch.training.records import Records, read_records
 from gazepatch.training.schedule import Schedule
 from gazepatch.training.settings import TrainConfig
@@ -39,6 +40,18 @@ WARM_UP = 0.03  # share of the steps over which the learning rate rises
 #: Arguments of the Trainer that may be others when a training goes on: what it learns does not depend on them.
 CHANGEABLE = frozenset(
     ("report_to", "run_name", "project", "logging_first_step", "dataloader_num_workers", "dataloader_pin_memory")
+)
+#: Arguments of the Trainer that would do nothing here: batches, their order, passes and losses are made otherwise.
+DECIDED = frozenset(
+    (
+        "per_device_train_batch_size",
+        "auto_find_batch_size",
+        "num_train_epochs",
+        "dataloader_drop_last",
+        "group_by_length",
+        "train_sampling_strategy",
+        "label_smoothing_factor",
+    )
 )
 
 
@@ -106,6 +119,7 @@ def train(
         objective=training.objective,
         trained=trained,
         schedule=schedule,
+        order=Shuffled(len(records), arguments.max_steps * training.batch_size, training.seed),
         work=work,
         context_rate=training.context_peak_rate,
         model=model,
@@ -122,6 +136,7 @@ def train(
         if spread:  # nobody else can be waited for from here on, and shards are nothing to be saved
             model, trained = _prepare(source, config, training)
             trained.take(state)
+        trained.narrow()
         set_budget(model, config.budget)
         provenance = _provenance(trainer, records, training, schedule)
         full = training.trainable == "full"
@@ -181,7 +196,7 @@ def _arguments(work: Work, training: TrainConfig, records: int, further: Mapping
         "ddp_find_unused_parameters": False,
         "use_cpu": not torch.accelerator.is_available(),  # or several processes would not find each other
     }
-    if taken := sorted(ours.keys() & further.keys()):
+    if taken := sorted((ours.keys() | DECIDED) & further.keys()):
         raise ConfigError(f"{', '.join(taken)} cannot be among the trainer's arguments: training settings decide them")
     if further.get("deepspeed") or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise ConfigError(

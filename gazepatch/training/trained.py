@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gazepatch.errors import TrainingError
 from gazepatch.lora import add_lora, without_lora
 from gazepatch.patch import context_tokens_of, dense, patch_of, root_model
+from gazepatch.training.precision import narrow, widen
 from gazepatch.training.sharded import assign, is_shard, layer_classes, whole
 
 FILE_NAME = "trained.safetensors"
@@ -26,17 +27,22 @@ class Trained:
         model: The patched model.
         trainable: `context`, `lora` or `full`.
         lora_rank: Rank of the adapters.
+
+    Attributes:
         teacher: For `full`, an unpatched copy of the model as it was, or None when nothing is held to it.
     """
 
-    def __init__(self, model: Any, trainable: str, *, lora_rank: int, teacher: nn.Module | None = None) -> None:
-        self.model, self.trainable, self.teacher = model, trainable, teacher
+    def __init__(self, model: Any, trainable: str, *, lora_rank: int) -> None:
+        self.model, self.trainable = model, trainable
+        self.teacher: nn.Module | None = None
         model.requires_grad_(trainable == "full")
+        self._dtypes = widen(model) if trainable == "full" else {}
         if trainable == "lora":
             add_lora(model, patch_of(model).runtime.adapter.decoder(model), lora_rank)
         if (tokens := context_tokens_of(model)) is not None:
             tokens.requires_grad_(True)
         self.names = [name for name, held in model.named_parameters() if held.requires_grad]
+        self._still = [*_still(model, patch_of(model).runtime.adapter.decoder(model))]
 
     def gathered(self, keep: bool = True) -> dict[str, Tensor]:
         """These parameters, whole, on the CPU, one after the other; every process must call it, and may keep none."""
@@ -52,6 +58,10 @@ class Trained:
         held = dict(self.model.named_parameters())
         for name in self.names:
             assign(held[name], found[name])
+
+    def narrow(self) -> None:
+        """Give the weights the types that they were loaded in: they learn in single precision."""
+        narrow(self.model, self._dtypes)
 
     def write(self, folder: Path, writes: bool = True) -> None:
         """Write these parameters, and nothing else, into a checkpoint; every process must call it, and one writes."""
@@ -89,6 +99,17 @@ class Trained:
 
         self.model.register_forward_hook(reach)
 
+    def learn(self, wrapped: nn.Module) -> None:
+        """Put the model, in whatever processes share it by, into training mode, but for what has to stay as it is.
+
+        That is what does not learn: dropout would make other features of the same image, and running statistics would
+        move, which no artefact holds. Frozen layers of the decoder are an exception, as they keep no activations for
+        the gradients of context tokens only in training mode (`gradient_checkpointing`).
+        """
+        wrapped.train()
+        for module in self._still:
+            module.eval()
+
     @property
     def knows_untrained(self) -> bool:
         """Whether there is an `untrained` model: where all weights learn, only a teacher is one."""
@@ -111,3 +132,15 @@ class Trained:
                 yield wrapped
         finally:
             wrapped.train(training)
+
+
+def _still(module: nn.Module, decoder: nn.Module) -> Iterator[nn.Module]:
+    """The largest parts of a module, the decoder left out, that learn nothing; and norms with running statistics."""
+    if module is decoder:
+        return
+    learns = any(parameter.requires_grad for parameter in module.parameters())
+    if not learns or getattr(module, "track_running_stats", False):
+        yield module
+        return
+    for child in module.children():
+        yield from _still(child, decoder)

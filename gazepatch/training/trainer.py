@@ -18,6 +18,7 @@ from gazepatch.patch import context_tokens_of, patch_of, root_model, set_budget
 from gazepatch.training.chat import supervised
 from gazepatch.training.checkpoints import Work
 from gazepatch.training.objectives import agreed, distill, next_token
+from gazepatch.training.order import Shuffled
 from gazepatch.training.schedule import Schedule
 from gazepatch.training.trained import Trained
 
@@ -29,6 +30,7 @@ class GazeTrainer(Trainer):
         objective: `distill` or `next-token`.
         trained: The parameters that learn.
         schedule: Budgets by step.
+        order: Of the records.
         work: Where checkpoints go.
         context_rate: Peak of the learning rate of the context tokens; that of all else is the Trainer's.
         **trainer: As for `Trainer`; its model is the patched one.
@@ -40,13 +42,14 @@ class GazeTrainer(Trainer):
         objective: str,
         trained: Trained,
         schedule: Schedule,
+        order: Shuffled,
         work: Work,
         context_rate: float,
         **trainer: Any,
     ) -> None:
         super().__init__(**trainer)
         self.objective: str = objective
-        self.trained, self.work, self.context_rate = trained, work, context_rate
+        self.trained, self.order, self.work, self.context_rate = trained, order, work, context_rate
         # The loss is a mean over the tokens of the whole update, of all processes and parts: see compute_loss.
         self.model_accepts_loss_kwargs = True
         self.counts = torch.zeros(2, device=self.args.device)  # tokens on which gaze and dense agree, of how many
@@ -55,6 +58,9 @@ class GazeTrainer(Trainer):
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
             plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or trained.layer_classes()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Shuffled:
+        return self.order
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's optimiser, with the context tokens in a group of their own."""
@@ -90,11 +96,14 @@ class GazeTrainer(Trainer):
         if self.objective == "distill" or (self._logs_next() and self.trained.knows_untrained):
             with torch.no_grad(), self.trained.untrained(model) as untrained:
                 teacher = logits_at(untrained, inputs, columns, kept)
+        if model.training:
+            self.trained.learn(model)
         student = logits_at(model, inputs, columns, kept)
         if teacher is not None:
             self.counts += torch.stack([agreed(student, teacher), torch.tensor(len(tokens)).to(student.device)])
         total = distill(student, teacher) if self.objective == "distill" else next_token(student, tokens)  # type: ignore[arg-type]
-        loss = total / (max(1, len(tokens)) if num_items_in_batch is None else num_items_in_batch)
+        count = torch.as_tensor(len(tokens) if num_items_in_batch is None else num_items_in_batch)
+        loss = total / count.clamp(min=1)  # records without answers teach nothing
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # whose gradients are averaged
         return (loss, {"logits": student}) if return_outputs else loss
@@ -172,7 +181,13 @@ def logits_at(model: nn.Module, inputs: Mapping[str, Any], columns: Tensor, kept
         columns: `[C]`.
         kept: `[B, C]`.
     """
-    dtype = root_model(model).dtype  # which the model's own pixels may not have
-    inputs = {name: value.to(dtype) if name.startswith("pixel_values") else value for name, value in inputs.items()}
+    root: Any = root_model(model)
+    dtype = root.get_input_embeddings().weight.dtype  # which the model's own pixels may not have
+    inputs = {
+        name: x.to(dtype) if "pixel_values" in name and torch.is_tensor(x) and x.is_floating_point() else x
+        for name, x in inputs.items()
+    }
     logits: Tensor = model(**inputs, use_cache=False, logits_to_keep=columns).logits
+    if logits.shape[1] != len(columns):  # some families take no `logits_to_keep`, and say nothing
+        logits = logits[:, columns]
     return logits[kept]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import pickle
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +15,12 @@ import pytest
 import torch
 from PIL import Image
 from talking import SIDE_PX, TURNS, write_image
+from transformers.image_utils import load_image
 
 from gazepatch import TrainingError
 from gazepatch.demo.checkpoint import CHAT_TEMPLATE
 from gazepatch.training.chat import Collator, supervised
+from gazepatch.training.images import open_image
 from gazepatch.training.objectives import agreed, distill, next_token
 from gazepatch.training.records import read_records
 
@@ -181,6 +184,21 @@ def test_templates_that_do_not_do(processor: Any, base: Path, tmp_path: Path) ->
         Collator(processor)
     with pytest.raises(TrainingError, match="a processor for images and text, got "):
         Collator(processor.tokenizer)
+
+
+def test_photos_are_upright_as_in_transformers(tmp_path: Path) -> None:
+    path, exif = tmp_path / "photo.jpg", Image.Exif()
+    exif[0x0112] = 6  # taken with the camera on its side
+    Image.linear_gradient("L").resize((40, 20)).convert("RGB").save(path, exif=exif)
+    assert open_image(str(path), tmp_path, "line 1") == load_image(str(path))
+    assert open_image(str(path), tmp_path, "line 1").size == (20, 40)
+
+
+def test_records_can_be_sent_to_workers(tmp_path: Path) -> None:
+    path = tmp_path / "talk.jsonl"
+    path.write_text((json.dumps({"messages": TURNS}) + "\n") * 2)
+    records = read_records(path)
+    assert pickle.loads(pickle.dumps(records))[1] == records[1]
 
 
 def test_an_image_that_is_damaged_names_its_line(processor: Any, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from gazepatch import (
 from gazepatch.artefact.manifest import read
 from gazepatch.demo.checkpoint import CHAT_TEMPLATE
 from gazepatch.patch import dense, patch_of, set_budget
+from gazepatch.training.order import Shuffled
 from gazepatch.training.records import read_records
 from gazepatch.training.schedule import Schedule
 from gazepatch.training.trainer import GazeTrainer
@@ -262,6 +263,13 @@ def test_accumulation_changes_nothing(base: Path, data: Path, tmp_path: Path) ->
     torch.testing.assert_close(tokens_of(parts), tokens_of(whole), rtol=1e-3, atol=1e-3)
 
 
+def test_every_record_is_read_as_often() -> None:
+    order = list(Shuffled(5, 12, seed=3))
+    assert sorted(order[:5]) == sorted(order[5:10]) == list(range(5)) and len(order) == 12
+    assert order[:5] != order[5:10]
+    assert list(Shuffled(5, 7, seed=3)) == order[:7]
+
+
 def test_records_without_images(base: Path, tmp_path: Path) -> None:
     path = tmp_path / "plain.jsonl"
     path.write_text(json.dumps({"messages": TURNS}) + "\n")
@@ -333,6 +341,30 @@ def test_full(base: Path, data: Path, tmp_path: Path, processor: Any) -> None:
         before = agreement(dense_model, processor, data)
     assert after >= before + 0.1
     assert transformers.AutoProcessor.from_pretrained(out).chat_template == CHAT_TEMPLATE
+
+
+def test_weights_learn_in_single_precision(base: Path, data: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(base, half)
+    transformers.AutoModelForImageTextToText.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(half)
+    settings: dict[str, Any] = {"trainable": "full", "steps": 8, "batch_size": 4, "learning_rate": 1e-5}
+    found, single = (
+        load_file(trained(source, data, tmp_path / name, **settings) / "model.safetensors")
+        for source, name in ((half, "from half"), (single_of(half, tmp_path / "single"), "from single"))
+    )
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    before = load_file(half / "model.safetensors")
+    rounded = {name: tensor.bfloat16() for name, tensor in single.items()}
+    moved = sum(int((rounded[name] != before[name]).sum()) for name in before)
+    equal = sum(int(((rounded[name] != before[name]) & (found[name] == rounded[name])).sum()) for name in before)
+    assert moved > 1000 and equal > 0.8 * moved  # the teacher is rounded
+
+
+def single_of(half: Path, folder: Path) -> Path:
+    """The same weights, on disk in single precision."""
+    shutil.copytree(half, folder)
+    transformers.AutoModelForImageTextToText.from_pretrained(half, dtype=torch.float32).save_pretrained(folder)
+    return folder
 
 
 def test_full_on_the_data_alone_needs_no_second_model(

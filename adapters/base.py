@@ -33,8 +33,8 @@ AS_IMAGES = {"image": ("image_token_id",), "video": ("image_token_id",)}
 # all heads: linearly, by a method `expand_kv` (MLA).
 LATENT = ("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "mistral4", "sarvam_mla", "youtu")
 
-# Text decoders that run layers several times a token: the first, the one behind the last, and how often. Each time they
-# have keys of their own, in copies of the cache's layers behind all others; their attention is told by `cache_offset`.
+# Text decoders that run layers several times a token: the first, the one after the last, and how often. Each time they
+# have keys of their own, in copies of the cache's layers after all others; their attention is told by `cache_offset`.
 LOOPS: Mapping[str, Callable[[Any], tuple[int, int, int]]] = {
     "dory": lambda text: (text.n_input_layers, text.num_hidden_layers - text.n_output_layers, text.n_recurrent_loops),
     "inkling2_loop_text": lambda text: (text.loop_layer_index_start, text.loop_layer_index_end, text.loop_num_passes),

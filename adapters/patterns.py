@@ -10,7 +10,7 @@ from gazepatch.layout import Span, runs
 
 
 class Rows(Declared):
-    """Fuyu: every row of an image is a run, with a break token behind it, and nothing says how many rows there are."""
+    """Fuyu: every row of an image is a run, with a break token after it, and nothing says how many rows there are."""
 
     def _locate(self, config: Any, modality: str, ids: Sequence[Sequence[int]], captured: Captured) -> list[Span]:
         rows = [runs(self.positions(config, modality, of_row)) for of_row in ids]

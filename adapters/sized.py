@@ -28,7 +28,7 @@ class Sized(Declared):
 
 
 def sizes_px(cell_px: Callable[[Any], int], row_gap: int = 0, newlines: bool = False) -> Reader:
-    """From `image_sizes` in pixels and the side of a token's cell; with newlines there is one behind the last row."""
+    """From `image_sizes` in pixels and the side of a token's cell; with newlines there is one after the last row."""
 
     def read(config: Any, call: Call) -> Sequence[Media] | None:
         if (sizes := call.get("image_sizes")) is None:
@@ -140,7 +140,7 @@ def unlimited(config: Any, call: Call) -> Sequence[Media] | None:
 
 
 def molmo_images(config: Any, call: Call) -> Sequence[Media] | None:
-    """Molmo 2: a coarse view, then a fine one, with a break token behind each row."""
+    """Molmo 2: a coarse view, then a fine one, with a break token after each row."""
     if (grids := call.get("image_grids")) is None:
         return None
     views = [((1, *grid[:2]), (1, *grid[2:])) for grid in integers(grids)]

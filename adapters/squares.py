@@ -47,7 +47,7 @@ class Squares(Declared):
 
 
 class Llava(Squares):
-    """LLaVA, whose Pixtral towers lay images of any size out in rows, with a break token behind each."""
+    """LLaVA, whose Pixtral towers lay images of any size out in rows, with a break token after each."""
 
     def media(self, config: Any, modality: str, call: Mapping[str, Any]) -> Sequence[Media] | None:
         if config.vision_config.model_type != "pixtral" or (sizes_px := call.get("image_sizes")) is None:

@@ -1,8 +1,8 @@
 """How long a token of `generate` takes as most people call it: a dynamic cache, no graphs, no compiler.
 
-Behind a short prompt the host is what a step waits for, and not the memory: there it shows what a patch costs in Python
+After a short prompt the host is what a step waits for, and not the memory: there it shows what a patch costs in Python
 and in launches. The model has Qwen2.5-VL-7B's shape and random weights, its vision tower gives features that are made
-before. All sides answer in turn within a round; a side's time is the median over the tokens behind the first of all
+before. All sides answer in turn within a round; a side's time is the median over the tokens after the first of all
 rounds, and ratios are medians of the rounds' own.
 """
 
@@ -45,7 +45,7 @@ class Clock:
         """The answer is over."""
 
     def milliseconds(self) -> list[float]:
-        """Of every token behind the first."""
+        """Of every token after the first."""
         _, *times = self.times
         return [1e3 * (later - before) for before, later in itertools.pairwise(times)]
 

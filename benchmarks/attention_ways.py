@@ -117,5 +117,5 @@ def _flex(both: list[Any]) -> Calls:
 
 
 def _appended(q: Tensor, k: Tensor, v: Tensor, new: Tensor) -> Callable[[], object]:
-    """What transformers' DynamicCache and sdpa do: copy the cache with the new entry behind it, then attend."""
+    """What transformers' DynamicCache and sdpa do: copy the cache with the new entry after it, then attend."""
     return lambda: sdpa(q, torch.cat([k, new], 2), torch.cat([v, new], 2), enable_gqa=True)

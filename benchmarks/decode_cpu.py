@@ -66,7 +66,7 @@ class Attention(nn.Module):
 
 
 def span(side: int) -> Span:
-    """An image of `side` x `side` tokens behind half of the text."""
+    """An image of `side` x `side` tokens after half of the text."""
     return Span(0, TEXT // 2, TEXT // 2 + side * side, (1, side, side), 0)
 
 

@@ -133,11 +133,11 @@ def _check_device(setup: Setup) -> None:
         return
     try:
         torch.cuda.synchronize()
-        torch.empty(1, device=setup.device).normal_()  # which fails for good behind a capture that broke off
+        torch.empty(1, device=setup.device).normal_()  # which fails for good after a capture that broke off
     except RuntimeError as error:
         raise SystemExit(
             f"the GPU is lost to this process ({first_line(error)}): the row above is kept with its error; call again "
-            "to go on behind it, with --again to try it once more"
+            "to go on after it, with --again to try it once more"
         ) from None
 
 

@@ -40,7 +40,7 @@ SIDES: dict[str, GazeConfig | None] = {
 
 @torch.inference_mode()
 def step_ms(model: Any, steps: int) -> float:
-    """Median of the steps behind a prompt with one image."""
+    """Median of the steps after a prompt with one image."""
     cache = {CACHE: DynamicCache(config=model.config.text_config)}
     ids = torch.tensor([[1, 2, *[model.config.image_token_id] * SIDE**2, 7, 8]])
     model(input_ids=ids, pixel_values=torch.zeros(1, 3, 4 * SIDE, 4 * SIDE), **cache)

@@ -35,7 +35,7 @@ from gazepatch.config import GazeConfig
 from gazepatch.layout import Grid, Span
 from gazepatch.patch import is_patched, patch_of, patched
 
-#: Tokens there is room for behind the prompt: every replay of a graph appends one.
+#: Tokens there is room for after the prompt: every replay of a graph appends one.
 ROOM = 64
 #: The name under which transformers knows attention without a mask.
 EXACT = "exactly_the_entries"
@@ -107,7 +107,7 @@ def filled(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> tuple[Stati
 
 
 def step_with(model: Any, cache: StaticCache, tokens: int, batch: int) -> Callable[[], Tensor]:
-    """A decode step as `generate` calls it, behind prompts of so many tokens. `model` may be compiled."""
+    """A decode step as `generate` calls it, after prompts of so many tokens. `model` may be compiled."""
     device = cache.layers[0].device
     mask = (torch.arange(tokens + ROOM, device=device) <= tokens).expand(batch, 1, 1, -1)
     given = {
@@ -124,7 +124,7 @@ def step_of(model: Any, grid: Grid, batch: int = 1) -> Callable[[], Tensor]:
 
 
 def rewind(cache: StaticCache, tokens: int) -> None:
-    """Forget the steps behind a prompt, in an unpatched cache."""
+    """Forget the steps after a prompt, in an unpatched cache."""
     for layer in cache.layers:
         layer.cumulative_length.fill_(tokens)
 

@@ -2,7 +2,7 @@
 
 A decode step of rows with different images, with periphery and without, by the mean of the heads and each for itself;
 a prompt with gaze, forward and backward, and the means of its windows. Small: each launch is checked access by access.
-Set `PYTORCH_NO_CUDA_MEMORY_CACHING=1`, so that an access behind a tensor is one outside of all memory.
+Set `PYTORCH_NO_CUDA_MEMORY_CACHING=1`, so that an access past the end of a tensor is one outside of all memory.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def entries_read(given: Answer, images: Sequence[Any], dense: bool = False) -> s
     if dense:
         return "all visual entries read"
     if given.read_share is None:
-        return "nothing read behind the prompt"
+        return "nothing read after the prompt"
     return f"{given.read_share:.1%} of the visual entries read"
 
 

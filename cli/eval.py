@@ -35,7 +35,7 @@ def command(
     """Measure how closely MODEL with gaze follows itself dense, on conversations in DATA.
 
     MODEL is an artefact, or any supported model, which then gazes with the default settings; DATA what `gazepatch
-    train` takes. Conversations are read in one pass, as in a training: what the user says behind an image gazes too.
+    train` takes. Conversations are read in one pass, as in a training: what the user says after an image gazes too.
     How much of the images is read is counted for the answers alone.
     """
     import gazepatch

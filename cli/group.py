@@ -42,7 +42,7 @@ def _debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         ctx.meta["gazepatch.debug"] = True  # which a command and its group share
 
 
-#: Taken before a command and behind it.
+#: Taken before a command and after it.
 DEBUG = click.Option(
     ["--debug"], is_flag=True, expose_value=False, callback=_debug, help="Show the traceback of an error."
 )

@@ -69,7 +69,7 @@ def evaluate(
 ) -> list[Score]:
     """Compare a patched model with itself read densely, token by token along the answers of some conversations.
 
-    Each conversation is read in one pass, as in a training: what the user says behind an image gazes too, whatever
+    Each conversation is read in one pass, as in a training: what the user says after an image gazes too, whatever
     `prefill` is set to. What is read is counted for the assistant's tokens alone: these read as much as decode steps.
     The dense side has neither routing nor context tokens nor LoRA adapters.
 

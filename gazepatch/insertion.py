@@ -76,7 +76,7 @@ class OwnImage(NamedTuple):
 
 
 def insert(spans: Sequence[Span], rows: int, tokens: int, count: int) -> Insertion | None:
-    """Put `count` context tokens behind each image or frame of a forward; None where there is none.
+    """Put `count` context tokens after each image or frame of a forward; None where there is none.
 
     Args:
         spans: By row and position in the forward. Those of one image, or one frame of a video, share their tokens.
@@ -126,7 +126,7 @@ class Slots:
 
     Attributes:
         inserted: Slots so far that hold no token, in every row.
-        recorded: Slots in the tables; behind them follow tokens only.
+        recorded: Slots in the tables; after them follow tokens only.
         source: `[B, recorded]` position in each slot; for a context token the last one of its image; -1 for padding.
         context: `[B, recorded]` whether the slot holds a context token.
         padded: Whether any slot is padding.

@@ -33,7 +33,7 @@ class Inspection:
         family: Its model type.
         decoder: The text decoder: its model type, and its path in the model when a model was given.
         layers: Number of decoder layers. One that runs several times a token counts as often: its further runs have the
-            numbers behind all layers, as in a cache.
+            numbers after all layers, as in a cache.
         gaze_layers: Indices of the layers that gaze.
         reasons: For every other layer: why not.
         patched: Whether `apply` is in force.

@@ -19,8 +19,8 @@ class Block:
 
     Attributes:
         grid: `(t, h, w)` in decoder tokens.
-        row_gap: Positions behind each grid row that hold no token of the grid.
-        newlines: Whether these positions hold features too, behind the last row as well (LLaVA-NeXT). Otherwise they
+        row_gap: Positions after each grid row that hold no token of the grid.
+        newlines: Whether these positions hold features too, after the last row as well (LLaVA-NeXT). Otherwise they
             are text between the rows, with ids of their own (Mistral 3).
         tile, frame: Number of the piece within its image or video, where it has several.
     """
@@ -60,7 +60,7 @@ class Span:
 
     Attributes:
         row: Row of the batch.
-        start, stop: Half-open range of positions in that row, from the first visual token to behind the last one; in
+        start, stop: Half-open range of positions in that row, from the first visual token to the one after the last; in
             families whose images are keys of cross-attention, of places among these keys.
         grid: `(t, h, w)` in decoder tokens, or `None` where it cannot be known: regions are then runs of tokens.
         media: Number of the image or video within its row.

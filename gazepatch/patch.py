@@ -122,7 +122,7 @@ def patched(
     context_tokens: Tensor | str | Path | None = None,
     **settings: Any,
 ) -> Iterator[Model]:
-    """`apply` for the length of a `with` block, and `restore` behind it if nobody did, also after an exception."""
+    """`apply` for the length of a `with` block, and `restore` after it if nobody did, also after an exception."""
     apply(model, config, context_tokens=context_tokens, **settings)
     try:
         yield model
@@ -133,7 +133,7 @@ def patched(
 
 @contextmanager
 def restored(model: Model) -> Iterator[Model]:
-    """The unpatched model for the length of a `with` block; behind it, it is patched anew, with the same tokens.
+    """The unpatched model for the length of a `with` block; after it, it is patched anew, with the same tokens.
 
     Caches that the first patch has filled cannot be used with the new one.
 
@@ -170,7 +170,7 @@ def dense(model: nn.Module) -> Iterator[None]:
 def trace(model: nn.Module) -> Iterator[Trace]:
     """Record which regions a patched model reads, for the length of a `with` block.
 
-    Holds for the calling thread. The trace is of the last prompt and the decode steps behind it; what queries of the
+    Holds for the calling thread. The trace is of the last prompt and the decode steps after it; what queries of the
     prompt itself read (`prefill="gaze"`) is not in it. It stays readable when the block is over. Within the block,
     nothing that `torch.compile` made is used, in the whole process: a compiler would see another list in every step.
 
@@ -198,7 +198,7 @@ def prompt_reads(model: nn.Module, tokens: Tensor) -> Iterator[PromptReads]:
 
     Args:
         model: The patched model. Within the block it takes prompts of the shape `[B, S]` alone.
-        tokens: `[B, S]` boolean: the tokens whose queries count, where they are text behind an image.
+        tokens: `[B, S]` boolean: the tokens whose queries count, where they are text after an image.
 
     Raises:
         PatchError: The model is not patched.

@@ -34,7 +34,7 @@ def as_seen(image: Image, image_processor: Any) -> Image:
     """The part of `image` that the model gets, in the image's own pixels; black where there is padding.
 
     For processors that make one square of an image. They pad it to a square, around it (LLaVA, where that is set) or
-    behind it (Llama 3.2 Vision), or resize it and cut out the centre (CLIP), or leave it whole.
+    after it (Llama 3.2 Vision), or resize it and cut out the centre (CLIP), or leave it whole.
     """
     width, height = image.size
     named = type(image_processor).__name__

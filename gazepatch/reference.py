@@ -42,7 +42,7 @@ def gaze_reference(
     Args:
         query: `[H, D]`, after position embedding and norm.
         key, value: `[H_kv, L, D]`, the whole sequence in its own order, as cached.
-        spans: The visual tokens that the query sees: leave out those that end behind it.
+        spans: The visual tokens that the query sees: leave out those that end after it.
         config: Region, window, budget, head_reduce, periphery and min_visual_tokens are read.
         scale: Scale of the attention scores.
         visible: `[L]` bool, the entries that the query could read before.

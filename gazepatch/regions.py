@@ -95,7 +95,7 @@ class Regions:
         start: `[b, R]` first slot of the region in its row's visual store.
         length: `[b, R]` its tokens; 0 for a region that only other rows have.
         log_counts: `[b, R * C]` log of the tokens of a window; `ABSENT` for a window that is not there.
-        stop: `[b, R]` first position behind the span that the region belongs to.
+        stop: `[b, R]` first position after the span that the region belongs to.
         counts: Regions of each row.
         tokens: Visual tokens of each row.
         max_length: The longest region.
@@ -158,7 +158,7 @@ class Regions:
         )
 
     def followed_by(self, other: Regions) -> Regions:
-        """These regions, then those of a later turn, whose slots come behind."""
+        """These regions, then those of a later turn, whose slots come after."""
         rows = max(len(self.counts), len(other.counts))
         first, second = self._expand(rows), replace(other, start=other.start + self.slots)._expand(rows)
         return Regions(

@@ -164,7 +164,7 @@ def _mask(
 ) -> Tensor | None:
     """`[B, 1, S', L']` out of `[b, 1, S, L]`: rows and columns follow their tokens.
 
-    A context token is visible where the last token of its image is, but only to slots behind it.
+    A context token is visible where the last token of its image is, but only to slots after it.
     """
     total = state.length + state.new_tokens
     if given is None:

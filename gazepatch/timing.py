@@ -62,7 +62,7 @@ def bench(
     Raises:
         PatchError: The model is not patched.
         UnsupportedModelError: It has no `generate`.
-        ConfigError: There is nothing to measure: no image, no round, or no token behind the first.
+        ConfigError: There is nothing to measure: no image, no round, or no token after the first.
     """
     if new_tokens < 2 or rounds < 1:
         raise ConfigError(f"expected new_tokens >= 2 and rounds >= 1, got {new_tokens} and {rounds}")

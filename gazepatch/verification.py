@@ -103,7 +103,7 @@ def _verify(
     always = dataclasses.replace(settings, min_visual_tokens=0)
     dense, tokens = generate_logits(model, inputs, steps)
     own = _gap(dense, _uncached(model, inputs, tokens))
-    before = fingerprint(model)  # behind the first run, at which transformers sets up hooks of its own
+    before = fingerprint(model)  # after the first run, at which transformers sets up hooks of its own
     every = dataclasses.replace(always, budget=1.0, context_tokens=0)
     with patched(model, every):
         whole, _ = generate_logits(model, inputs, steps, tokens)
@@ -149,7 +149,7 @@ def _verify(
 def generate_logits(
     model: nn.Module, inputs: Mapping[str, Any], steps: int, tokens: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Logits `[B, steps + 1, V]` behind the prompt and each new token: the given `[B, steps + 1]`, or the greedy."""
+    """Logits `[B, steps + 1, V]` after the prompt and each new token: the given `[B, steps + 1]`, or the greedy."""
     # By way of generate, which alone knows how each family numbers the positions of new tokens.
     prompt = inputs["input_ids"].shape[1]
     root = generating_model(model)
@@ -177,7 +177,7 @@ def _uncached(model: nn.Module, inputs: Mapping[str, Any], tokens: Tensor) -> Te
     of_new = {"attention_mask": 1, **adapter.inputs_of_answers}
     shape, tokens = inputs["input_ids"].shape, tokens[:, :-1]
     for name, value in inputs.items():
-        # Whatever goes along with the tokens is that of an answer behind the prompt.
+        # Whatever goes along with the tokens is that of an answer after the prompt.
         if torch.is_tensor(value) and value.shape == shape:
             fill = tokens if name == "input_ids" else value.new_full(tokens.shape, of_new.get(name, 0))
             longer[name] = torch.cat([value, fill], 1)

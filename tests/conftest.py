@@ -69,7 +69,7 @@ class Sequences:
     Attributes:
         spans: Visual tokens of all rows.
         starts, stops: Half-open ranges of the prompt and of every later turn.
-        steps: Tokens to decode behind each of them.
+        steps: Tokens to decode after each of them.
         query: `[B, H, L, D]`, one for every position.
         key: `[B, H_kv, L, D]`.
         value: `[B, H_kv, L, D_v]`.
@@ -190,7 +190,7 @@ def sequences() -> Callable[..., Sequences]:
     """Makes `Sequences` from a sketch: a list of turns, a turn being a list of rows, a row a list of parts.
 
     A part is a number of text tokens, or an image: `(t, h, w)`, `(t, h, w, row_gap)`, or `(n,)` tokens without a grid.
-    Shorter rows are padded at the front; behind each turn `steps` tokens are decoded.
+    Shorter rows are padded at the front; after each turn `steps` tokens are decoded.
     """
 
     def make(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from tiny import IMAGE, Case, batch, built, filled
-from tiny.crossing import ROOM, SIDE, TILE, seen_behind, tiled, tiles_of
+from tiny.crossing import ROOM, SIDE, TILE, seen_after, tiled, tiles_of
 from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
@@ -91,14 +91,14 @@ def plainly(model: Any, config: GazeConfig, prompts: bool = False) -> Iterator[N
 
 
 def by_the_processor(ids: Tensor, rows: Any) -> dict[str, Tensor]:
-    """The mask as transformers' processor makes it: the words behind an image see it up to the next one."""
+    """The mask as transformers' processor makes it: the words after an image see it up to the next one."""
     sparse = [processing_mllama.get_cross_attention_token_mask(row.tolist(), IMAGE) for row in ids]
     tiles = [[tiles_of(image) for image in row] for row in rows]
     dense = processing_mllama.convert_sparse_cross_attention_mask_to_dense(sparse, tiles, ROOM, ids.shape[1])
     return {"cross_attention_mask": torch.from_numpy(dense)}
 
 
-def with_rows(*rows: list[Any], mask: Any = seen_behind) -> Case:
+def with_rows(*rows: list[Any], mask: Any = seen_after) -> Case:
     """The model with other images; a row without any gets one of nothing, as the processor pads it."""
     case = filled(replace(built("mllama"), rows=[row or [tiled(1, 1)] for row in rows], extra=lambda ids, rows: {}))
     ids, most = case.inputs["input_ids"], max(map(len, rows))
@@ -150,11 +150,11 @@ class Talk:
 
 
 def talk(case: Case, cache: Cache | None = None, steps: int = 2) -> Tensor:
-    """Two turns with an image each, and single tokens behind both."""
+    """Two turns with an image each, and single tokens after both."""
     images, said = [tiled(2, 2), tiled(7, 3)], Talk(case, cache)
     turns = [torch.tensor([[1, 5, IMAGE, 6, 7]]), torch.tensor([[8, IMAGE, 9, 10, 11]])]
     whole = torch.cat([part for turn in turns for part in (turn, torch.full((1, steps), 20))], 1)
-    mask = seen_behind(whole, [images])["cross_attention_mask"]
+    mask = seen_after(whole, [images])["cross_attention_mask"]
     logits = []
     for number, turn in enumerate(turns):
         seen = mask[:, :, : number + 1]

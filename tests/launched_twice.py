@@ -63,7 +63,7 @@ def main() -> None:
                 before = compared
                 with torch.no_grad(), patched(case.model, SETTINGS[name], backend="triton"):
                     generate(case, 6, cache_implementation=kind, disable_compile=True)
-                assert compared - before == 2 * 3  # layers, and steps behind the second
+                assert compared - before == 2 * 3  # layers, and steps after the second
     print(compared)
 
 

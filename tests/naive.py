@@ -2,9 +2,9 @@
 
 Written from the words of the contract alone, without anything of the package but the spans:
 
-- behind the last visual token of every image or frame come M context tokens, with its position ids;
+- after the last visual token of every image or frame come M context tokens, with its position ids;
 - a context token sees the visual tokens of its own image or frame, and the context tokens up to itself in it;
-- everything behind it sees it, in a sliding window as if it stood where the last visual token stands;
+- everything after it sees it, in a sliding window as if it stood where the last visual token stands;
 - nothing else changes.
 """
 

@@ -71,7 +71,7 @@ def image_turn(case: Case) -> dict[str, Tensor]:
 
 
 def longer(case: Case, tokens: int) -> dict[str, Tensor]:
-    """The prompt with so many more tokens of text behind it."""
+    """The prompt with so many more tokens of text after it."""
     inputs = dict(case.inputs)
     for name, more in (("input_ids", torch.arange(11, 11 + tokens)), ("attention_mask", torch.ones(tokens).long())):
         inputs[name] = torch.cat([inputs[name], more.expand(len(inputs[name]), -1)], 1)

@@ -64,7 +64,7 @@ def test_a_sequence_that_gets_enough_visual_tokens_later_is_sorted_then(case: Ca
 
 
 @pytest.mark.parametrize("prefill", ["dense", "gaze"])
-def test_an_image_behind_a_first_turn_of_text_is_dense_at_full_budget(case: Case, prefill: str) -> None:
+def test_an_image_after_a_first_turn_of_text_is_dense_at_full_budget(case: Case, prefill: str) -> None:
     text = dataclasses.replace(case, inputs={"input_ids": TEXT["input_ids"]})
     second = image_turn(case)
     dense = two_turns(text, DynamicCache(), second)

@@ -53,7 +53,7 @@ def test_crop_forgets_text_but_no_image(case: Case) -> None:
             input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=3
         )
         assert torch.equal(again, once[:, : ids.shape[1] + 3][:, : again.shape[1]])
-        with pytest.raises(CacheError, match="only text behind the last image"):
+        with pytest.raises(CacheError, match="only text after the last image"):
             cache.crop(-(cache.get_seq_length() - case.spans[-1].start))
 
 
@@ -86,7 +86,7 @@ def test_a_refused_crop_leaves_no_layer_shorter_than_another(name: str, settings
         for each in (cache, untouched):
             each.activate_past_recording()
             case.model(**case.inputs, past_key_values=each)
-        with pytest.raises(CacheError, match="only text behind the last image"):
+        with pytest.raises(CacheError, match="only text after the last image"):
             cache.crop(case.spans[-1].start - cache.get_seq_length())
         steps = [{"input_ids": torch.tensor([[5]]), "past_key_values": each} for each in (cache, untouched)]
         if broken:  # transformers' own layer has forgotten the image
@@ -114,7 +114,7 @@ def test_guesses_of_image_tokens_are_words(case: Case) -> None:
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_an_image_behind_cropped_text_of_the_same_length(case: Case) -> None:
+def test_an_image_after_cropped_text_of_the_same_length(case: Case) -> None:
     """The sequence is as long as before, but in another order: nothing may be remembered from before the crop."""
     second = image_turn(case)
     generated = second["input_ids"].shape[1]
@@ -206,7 +206,7 @@ def test_what_a_cropped_static_cache_refuses() -> None:
     with patched(case.model, QUARTER):
         cache: StaticCache = static(case)
         case.model(**case.inputs, past_key_values=cache)
-        with pytest.raises(CacheError, match="only text behind the last image"):
+        with pytest.raises(CacheError, match="only text after the last image"):
             cache.crop(case.spans[-1].start - int(cache.get_seq_length()))
         with pytest.raises(CacheError, match="expected minus the number of tokens"):
             cache.crop(3)

@@ -16,7 +16,7 @@ from gazepatch.patch import patched
 
 
 def gradients(case: Case, kept: Sequence[bool]) -> dict[str, Tensor]:
-    """Of the logits of steps, behind a prompt; `kept` says which of these forwards, the prompt first, have a graph."""
+    """Of the logits of steps, after a prompt; `kept` says which of these forwards, the prompt first, have a graph."""
     case.model.zero_grad()
     cache, logits = DynamicCache(config=case.model.config), []
     for number, graph in enumerate(kept):

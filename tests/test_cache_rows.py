@@ -24,7 +24,7 @@ def pair() -> Case:
 
 
 def of_rows(case: Case, rows: list[int]) -> dict[str, Tensor]:
-    """A step behind these rows of the prompt."""
+    """A step after these rows of the prompt."""
     mask = case.inputs["attention_mask"][rows]
     mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
     positions = mask.sum(1, keepdim=True) - 1
@@ -34,7 +34,7 @@ def of_rows(case: Case, rows: list[int]) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("chosen", "rows"),
     [([False, True], [1]), ([True, True], [0, 1]), ([1, 0], [1, 0]), ([-1, -1], [1, 1])],
-    ids=["mask", "mask of all", "numbers", "from behind"],
+    ids=["mask", "mask of all", "numbers", "from the end"],
 )
 @pytest.mark.parametrize("kind", ["dynamic", "static", "few visual tokens"])
 @torch.no_grad()

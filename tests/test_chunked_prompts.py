@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
     reason="this transformers loses the images of a prompt that it cuts",
 )
 
-#: Families of `CORE` that transformers itself reads alike in pieces: no token of an image sees one behind it.
+#: Families of `CORE` that transformers itself reads alike in pieces: no token of an image sees one after it.
 CUT = [name for name in CORE if name not in ("gemma3", "granite4_vision", "mllama", "paligemma")]
 
 
@@ -65,7 +65,7 @@ def test_rows_of_different_images(cache: str, settings: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [9, 17, 40])
-def test_text_behind_the_last_image_gazes(size: int) -> None:
+def test_text_after_the_last_image_gazes(size: int) -> None:
     case = tiny("qwen2_5_vl")
     one = dataclasses.replace(case, inputs=of_image(case, 0, case.spans[1].start - 1))
     equal_in_pieces(one, size, SETTINGS["gaze prefill"])
@@ -113,7 +113,7 @@ def test_an_image_that_is_still_to_come_is_not_cropped() -> None:
         half = BaseModelOutputWithPooling(pooler_output=[features.pooler_output[0][:32]])
         case.model(ids[:, : image.start + 32], mm_encoder_outputs={"image": half}, past_key_values=cache)
         assert cache.gaze.regions is None
-        with pytest.raises(CacheError, match="only text behind the last image can be forgotten, 0 tokens here"):
+        with pytest.raises(CacheError, match="only text after the last image can be forgotten, 0 tokens here"):
             cache.crop(-1)
 
 

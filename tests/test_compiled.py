@@ -37,7 +37,7 @@ def test_steps_compile_once(name: str) -> None:
     case = supported(name)
     cache = {"max_cache_len": 300}  # else a longer prompt is another shape for transformers as well
     with patched(case.model, SETTINGS["periphery"]):
-        generate(case, **compiled(), **cache)  # gemma3: some steps before its windows are full, some behind
+        generate(case, **compiled(), **cache)  # gemma3: some steps before its windows are full, some after
         graphs = counters["stats"]["unique_graphs"]
         assert graphs == (2 if name == "gemma3" else 1) and not counters["graph_break"]
         for inputs in (case.inputs, longer(case, 3)):

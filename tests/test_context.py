@@ -144,7 +144,7 @@ def test_other_context_tokens_give_other_logits(name: str) -> None:
             logits.append(case.model(**case.inputs, use_cache=False).logits)
     first = case.spans[0].stop
     for other in logits[1:]:
-        # The first token behind an image notices, and nothing before it.
+        # The first token after an image notices, and nothing before it.
         assert (other[:, first] - logits[0][:, first]).abs().max() > 1e-4
         assert_close(other[:, :first], logits[0][:, :first])
 
@@ -190,7 +190,7 @@ def test_context_tokens_see_their_own_image_only(name: str) -> None:
     for layer in range(len(layers)):
         assert_close(other[layer], before[layer])
         assert (own[layer] - before[layer]).abs().max() > 1e-3
-    # Behind the first layer the second image itself has seen the first one.
+    # After the first layer the second image itself has seen the first one.
     attention = [layers[0].self_attn]
     before, other, own = (
         at_context(c, attention, 1)[0] for c in (case, other_picture(case, 0), other_picture(case, 1))

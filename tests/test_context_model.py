@@ -184,7 +184,7 @@ def test_a_second_question_by_generate(case: Case) -> None:
 
 
 @torch.no_grad()
-def test_text_behind_the_image_is_forgotten(case: Case) -> None:
+def test_text_after_the_image_is_forgotten(case: Case) -> None:
     cache = DynamicCache(config=case.model.config.text_config)
     with patched(case.model, GAZE, context_tokens=context()):
         case.model(**case.inputs, past_key_values=cache)
@@ -193,10 +193,10 @@ def test_text_behind_the_image_is_forgotten(case: Case) -> None:
         assert cache.get_seq_length() == length - 2
         again = case.model(input_ids=case.inputs["input_ids"][:, -2:], past_key_values=cache).logits
         assert_close(again, case.model(**case.inputs, use_cache=False).logits[:, -2:])
-        behind = length - case.spans[-1].stop
-        with pytest.raises(CacheError, match=f"{behind} tokens here"):
-            cache.crop(-behind - 1)
-        cache.crop(-behind)
+        after = length - case.spans[-1].stop
+        with pytest.raises(CacheError, match=f"{after} tokens here"):
+            cache.crop(-after - 1)
+        cache.crop(-after)
         assert cache.get_seq_length() == case.spans[-1].stop
 
 

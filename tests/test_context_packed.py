@@ -16,7 +16,7 @@ from gazepatch.patch import patch_of, patched
 
 
 def packed(case: Case) -> dict[str, Tensor]:
-    """Both rows of a batch behind each other, as transformers takes it: without a mask, positions start again."""
+    """Both rows of a batch after each other, as transformers takes it: without a mask, positions start again."""
     everything = filled(replace(case, rows=[[media for row in case.rows for media in row]])).inputs
     lengths = case.inputs["attention_mask"].sum(1).tolist()
     ids = torch.cat([row[-length:] for row, length in zip(case.inputs["input_ids"], lengths, strict=True)])[None]

@@ -9,7 +9,7 @@ import torch
 import transformers
 from crossing import CASES, FAR, QUARTER, WHOLE, Talk, close, plainly, talk
 from tiny import IMAGE, Case, built, tiny
-from tiny.crossing import ROOM, TILE, seen_behind, tiled
+from tiny.crossing import ROOM, TILE, seen_after, tiled
 from torch import Tensor
 
 import gazepatch
@@ -63,7 +63,7 @@ def test_words_then_an_image(case: Case) -> None:
     def turns() -> Tensor:
         said, image = Talk(case), tiled(2, 2)
         logits = [said.say(torch.tensor([[1, 5, 6, 7]])), said.say(torch.tensor([[8]]))]
-        mask = seen_behind(torch.tensor([[1, 5, 6, 7, 8, IMAGE, 9, 10]]), [[image]])["cross_attention_mask"]
+        mask = seen_after(torch.tensor([[1, 5, 6, 7, 8, IMAGE, 9, 10]]), [[image]])["cross_attention_mask"]
         logits.append(said.say(torch.tensor([[IMAGE, 9]]), [image], mask))
         return torch.cat([*logits, said.say(torch.tensor([[10]]), (), mask)], 1)
 

@@ -9,7 +9,7 @@ import torch
 from crossing import CASES, FAR, QUARTER, Talk, close, talk
 from stepping import SETTINGS, assert_same, compiled, generate, static
 from tiny import IMAGE, Case, built, tiny
-from tiny.crossing import seen_behind, tiled
+from tiny.crossing import seen_after, tiled
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, MllamaForConditionalGeneration, StaticCache
@@ -71,7 +71,7 @@ def test_an_image_that_comes_alone(case: Case) -> None:
     def turns(cache: Any) -> Tensor:
         said, image = Talk(case, cache), tiled(2, 2)
         said.say(torch.tensor([[1, 5, 6, 7]]))
-        mask = seen_behind(torch.tensor([[1, 5, 6, 7, IMAGE, 9, 10]]), [[image]])["cross_attention_mask"]
+        mask = seen_after(torch.tensor([[1, 5, 6, 7, IMAGE, 9, 10]]), [[image]])["cross_attention_mask"]
         logits = [said.say(torch.tensor([[IMAGE]]), [image], mask)]
         return torch.cat([*logits, *(said.say(torch.tensor([[token]]), (), mask) for token in (9, 10))], 1)
 
@@ -160,8 +160,8 @@ def test_guesses_that_are_taken_back_leave_the_images(case: Case) -> None:
 def addresses(cache: StaticCache) -> list[tuple[str, int]]:
     """Of what the layers of images hold, and of what steps write to besides."""
     layer = next(layer for layer in cache.layers if isinstance(layer, StaticCrossLayer))
-    places = {"layer": layer._buffers, "state": layer.state._buffers, "counters": layer.state.counters.places}
-    return [(name, memory.data_ptr()) for name, held in places.items() for memory in held._held.values()]
+    buffers = {"layer": layer._buffers, "state": layer.state._buffers, "counters": layer.state.counters.buffers}
+    return [(name, memory.data_ptr()) for name, held in buffers.items() for memory in held._held.values()]
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -169,7 +169,7 @@ def addresses(cache: StaticCache) -> list[tuple[str, int]]:
 def test_nothing_moves(backend: str) -> None:
     if backend == "triton":
         pytest.importorskip("triton")
-    case, places = tiny("mllama"), []
+    case, buffers = tiny("mllama"), []
     one = {"input_ids": torch.tensor([[5]]), "cross_attention_mask": case.inputs["cross_attention_mask"][:, -1:]}
     with patched(case.model, FAR, backend=backend):
         cache = static(case)

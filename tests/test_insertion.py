@@ -145,7 +145,7 @@ def test_slots_of_two_turns() -> None:
     assert (slots.inserted, slots.recorded, slots.context_tokens, slots.last_context()) == (3, 12, 5, 10)
 
 
-def test_slots_of_an_image_behind_text() -> None:
+def test_slots_of_an_image_after_text() -> None:
     slots = Slots()
     slots.add(inserted(span(0, 1), rows=2, tokens=2, count=1), 3)
     assert slots.source is not None
@@ -195,7 +195,7 @@ class Turn:
         )
 
     def decoded(self, given: Any) -> Any:
-        """The mask of a decode step behind it."""
+        """The mask of a decode step after it."""
         self.state.finish(completed=True)
         self.state.begin([], 2, 1)
         call = {"inputs_embeds": self.hidden[:, :1], "attention_mask": given}
@@ -300,7 +300,7 @@ def test_a_mask_of_four_dimensions(added: bool) -> None:
     slots = seen(found)
     assert slots[0] == [
         [0],
-        [0, 1, 2, 3],  # not the context tokens, which are behind it
+        [0, 1, 2, 3],  # not the context tokens, which are after it
         [0, 1, 2],
         [0, 1, 2, 3],
         [0, 1, 2, 3, 4],  # what context tokens see is cut down to their image elsewhere
@@ -340,7 +340,7 @@ def test_a_decode_step_in_a_sliding_window() -> None:
     window = WindowLayer(turn.state, 3)
     turn.state.finish(completed=True)
     window.cumulative_length = 8
-    # The prompt's last tokens: as many as a window of three holds behind it, and the slots that were inserted.
+    # The prompt's last tokens: as many as a window of three holds after it, and the slots that were inserted.
     window.keys = torch.zeros(2, 1, 4, 1)
     assert window.get_seq_length() == 6 and window.get_mask_sizes(1) == (3, 4)
     turn.state.begin([], 2, 1)

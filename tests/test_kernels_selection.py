@@ -86,7 +86,7 @@ def test_an_entry_is_appended_by_the_way(dims: tuple[int, ...], filled: int | No
     assert all(torch.equal(store[:, :, 7:8], new) for store, new in zip(stores, entry, strict=True))
 
 
-def test_nothing_is_written_behind_a_full_store() -> None:
+def test_nothing_is_written_after_the_end_of_a_full_store() -> None:
     case = Selection(36, windows=1, group=4, distinct=3)
     store, entry = (torch.randn(2, 2, tokens, 16, device=DEVICE) for tokens in (8, 1))
     before = store.clone()

@@ -193,7 +193,7 @@ def test_reads_are_counted(
     assert reads.share == read / visual and (reads.share < 1) == (settings != "everything")
 
 
-def test_images_behind_a_query_do_not_count(sequences: Make) -> None:
+def test_images_after_a_query_do_not_count(sequences: Make) -> None:
     # With half a budget, one image of two regions gives one of them; two images of two give two.
     sequence = sequences([[[(1, 4, 8), 1, (1, 4, 8), 1]]], steps=0)
     config = replace(BASE, budget=0.5, periphery=False)

@@ -34,7 +34,7 @@ def counted(case: Case, config: GazeConfig, context_tokens: int = 0) -> tuple[Pr
         steps = stats(case.model)
         with prompt_reads(case.model, answer) as reads:
             _uncached(case.model, case.inputs, tokens)
-        _uncached(case.model, case.inputs, tokens)  # behind the block nothing is counted
+        _uncached(case.model, case.inputs, tokens)  # after the block nothing is counted
     return reads, steps
 
 

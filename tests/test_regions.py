@@ -291,7 +291,7 @@ def test_followed_by_with_rows_of_different_counts() -> None:
     spans = [image((1, 2, 3), 0), image((1, 1, 2), 8), image((1, 2, 4), 7, row=1)]
     both = sorted_at(spans, 2, 0, 7).regions.followed_by(sorted_at(spans, 2, 7, 16).regions)
     assert both.length.tolist() == [[4, 2, 2, 0], [0, 0, 4, 4]]
-    # The second turn's slots come behind the six of the first, in every row.
+    # The second turn's slots come after the six of the first, in every row.
     assert both.start.tolist() == [[0, 4, 6, 6], [0, 0, 6, 10]]
     assert both.stop.tolist() == [[6, 6, 10, 0], [0, 0, 15, 15]]
     assert (both.counts, both.tokens, both.max_length, both.slots) == ((3, 2), (8, 8), 4, 14)

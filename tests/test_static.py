@@ -159,7 +159,7 @@ def test_a_step_of_other_rows_is_refused(case: Case, kind: str, backend: str) ->
             case.model(input_ids=torch.tensor([[5], [5]]), past_key_values=cache)
 
 
-def test_steps_behind_the_end_of_the_room(case: Case) -> None:
+def test_steps_after_the_end_of_the_room(case: Case) -> None:
     pytest.importorskip("triton")
     with torch.no_grad(), patched(case.model, QUARTER, backend="triton"):
         cache = static(case, case.inputs["input_ids"].shape[1] + 1)

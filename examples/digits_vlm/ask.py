@@ -26,7 +26,7 @@ question with its right answer. A wrong answer follows it, named after its model
 
 
 def answers(model: Any, processor: Any, asked: Asked) -> list[str]:
-    """What the model writes behind each question; every one sees those before it, with the right answers.
+    """What the model writes after each question; every one sees those before it, with the right answers.
 
     All turns share one cache, so the images are encoded and read once.
     """

@@ -53,7 +53,7 @@ def normalise(pixels: Tensor) -> Tensor:
 
 
 def pack(board: Board, scene: Scene, questions: list[list[Question]]) -> Batch:
-    """Put the questions of each sequence behind its visual tokens."""
+    """Put the questions of each sequence after its visual tokens."""
     words, device = board.vocabulary(), scene.pixels.device
     texts, labels, turns = [], [], []
     for row in questions:

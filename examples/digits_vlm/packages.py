@@ -1,4 +1,4 @@
-"""Packages that some programs need beside gazepatch's own: asked for before the work, not behind it."""
+"""Packages that some programs need beside gazepatch's own: asked for before the work, not after it."""
 
 from __future__ import annotations
 

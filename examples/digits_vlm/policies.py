@@ -33,7 +33,7 @@ class Reading:
         visual: Visual tokens, which are at the positions from 1 on.
         asks: `[B, T]` for every text token, the text token that ends the prompt of its question.
         tower: `[B, V]` attention that each visual token receives in the last layer of the vision tower.
-        kept: What a static policy decided, for the layers behind.
+        kept: What a static policy decided, for the layers after.
     """
 
     board: Board

@@ -25,7 +25,7 @@ def score(batches: Sequence[Batch], right: Sequence[Tensor]) -> dict[str, float]
 
     An answer counts when all its words are the most likely ones given the right words before them, which is when
     greedy decoding writes exactly this answer. `T2 cells` is the share of right words in the answers of T2, `T5` what
-    the questions behind the first of a sequence about one board reach.
+    the questions after the first of a sequence about one board reach.
 
     Args:
         batches: What was asked.

@@ -15,7 +15,7 @@ class Postcard(Adapter):
     """Every run of image tokens is one image."""
 
     model_types = ("postcard",)
-    images = "one square behind a stamp"
+    images = "one square after a stamp"
 
     def run(self, config: Any, modality: str, tokens: int) -> Sequence[Media] | None:
         side = config.vision_config.image_size // config.vision_config.patch_size

@@ -38,7 +38,7 @@ def measure_fidelity(model: nn.Module, inputs: Mapping[str, Any], *, steps: int 
     # In float32 the rounding of distributions that are nearly the same makes it negative.
     log_p, log_q = whole.double().log_softmax(-1), gazed.double().log_softmax(-1)
     return {
-        # Not with the tokens themselves: `generate` suppresses the end of a short answer, and these go on behind it.
+        # Not with the tokens themselves: `generate` suppresses the end of a short answer, and these go on after it.
         "agreement": (gazed.argmax(-1) == whole.argmax(-1)).float().mean().item(),
         "divergence": (log_p.exp() * (log_p - log_q)).sum(-1).mean().item(),
         "read_share": read_share,

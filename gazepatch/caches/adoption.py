@@ -46,7 +46,7 @@ class Layers:
         count: How many there are, for caches that were made without a configuration.
         gaze: Layers whose entries are kept region by region.
         left: Layers that hold something else than the sequence, and stay as they are.
-        copies: Layers that a decoder which runs some several times a token copies behind all others, in that order.
+        copies: Layers that a decoder which runs some several times a token copies after all others, in that order.
         latent: Whether layers that gaze hold latents (MLA).
     """
 

@@ -139,8 +139,8 @@ class CrossLayer(GazeLayer):
 
     def _read(self) -> tuple[Tensor, Tensor]:
         # Before it takes the keys of another image in, a layer is only asked whether it holds any.
-        behind = self._slots < self.state.length + self.state.new_tokens
-        key, value = self._others() if behind or (self.gazes and self.state.decoding) else self.logical()
+        after = self._slots < self.state.length + self.state.new_tokens
+        key, value = self._others() if after or (self.gazes and self.state.decoding) else self.logical()
         return key, value
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -53,7 +53,7 @@ class Expansion(NamedTuple):
 
 
 class LatentLayer(GazeLayer):
-    """Latents of one decoder layer, `[B, 1, T, E]`, each with the part of the keys that is rotated behind it.
+    """Latents of one decoder layer, `[B, 1, T, E]`, each with the part of the keys that is rotated after it.
 
     To whoever looks into the cache, and to the model, latents are its keys and rotated parts its values.
     """

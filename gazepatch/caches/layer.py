@@ -45,7 +45,7 @@ class GazeLayer(DynamicLayer):
     def _clear(self) -> None:
         self.is_initialized = False
         self._slots = self._used = 0  # slots filled; other entries held
-        self._other: Stores | None = None  # with room for more behind `_used`
+        self._other: Stores | None = None  # with room for more after `_used`
         self._visual: Stores | None = None
         self._means: Stores | None = None  # of the values with periphery only
         self._pending: PendingEntry | None = None
@@ -78,7 +78,7 @@ class GazeLayer(DynamicLayer):
         self._slots += key_states.shape[-2]
         new = self._stored(key_states, value_states)
         if self.gazes and self.state.decoding and self.state.chunk is None:
-            self._defer(self._behind_others(new))
+            self._defer(self._after_others(new))
             return key_states, value_states
         self._keep(new)
         return (key_states, value_states) if first else self.logical()
@@ -112,7 +112,7 @@ class GazeLayer(DynamicLayer):
         for store, of_store in zip(self._other, new, strict=True):
             store.narrow(2, start, of_store.shape[2]).copy_(of_store)
 
-    def _behind_others(self, new: Stores) -> PendingEntry:
+    def _after_others(self, new: Stores) -> PendingEntry:
         self._write_late()
         start, self._used = self._used, self._used + 1
         self._make_room(start, new)

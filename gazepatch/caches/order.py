@@ -11,7 +11,7 @@ from gazepatch.regions import Chunk
 class Order:
     """Positions of the entries in the two stores of a layer, on the CPU.
 
-    `reach` is always how many slots the sequence has; those behind `end` are others, one behind the other.
+    `reach` is always how many slots the sequence has; those after `end` are others, one after the other.
 
     Attributes:
         visual: `[b, N]` position of each visual entry, -1 for padding.
@@ -61,7 +61,7 @@ class Order:
         return int(self.visual.max()) if self.visual.numel() else -1
 
     def crop(self, reach: int) -> None:
-        """Only so many slots are left, fewer than were sorted; none behind them was visual."""
+        """Only so many slots are left, fewer than were sorted; none after them was visual."""
         self.other, self.end = self.other[:, : reach - self.end], reach
 
     def select_rows(self, rows: Tensor) -> None:

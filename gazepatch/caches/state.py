@@ -180,7 +180,7 @@ class GazeState:
         return self._order.others(self.reach)
 
     def sorted_others(self) -> Tensor:
-        """Of `other_positions`, those that were sorted: behind them are others alone."""
+        """Of `other_positions`, those that were sorted: after them are others alone."""
         return self._order.other
 
     def entry_positions(self) -> Tensor:
@@ -292,7 +292,7 @@ class GazeState:
         if tokens > self.length or self.length - tokens <= last:
             self.broken = self.follows
             raise CacheError(
-                f"cannot crop {tokens} of {self.tokens} tokens: only text behind the last image can be forgotten, "
+                f"cannot crop {tokens} of {self.tokens} tokens: only text after the last image can be forgotten, "
                 f"{self.length - 1 - last} tokens here. Keep a copy of the cache from before the image instead"
             )
 

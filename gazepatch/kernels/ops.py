@@ -53,7 +53,7 @@ def select_launch(
         budget: `[b]` int32, regions that a query of the row reads.
         logits: Out, `[B, H, R * C]` float32: of the windows; written with `periphery`.
         region_logits: Out, `[B, H, padded_regions(R)]` float32.
-        runs: Out, `[B, H_kv, g, S, 2]` int32: start and length of the selected regions by their number, zeros behind
+        runs: Out, `[B, H_kv, g, S, 2]` int32: start and length of the selected regions by their number, zeros after
             them. With `g` = G every query head selects for itself.
         taken: Out, `[B, H_kv, g, R]` int8: which regions are selected; written with `periphery`.
         total: `[1]` int64, the tokens of the selected regions are added to it; None: they are not counted.

@@ -41,7 +41,7 @@ class Step(NamedTuple):
 
 
 class Repeated:
-    """The two launches of a step, for those behind it: only what a step brings itself is another each time.
+    """The two launches of a step, for those after it: only what a step brings itself is another each time.
 
     Args:
         step: The step.
@@ -75,7 +75,7 @@ class Repeated:
 
 
 class Steps:
-    """How steps were launched, by the visual keys of their layer, for the steps behind them.
+    """How steps were launched, by the visual keys of their layer, for the steps after them.
 
     That is noted from the second step on the same memory on: in beam search every step is on other memory.
     """

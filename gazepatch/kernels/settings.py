@@ -231,7 +231,7 @@ def most_splits(groups: int, programs: int) -> int:
 def balanced_splits(tiles: int, results: int) -> int:
     """Programs that share out `tiles`, each of which is as long to read as `results` of them are for the last one.
 
-    A program reads `tiles / n`, and the last one `n` results behind that: together least where both are the same.
+    A program reads `tiles / n`, and the last one `n` results after that: together least where both are the same.
     """
     return max(1, int((tiles * results) ** 0.5))  # not `math.isqrt`, which torch.compile cannot trace
 

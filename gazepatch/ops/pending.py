@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class PendingEntry(NamedTuple):
-    """An entry that a routed step writes behind the others of its layer, before it reads them.
+    """An entry that a routed step writes after the others of its layer, before it reads them.
 
     A kernel that runs anyway does so by the way: that spares two launches in every layer and step.
 

@@ -102,7 +102,7 @@ def _block(queries: Queries, keys: Keys, config: GazeConfig) -> Tensor:
 
 
 def _seen(positions: Tensor, bias: Tensor | None, regions: Regions) -> Tensor:
-    """`[b, Q, R]` which regions a query sees: those whose image ends where it sees, which may be behind it."""
+    """`[b, Q, R]` which regions a query sees: those whose image ends where it sees, which may be after it."""
     last = (regions.stop - 1).clamp(min=0)[:, None].expand(-1, len(positions), -1)
     if bias is None:  # causal
         seen = last <= positions[:, None]

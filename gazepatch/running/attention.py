@@ -127,7 +127,7 @@ class GazeAttention:
         state.expect(layer, query, key_heads, value_dim)
 
     def read(self, forward: Forward, layer: int, call: Call) -> Attended:
-        """Anything but a routed step: the model's own attention, and some queries of a prompt again behind it."""
+        """Anything but a routed step: the model's own attention, and some queries of a prompt again after it."""
         gazes, store = layer in self.runtime.gaze_layers, self.runtime.store_of.get(layer, layer)
         if forward.state.decoding and store in self.runtime.stores:  # the layer it shares keys with did not return all
             call.key, call.value = forward.layer(store).logical()

@@ -14,7 +14,7 @@ from gazepatch.caches.latents import Expand
 from gazepatch.running.runtime import FeatureOrigin, Runtime
 
 MODALITIES = ("image", "video")
-#: The argument that tells layers which run several times a token how far behind their own the cache's layer is.
+#: The argument that tells layers which run several times a token how far after their own the cache's layer is.
 OFFSET = "cache_offset"
 
 

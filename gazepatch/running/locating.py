@@ -17,10 +17,10 @@ from gazepatch.running.runtime import FeatureOrigin, Runtime
 
 logger = logging.getLogger("gazepatch")
 
-#: What to do about context tokens, which stand behind whole images, one of which may end in any piece of a prompt.
+#: What to do about context tokens, which stand after whole images, one of which may end in any piece of a prompt.
 _TOGETHER = (
     "context tokens need all images in one forward, so generate without prefill_chunk_size, or with one that reaches "
-    "behind the last image"
+    "past the last image"
 )
 
 
@@ -38,7 +38,7 @@ def located(
         rows: B.
         tokens: S.
         captured: By modality, the features that were made for the prompt. Those of which nothing has come are kept for
-            the forwards behind this one.
+            the forwards after this one.
 
     Raises:
         CacheError: The prompt is cut inside its images, and has context tokens.
@@ -61,7 +61,7 @@ def located(
             raise CacheError(f"images of this prompt are still to come: {_TOGETHER}")
         state.partial_prompt = PartialPrompt(ids, captured)
         return [], None
-    # Behind a prompt, tokens of images that come without any are guesses of assisted generation, embedded as words.
+    # After a prompt, tokens of images that come without any are guesses of assisted generation, embedded as words.
     guessed = past and not captured and not encoded
     calls = {modality: origin.arguments for modality, origin in captured.items()}
     spans = [] if guessed else runtime.adapter.locate(runtime.model_config, ids, calls)
@@ -71,7 +71,7 @@ def located(
 
 
 def _check_whole(spans: Sequence[Span], state: GazeState) -> None:
-    """Refuse the rest of an image that was cut: its first part has context tokens behind it already."""
+    """Refuse the rest of an image that was cut: its first part has context tokens after it already."""
     goes_on = state.length > 0 and any(span.start == 0 for span in spans)
     if goes_on and state.slots.last_context() == state.length - 1:
         raise CacheError(f"an image goes on that the forward before this one began: {_TOGETHER}")
@@ -83,7 +83,7 @@ def _count(runtime: Runtime, modality: str, ids: list[list[int]]) -> int:
 
 
 def _ids(runtime: Runtime, rows: int, tokens: int, past: int) -> list[list[int]] | None:
-    """Token ids of the new tokens behind `past` others, -1 for padding."""
+    """Token ids of the new tokens after `past` others, -1 for padding."""
     ids, mask = runtime.running.ids, runtime.running.mask
     if ids is None or tuple(ids.shape) != (rows, tokens):
         if tokens > 1 and not runtime.warned:

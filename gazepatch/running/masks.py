@@ -18,7 +18,7 @@ MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 def by_position(visible: MaskFunction, position: Tensor, context: Tensor) -> MaskFunction:
     """A mask function of positions as one of slots: local windows and chunks are as long as without context tokens."""
-    # Chunks are counted behind the padding of a row, which in slots is more by those in front that stand for nothing.
+    # Chunks are counted after the padding of a row, which in slots is more by those in front that stand for nothing.
     position = position + (position < 0).long().cumprod(-1).sum(-1, keepdim=True)
 
     def of_slots(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

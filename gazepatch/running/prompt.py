@@ -1,4 +1,4 @@
-"""Queries of a prompt that do not see what the model's own attention lets them: they are done again behind it.
+"""Queries of a prompt that do not see what the model's own attention lets them: they are done again after it.
 
 Those of context tokens see their own image alone, and those of text read a few regions where prompts gaze.
 """

@@ -48,7 +48,7 @@ def start(runtime: Runtime, state: GazeState, cache: Cache | None, rows: int, to
 def _routed(
     text: Tensor, insertion: Insertion | None, past: int, state: GazeState
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Columns and rows of text queries behind a whole span."""
+    """Columns and rows of text queries after a whole span."""
     if insertion is not None:
         text = torch.zeros_like(insertion.source, dtype=torch.bool).scatter(1, insertion.slots, text)
     assert state.regions is not None

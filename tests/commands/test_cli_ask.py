@@ -60,11 +60,11 @@ def test_ask_says_what_was_read(base: Path, artefact: Path, page: Path, tmp_path
     for said, model, *options in (
         ("[dense: all visual entries read, ", artefact, "3", "--dense"),
         ("[gaze: 100.0% of the visual entries read, ", base, "3"),
-        ("[gaze: nothing read behind the prompt, ", artefact, "1"),
+        ("[gaze: nothing read after the prompt, ", artefact, "1"),
     ):
         assert said in gaze("ask", model, page, "this ?", "--max-new-tokens", *options).stdout
     result = gaze("look", artefact, page, "this ?", "--max-new-tokens", 1, "-o", tmp_path / "page.html")
-    assert f"[nothing read behind the prompt: {tmp_path / 'page.html'}]" in result.stdout
+    assert f"[nothing read after the prompt: {tmp_path / 'page.html'}]" in result.stdout
 
 
 def test_ask_refuses(artefact: Path, page: Path) -> None:

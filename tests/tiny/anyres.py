@@ -12,7 +12,7 @@ from tiny.prompts import IMAGE, VIDEO_TOKEN, Case, Media, Piece, lines, square
 
 
 def anyres(tiles: int, size_px: tuple[int, int], *parts: Piece | int) -> Media:
-    """An image of `size_px` pixels cut into `tiles` tiles of 24 x 24 pixels, behind the base tile of 6 x 6 tokens."""
+    """An image of `size_px` pixels cut into `tiles` tiles of 24 x 24 pixels, after the base tile of 6 x 6 tokens."""
     inputs = {"pixel_values": pixels(1, 1 + tiles, 3, 24, 24), "image_sizes": torch.tensor([size_px])}
     return Media([square(6, 6, tile=0), *parts] if tiles else [square(6, 6), *parts], inputs)
 

@@ -30,7 +30,7 @@ def tiles_of(media: Media) -> int:
     return int(media.inputs["aspect_ratio_mask"].sum())
 
 
-def seen_behind(ids: Tensor, rows: Sequence[Sequence[Media]]) -> dict[str, Tensor]:
+def seen_after(ids: Tensor, rows: Sequence[Sequence[Media]]) -> dict[str, Tensor]:
     """A mask by which every token sees the images before it."""
     mask = torch.zeros(*ids.shape, max(map(len, rows)), ROOM, dtype=torch.long)
     for row, media in enumerate(rows):
@@ -69,7 +69,7 @@ def mllama(video: bool) -> Case:
         if "gate" in name.rsplit(".", 1)[-1] or name.endswith(".gate"):
             nn.init.constant_(gate, 1.0)
     images = [tiled(shape=2, tiles=2), tiled(shape=7, tiles=3)]
-    return Case(model, [images], extra=seen_behind, stacked=True, among_keys=spans_among_keys)
+    return Case(model, [images], extra=seen_after, stacked=True, among_keys=spans_among_keys)
 
 
 FAMILIES: dict[str, Callable[[bool], Case]] = {"mllama": mllama}

@@ -244,7 +244,7 @@ def hunyuan_vl(video: bool) -> Case:
     images = []
     for _, h, w in IMAGES:
         inputs = {"pixel_values": pixels(4 * h * w, ONE), "image_grid_thw": torch.tensor([[1, 2 * h, 2 * w]])}
-        # A feature that begins the image, a newline behind every row, and one that ends it.
+        # A feature that begins the image, a newline after every row, and one that ends it.
         images.append(Media([START, IMAGE, lines(h, w, IMAGE), IMAGE, IMAGE, END], inputs))
     return Case(
         transformers.HunYuanVLForConditionalGeneration(config),

@@ -127,7 +127,7 @@ def joined(case: Case, name: str, of_rows: Sequence[Sequence[Any]]) -> Any:
 
 
 def joined_with_padding(tensors: Sequence[Tensor], fill: int = 0) -> Tensor:
-    """Concatenation on the first axis; the others are padded, behind, to the largest."""
+    """Concatenation on the first axis; the others are padded at the end to the largest."""
     largest = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
     enlarged = [tensor.new_full((len(tensor), *largest), fill) for tensor in tensors]
     for room, tensor in zip(enlarged, tensors, strict=True):

@@ -1,4 +1,4 @@
-"""Images of any size in rows, with a token of another id behind each."""
+"""Images of any size in rows, with a token of another id after each."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def mistral3(video: bool) -> Case:
     return Case(transformers.Mistral3ForConditionalGeneration(config), [pixtral_images(cell_px=8)])
 
 
-#: Queries are scaled, the more so the further behind the first 16 positions.
+#: Queries are scaled, the more so the further after the first 16 positions.
 SCALED = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,

@@ -86,7 +86,7 @@ def deepseek_ocr2(video: bool) -> Case:
         text_config=text(configurations.DeepseekOcr2TextConfig, **DECODER),
         image_token_id=IMAGE,
     )
-    # 144 queries, and a token behind them that ends the view.
+    # 144 queries, and a token after them that ends the view.
     return runs(transformers.DeepseekOcr2ForConditionalGeneration(config), 145, 64)
 
 

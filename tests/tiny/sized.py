@@ -70,7 +70,7 @@ def emu3(video: bool) -> Case:
     )
     images = [
         Media(
-            # A newline behind every row, the last one too.
+            # A newline after every row, the last one too.
             [START, lines(h, w, IMAGE), IMAGE, END],
             {"pixel_values": pixels(1, 3, 2 * h, 2 * w), "image_sizes": torch.tensor([[2 * h, 2 * w]])},
         )
@@ -80,7 +80,7 @@ def emu3(video: bool) -> Case:
 
 
 def apertus1p5(video: bool) -> Case:
-    pictures, sounds = CODES["codebook_size"], 8  # whose embeddings lie behind those of words
+    pictures, sounds = CODES["codebook_size"], 8  # whose embeddings lie after those of words
     audio = transformers.WavTokenizerEncoderConfig(
         num_filters=4, hidden_size=32, codebook_dim=32, codebook_size=sounds, num_lstm_layers=1
     )

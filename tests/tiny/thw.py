@@ -92,7 +92,7 @@ def grids(
         pieces = [square(h, w, t, token)]
         if apart and video:
             pieces = [square(h, w, 1, token, frame=frame) for frame in range(t)]
-        # The words behind START and END stand for timestamps.
+        # The words after START and END stand for timestamps.
         parts = [part for piece in pieces for part in (10, 11, START, piece, END)]
         media.append(Media([VIDEO_START, *parts, VIDEO_END] if as_images and video else parts, inputs))
 

@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def arrive(counter, WAITS: tl.constexpr):
-    """Count this program in, behind all its stores; returns how many were counted before.
+    """Count this program in, after all its stores; returns how many were counted before.
 
     The thread that counts releases its own stores and, by the barrier, those of the others. On CDNA a barrier does not
     wait for stores of other waves that are still on their way, nor does the release: there each wave waits for its own.

@@ -5,7 +5,7 @@ that the three kinds of entries make. Each of its warps attends by itself to a p
 own, so that none waits for another until all have read theirs; then these are put together. The last program of a
 selection to finish combines what all of them found. Both go by log-sum-exps.
 
-Where little is read, what takes long is not reading but one instruction behind the other, in few warps: so there is but
+Where little is read, what takes long is not reading but one instruction after the other, in few warps: so there is but
 one division where regions fit into tiles, loops over text and periphery that have no tiles are jumped over, and
 addresses of visual entries differ from tile to tile by one number where a tile is of one region.
 
@@ -122,7 +122,7 @@ def decode_kernel(
         row_max = tl.where(alone, sink.to(tl.float32)[None, :] * LOG2E, row_max)
         row_sum = tl.where(alone, 1.0, row_sum)
 
-    # All tiles, one kind behind the other, shared out as evenly as they can be.
+    # All tiles, one kind after the other, shared out as evenly as they can be.
     to_others = tl.cdiv(others, BLOCK_N)
     pieces = tl.cdiv(longest, BLOCK_N) if IN_PIECES else 1
     to_runs = to_others + (tl.cdiv(places, PER_TILE) * pieces if HAS_RUNS else 0)
@@ -187,7 +187,7 @@ def decode_kernel(
             STAGES,
         )
     if PERIPHERY:
-        # These two before the condition: behind it, heads of 256 spill registers (Triton 3.9).
+        # These two before the condition: inside, heads of 256 spill registers (Triton 3.9).
         p_means = mean_values + batch * stride_mean_batch + head * stride_mean_head + value_dims[None, :, None]
         p_logits = logits + ((group * ROWS + rows) * windows)[None, None, :]
         if end > to_runs:

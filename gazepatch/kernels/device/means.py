@@ -1,4 +1,4 @@
-"""The mean of every window. Its tokens lie one behind the other, so nothing is added up atomically."""
+"""The mean of every window. Its tokens lie one after the other, so nothing is added up atomically."""
 
 from __future__ import annotations
 

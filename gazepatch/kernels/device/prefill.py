@@ -1,6 +1,6 @@
 """Attention of the routed queries of a prompt, forward and backward: each query reads the regions it has taken.
 
-Keys are in the order of the sequence. The queries of a key head lie one behind the other, with their G heads next to
+Keys are in the order of the sequence. The queries of a key head lie one after the other, with their G heads next to
 each other: row i is head i % G of query i // G. A row sees a key that is no visual token, or whose region it has taken.
 
 Source: the backward pass as in FlashAttention-2, https://arxiv.org/abs/2307.08691.
@@ -23,7 +23,7 @@ def forward_kernel(
     value,  # [B, H_kv, L, D_v], last axis dense
     region_of,  # [b, L] int32, -1 for no visual token
     taken,  # [B, H_kv, Q, g, R] int8
-    positions,  # [Q] int32: what lies behind is hidden, without a bias
+    positions,  # [Q] int32: keys after it are hidden, without a bias
     bias,  # [b, Q, L] float32, with HAS_BIAS
     output,  # out [B, H_kv, M, D_v]
     lse,  # out [B, H_kv, M] float32, log-sum-exp

@@ -40,7 +40,7 @@ def select_kernel(
     table,  # [b, R] int64: first slot of a region, and in the upper half its tokens
     budget,  # [b] int32 regions that a query of the row reads
     logits,  # out [B, H, R * C] float32, with periphery
-    region_logits,  # out [B, H, padded] float32: a multiple of 16, of which those behind R weigh nothing
+    region_logits,  # out [B, H, padded] float32: a multiple of 16, of which those past R weigh nothing
     runs,  # out [B, H_kv, g, S] int64, as in the table, of the selected regions by number; then zeros
     taken,  # out [B, H_kv, g, R] int8, with periphery
     total,  # [1] int64, the tokens selected are added to it
@@ -97,7 +97,7 @@ def select_kernel(
         scale = scale / softcap
     if APPENDS:  # by a program that has no more to score than others
         slot = _slot_to_fill(offset, filled)
-        copies = ((split == splits - 1) & (slot < room)).to(tl.int32)  # nothing behind the end of a full store
+        copies = ((split == splits - 1) & (slot < room)).to(tl.int32)  # nothing past the end of a full store
         slot += pair.to(tl.int64) * room
         p_new = new_key + batch.to(tl.int64) * stride_new_key_batch + key_head * stride_new_key_head
         _copy(p_new, key + slot * DIM, copies * DIM, BLOCK_D)

@@ -169,7 +169,7 @@ def addresses(cache: StaticCache) -> list[tuple[str, int]]:
 def test_nothing_moves(backend: str) -> None:
     if backend == "triton":
         pytest.importorskip("triton")
-    case, buffers = tiny("mllama"), []
+    case, places = tiny("mllama"), []
     one = {"input_ids": torch.tensor([[5]]), "cross_attention_mask": case.inputs["cross_attention_mask"][:, -1:]}
     with patched(case.model, FAR, backend=backend):
         cache = static(case)

@@ -193,7 +193,7 @@ class StableLayer(GazeLayer):
         super().__init__(state, gazes, leads)
         self._buffers = StableBuffers()
 
-    def _kept(self, name: str, stores: Stores) -> Stores:
+    def _placed(self, name: str, stores: Stores) -> Stores:
         return tuple(self._buffers.keep((name, i), store) for i, store in enumerate(stores))
 
 
@@ -239,7 +239,7 @@ class StaticGazeLayer(StableLayer):
         if held is not None and held[0].shape[2] == room:
             return
         made = tuple(x.new_zeros(*x.shape[:2], room, x.shape[3]) for x in new)
-        self._other = self._kept("other", made)
+        self._other = self._placed("other", made)
         for store, before in zip(self._other, held or (), strict=False):
             store[:, :, :start] = before[:, :, :start]
 

@@ -41,7 +41,7 @@ def command(model: str, asked: tuple[str, ...], new_tokens: int, rounds: int, as
     click.echo(f"first token   {timing.dense_prompt_ms:8.1f} ms unpatched  {timing.prompt_ms:8.1f} ms with gaze")
     click.echo(f"each further  {timing.dense_token_ms:8.1f} ms unpatched  {timing.token_ms:8.1f} ms with gaze")
     click.echo(
-        f"{timing.speedup:.2f} times as fast ({timing.slowest:.2f} to {timing.fastest:.2f} in {rounds} rounds) with "
-        f"{timing.read_share:.1%} of the visual entries read, after a prompt of {timing.prompt_tokens} tokens"
+        f"{timing.speedup:.2f} times as fast ({timing.speedup_min:.2f} to {timing.speedup_max:.2f} in {rounds} rounds) "
+        f"with {timing.read_share:.1%} of the visual entries read, after a prompt of {timing.prompt_tokens} tokens"
     )
     say_notes(patched, inputs)

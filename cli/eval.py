@@ -49,21 +49,21 @@ def command(
     if as_json:
         print_json(scores)
         return
-    head = ("budget", "visual entries read", "agrees with dense", "divergence", "right", "right densely", "tokens")
+    head = ("budget", "visual entries read", "agrees with dense", "divergence", "accuracy", "dense accuracy", "tokens")
     rows = [
         (
             budget_text(s.budget),
             "no images" if s.read_share is None else f"{s.read_share:.1%}",
             f"{s.agreement:.1%}",
             f"{s.divergence:.4f}",
-            f"{s.right:.1%}",
-            f"{s.dense_right:.1%}",
+            f"{s.accuracy:.1%}",
+            f"{s.dense_accuracy:.1%}",
             s.tokens,
         )
         for s in scores
     ]
     print_table(head, rows)
-    if whole := scores[0].whole:
+    if whole := scores[0].read_whole:
         minimum = gazepatch.inspect(patched).settings.min_visual_tokens
         click.echo(
             f"{whole} of these conversations were read whole: fewer than min_visual_tokens={minimum} visual tokens"

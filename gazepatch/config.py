@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -127,19 +126,6 @@ class GazeConfig:
         if unknown := sorted(map(str, settings.keys() - set(known))):
             raise ConfigError(f"unknown gaze setting {', '.join(unknown)}; known: {', '.join(known)}")
         return cls(**settings)
-
-    def to_json(self) -> str:
-        """JSON text with one setting a line."""
-        return json.dumps(self.to_dict(), indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> GazeConfig:
-        """The inverse of `to_json`."""
-        try:
-            settings = json.loads(text)
-        except ValueError as error:
-            raise ConfigError(f"gaze settings must be JSON: {error}") from None
-        return cls.from_dict(settings)
 
 
 def budget_text(budget: float | int) -> str:

@@ -32,7 +32,7 @@ from gazepatch.layout import Span
 from gazepatch.patch import patch_of, patched, root_model, stats
 from gazepatch.reference import Attended, gaze_reference
 from gazepatch.registry import adapter_for
-from gazepatch.score_mod import ScoreMod
+from gazepatch.score_mod import ScoreMod, visible
 from gazepatch.verification import fingerprint, generate_logits, verify
 
 #: Largest difference from the dense logits, float32, relative to the largest logit.
@@ -194,11 +194,10 @@ def _spied(model: nn.Module) -> Iterator[list[_Step]]:
         key_heads = key.shape[1]
         if runtime.latent:
             key, value = module.expand_kv(key, value)
-        visible = torch.ones(len(query), key.shape[2], dtype=torch.bool)
+        shown = torch.ones(len(query), key.shape[2], dtype=torch.bool)
         if mask is not None:
-            row = mask[:, 0, -1]
-            visible = (row if row.dtype == torch.bool else row == 0).expand_as(visible)
-        steps.append(_Step(layer, query, key, value, visible, score_mod, output, key_heads))
+            shown = visible(mask[:, 0, -1]).expand_as(shown)
+        steps.append(_Step(layer, query, key, value, shown, score_mod, output, key_heads))
         return output
 
     attention.decode = noted  # type: ignore[method-assign]

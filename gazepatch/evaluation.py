@@ -42,20 +42,20 @@ class Score:
             their tokens: 1.0 of one that is read whole. None where no answer has an image before it.
         agreement: Share of tokens for which gaze and dense hold the same one most likely.
         divergence: Mean of `KL(dense || gaze)`, in nats.
-        right: Share of tokens that gaze holds most likely and that stand in the data.
-        dense_right: The same of dense.
+        accuracy: Share of tokens that gaze holds most likely and that stand in the data.
+        dense_accuracy: The same of dense.
         tokens: How many there were.
-        whole: Conversations in which nothing gazed, because they have fewer visual tokens than `min_visual_tokens`.
+        read_whole: Conversations in which nothing gazed: they have fewer visual tokens than `min_visual_tokens`.
     """
 
     budget: float | int
     read_share: float | None
     agreement: float
     divergence: float
-    right: float
-    dense_right: float
+    accuracy: float
+    dense_accuracy: float
     tokens: int
-    whole: int
+    read_whole: int
 
 
 def evaluate(
@@ -125,8 +125,8 @@ class _Sums:
     read: float = 0.0
     agreed: float = 0.0
     divergence: float = 0.0
-    right: float = 0.0
-    dense_right: float = 0.0
+    accuracy: float = 0.0
+    dense_accuracy: float = 0.0
 
     def add(self, gazed: Tensor, densely: Tensor, answer: Tensor, read: float | None) -> None:
         """The logits `[N, V]` of both for an answer `[N]`, and the share that gaze read for it; None: of no image."""
@@ -136,8 +136,8 @@ class _Sums:
             self.read += read * len(answer)
         self.agreed += float(agreed(gazed, densely))
         self.divergence += max(0.0, float(distill(gazed, densely)))  # which rounding may bring below
-        self.right += float((gazed.argmax(-1) == answer).sum())
-        self.dense_right += float((densely.argmax(-1) == answer).sum())
+        self.accuracy += float((gazed.argmax(-1) == answer).sum())
+        self.dense_accuracy += float((densely.argmax(-1) == answer).sum())
 
     def score(self, whole: int) -> Score:
         """Means of these, with how many conversations were read `whole`."""
@@ -147,10 +147,10 @@ class _Sums:
             read_share=self.read / self.with_images if self.with_images else None,
             agreement=self.agreed / count,
             divergence=self.divergence / count,
-            right=self.right / count,
-            dense_right=self.dense_right / count,
+            accuracy=self.accuracy / count,
+            dense_accuracy=self.dense_accuracy / count,
             tokens=self.tokens,
-            whole=whole,
+            read_whole=whole,
         )
 
 

@@ -71,6 +71,11 @@ def as_bias(mask: Tensor) -> Tensor:
     return mask.float().masked_fill(mask <= torch.finfo(mask.dtype).min, ABSENT).clamp(min=ABSENT)
 
 
+def visible(mask: Tensor) -> Tensor:
+    """A mask, boolean or to be added to scores, as booleans."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
 def added(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
     """The sum of what is added to scores."""
     if mask is None or bias is None:

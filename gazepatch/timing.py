@@ -23,7 +23,7 @@ class Timing:
         prompt_ms, dense_prompt_ms: Milliseconds until the first token, with gaze and unpatched.
         token_ms, dense_token_ms: Milliseconds for each further token.
         speedup: How many times faster a token is with gaze: median of the rounds' ratios.
-        slowest, fastest: The smallest and the largest of these ratios.
+        speedup_min, speedup_max: The smallest and the largest of these ratios.
         prompt_tokens: Length of the prompt.
         read_share: Share of the visual entries that gaze read.
         rounds, new_tokens: How much was measured.
@@ -34,8 +34,8 @@ class Timing:
     token_ms: float
     dense_token_ms: float
     speedup: float
-    slowest: float
-    fastest: float
+    speedup_min: float
+    speedup_max: float
     prompt_tokens: int
     read_share: float
     rounds: int
@@ -86,8 +86,8 @@ def bench(
         token_ms=token,
         dense_token_ms=dense_token,
         speedup=statistics.median(ratios),
-        slowest=min(ratios),
-        fastest=max(ratios),
+        speedup_min=min(ratios),
+        speedup_max=max(ratios),
         prompt_tokens=inputs["input_ids"].shape[1],
         read_share=stats(model).read_share,
         rounds=rounds,

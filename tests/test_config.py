@@ -134,13 +134,17 @@ def test_both_tables_hold_every_setting() -> None:
     assert {name for name, _ in TAKEN} == {name for name, _ in REFUSED} == settings
 
 
+def through_json(config: GazeConfig) -> GazeConfig:
+    return GazeConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+
+
 @pytest.mark.parametrize("case", TAKEN, ids=named)
 def test_takes(case: tuple[str, Any]) -> None:
     name, value = case
     # Without a window, any region will do.
     config = GazeConfig(**{"window": None, name: value})
     assert getattr(config, name) == value
-    assert GazeConfig.from_json(config.to_json()) == config
+    assert through_json(config) == config
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=named)
@@ -245,14 +249,13 @@ def test_what_a_budget_is_called(budget: float | int, text: str) -> None:
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_dictionary_and_json_round_trip(config: GazeConfig) -> None:
-    assert json.loads(config.to_json()) == config.to_dict()
     assert GazeConfig.from_dict(config.to_dict()) == config
-    assert GazeConfig.from_json(config.to_json()) == config
+    assert through_json(config) == config
 
 
 @pytest.mark.parametrize("budget", [1, 1.0], ids=["number", "share"])
 def test_json_keeps_apart_one_region_and_all_of_them(budget: float | int) -> None:
-    came_back = GazeConfig.from_json(GazeConfig(budget=budget).to_json()).budget
+    came_back = through_json(GazeConfig(budget=budget)).budget
     assert type(came_back) is type(budget)
 
 
@@ -281,8 +284,6 @@ def test_dictionary_refused(settings: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "gaze settings must be JSON"),
-        ("", "gaze settings must be JSON"),
         ("[1, 2]", "must be a mapping of names to values, got list"),
         ('{"budget": NaN}', "budget must"),
         ('{"budget": Infinity}', "budget must"),
@@ -290,8 +291,8 @@ def test_dictionary_refused(settings: Any, message: str) -> None:
         ('{"region": [6, 6]}', "region must"),
         ('{"region": [6, 6, 1], "windows": null}', "unknown gaze setting windows"),
     ],
-    ids=["cut off", "empty", "list", "nan", "infinity", "boolean", "short region", "unknown"],
+    ids=["list", "nan", "infinity", "boolean", "short region", "unknown"],
 )
 def test_json_refused(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        GazeConfig.from_json(text)
+        GazeConfig.from_dict(json.loads(text))

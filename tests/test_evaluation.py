@@ -74,7 +74,7 @@ def test_scores_are_those_of_forwards_by_hand(model: Any, base: Path, data: Path
             same = (gazed.argmax(-1) == dense.argmax(-1)).sum()
             right = [(logits.argmax(-1) == labels[wanted]).sum() for logits in (gazed, dense)]
             sums[row] += torch.stack([same, divergence.sum(), *right])
-    found = torch.tensor([[s.agreement, s.divergence, s.right, s.dense_right] for s in scores])
+    found = torch.tensor([[s.agreement, s.divergence, s.accuracy, s.dense_accuracy] for s in scores])
     torch.testing.assert_close(found, sums / count, atol=1e-5, rtol=1e-4)
     assert [s.tokens for s in scores] == [count, count] and scores[0].divergence != scores[1].divergence
     assert [s.read_share for s in scores] == pytest.approx((shares / count).tolist())
@@ -109,7 +109,7 @@ def test_what_is_read_where_not_everything_gazes(model: Any, base: Path, data: P
     share = found["two"].read_share
     assert share is not None and 0.19 < share < 0.22
     assert found["one"].tokens == found["two"].tokens and found["all"].read_share == pytest.approx((1 + share) / 2)
-    assert [found[name].whole for name in files] == [0, 1, 0, 1]
+    assert [found[name].read_whole for name in files] == [0, 1, 0, 1]
 
 
 def test_bench_leaves_the_model_as_it_was(model: Any, base: Path, data: Path) -> None:

@@ -24,6 +24,7 @@ from gazepatch.config import GazeConfig
 from gazepatch.errors import CacheError
 from gazepatch.layout import Span
 from gazepatch.regions import Chunk, Regions, sort_chunk
+from gazepatch.score_mod import visible
 
 #: What a compiled step says that sees other images than those its plan was made for.
 OTHERS_SHOWN = (
@@ -220,11 +221,6 @@ def new_keys(adapter: Adapter, model_config: Any, arguments: Mapping[str, Any], 
         return 0, []
     keys = states.numel() // (rows * states.shape[-1])
     return keys, adapter.cross_spans(model_config, keys)
-
-
-def visible(mask: Tensor) -> Tensor:
-    """A mask, boolean or to be added to scores, as booleans."""
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

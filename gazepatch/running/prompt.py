@@ -15,7 +15,7 @@ from gazepatch.ops.prefill import Keys, Queries, gaze_prefill
 from gazepatch.running.call import Call, implementation
 from gazepatch.running.forward import Forward
 from gazepatch.running.masks import as_4d, of_queries
-from gazepatch.score_mod import ScoreMod
+from gazepatch.score_mod import ScoreMod, visible
 
 
 def see_own_image(call: Call, own: OwnImage, original: str, dense: Tensor) -> Tensor:
@@ -27,18 +27,18 @@ def see_own_image(call: Call, own: OwnImage, original: str, dense: Tensor) -> Te
         original: Name of the implementation that the model has.
         dense: `[B, S, H, D_v]` what that made of all queries.
     """
-    visible, new = own.visible, call.query.shape[2]
+    shown, new = own.visible, call.query.shape[2]
     if torch.is_tensor(call.mask) and call.mask.dim() == 4:  # a sliding window may hide some of the image
         mask = call.mask[..., -new:].index_select(2, own.columns)
-        visible = (visible & mask) if mask.dtype == torch.bool else (visible & (mask == 0))
+        shown = shown & visible(mask)
     # Flash attention takes no mask, and sdpa no more than dot products.
     more = original != "sdpa" and any(call.options.get(name) is not None for name in ("softcap", "s_aux"))
     name = "eager" if more or original == "eager" else "sdpa"
     query = call.query.index_select(2, own.columns)
     if name == "eager":
-        visible = torch.where(visible, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+        shown = torch.where(shown, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
     attend, key, value = implementation(name, call.module), call.key[:, :, -new:], call.value[:, :, -new:]
-    output, _ = attend(call.module, query, key, value, visible, **call.options)
+    output, _ = attend(call.module, query, key, value, shown, **call.options)
     return _replaced(dense, own.columns, own.rows, output)
 
 

@@ -71,14 +71,14 @@ def test_eval(base: Path, tmp_path: Path, page: Path) -> None:
     assert (every["budget"], two["budget"]) == (1.0, 2) and every["tokens"] * 3 == own["tokens"] * 2
     assert every["dense_accuracy"] == two["dense_accuracy"] == own["dense_accuracy"]
     assert every["read_share"] == 1.0 and two["read_share"] < own["read_share"] < 0.35
-    assert "agrees with dense" in gaze(*data).stdout and own["whole"] == 0 and "read whole" not in gaze(*data).stdout
+    assert "agrees with dense" in gaze(*data).stdout and own["read_whole"] == 0 and "read whole" not in gaze(*data).stdout
     table = gaze(*data, "--budgets", "1.0,2", "--limit", "1").stdout
     assert [line.split("  ")[0] for line in table.splitlines()] == ["budget", "1.0", "2 regions"]
     assert "visual entries read" in table and "  100.0%  " in table and f"  {two['read_share']:.1%}  " in table
     few = gaze("eval", base, tmp_path / "data.jsonl", "--limit", "2")
     assert "  100.0%  " in few.stdout
     many = gaze("eval", base, tmp_path / "data.jsonl", "--limit", "2", "--min-visual-tokens", "0", "--json")
-    assert json.loads(many.stdout)[0]["whole"] == 0 and json.loads(many.stdout)[0]["read_share"] < 0.35
+    assert json.loads(many.stdout)[0]["read_whole"] == 0 and json.loads(many.stdout)[0]["read_share"] < 0.35
     assert "2 of these conversations were read whole: fewer than min_visual_tokens=2048" in few.stdout
     fails(2, "expected shares or numbers", *data, "--budgets", "half")
     fails(2, "budget must be a share of the regions", *data, "--budgets", "0.5,0")

@@ -166,7 +166,7 @@ def _check_target(there: _State | None, repo_id: str, private: bool, create_pr: 
     if there is None:
         if create_pr:
             raise HubError(
-                f"{repo_id} does not exist, or the token in use must not see it: a pull request needs a repository; "
+                f"{repo_id} does not exist, or the token in use may not see it: a pull request needs a repository; "
                 "push without one (without create_pr or --create-pr) to make it"
             )
         return

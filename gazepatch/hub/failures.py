@@ -52,11 +52,11 @@ def _explained(error: BaseException, repo: str, said: str) -> str | None:
     why = error.__cause__ or error.__context__
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(why, (errors.OfflineModeIsEnabled, type(None))):
         return (
-            "the Hub must not be asked (HF_HUB_OFFLINE or local_files_only), and the cache does not hold it: let it "
-            "be asked"
+            "the Hub may not be asked (HF_HUB_OFFLINE or local_files_only), and the cache does not hold it: go "
+            "online once"
         )
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return "the Hub must not be asked: HF_HUB_OFFLINE is set, unset it"
+        return "the Hub may not be asked, as HF_HUB_OFFLINE is set: unset it"
     if (status := getattr(getattr(error, "response", None), "status_code", None)) is not None:
         return f"{_refused(error, status, repo, said)} (status {status})"
     if isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.partition(".")[0] in _CLIENTS:
@@ -76,13 +76,13 @@ def _refused(error: Any, status: int, repo: str, said: str) -> str:
     if isinstance(error, errors.RemoteEntryNotFoundError):
         return f"{repo} has no such file: {said}"
     if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
-        return f"{repo} does not exist, or the token in use must not see it: check the name, and `hf auth whoami`"
+        return f"{repo} does not exist, or the token in use may not see it: check the name, and `hf auth whoami`"
     if status == 401:
         return "the Hub knows no valid token: log in with `hf auth login`, or set HF_TOKEN"
     if status in _QUOTA_STATUSES or (status == 403 and any(word in said.lower() for word in _QUOTA_WORDS)):
         return f"the Hub has no room for it: {said}: remove what is not needed there, or ask for more"
     if status == 403:
-        return f"the token in use must not do that with {repo}: take one with the rights for it"
+        return f"the token in use may not do that with {repo}: take one with the rights for it"
     if status in (409, 412):
         return f"{repo} was changed by somebody else meanwhile, or is in use: {said}"
     if status == 429:

@@ -57,7 +57,7 @@ def test_errors_of_the_command(hub: Hub, artefact: Path, tmp_path: Path) -> None
         (2, "repo_id must be owner/name", [artefact, "gaze"]),
         (2, "leave out the revision", [artefact, REPO, "--create-pr", "--revision", "x"]),
         (1, "an artefact is a folder with gaze_config.json", [tmp_path / "nothing", REPO]),
-        (1, "must not do that", [artefact, "others/x"]),
+        (1, "may not do that", [artefact, "others/x"]),
     ):
         result = gaze("push", *arguments)
         assert result.exit_code == status and message in result.stderr and result.stdout == ""

@@ -23,8 +23,8 @@ AGAIN = "then push again: the artefact is there whole or not at all, and what ha
 STORAGE = "Private repository storage limit reached, please upgrade your plan"
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "401": ({"match": "POST .*/commit/", "status": 401}, "knows no valid token: log in with `hf auth login`.* 401"),
-    "403": ({"match": "POST .*/preupload/", "status": 403}, "the token in use must not do that with me/tiny-gaze"),
-    "403 on creation": ({"match": "POST /api/repos/create", "status": 403}, "the token in use must not do that"),
+    "403": ({"match": "POST .*/preupload/", "status": 403}, "the token in use may not do that with me/tiny-gaze"),
+    "403 on creation": ({"match": "POST /api/repos/create", "status": 403}, "the token in use may not do that"),
     "409 on creation": ({"match": "POST /api/repos/create", "status": 409}, "was changed by somebody else meanwhile"),
     "404": ({"match": "POST .*/commit/", "status": 404, "code": "RepoNotFound"}, "me/tiny-gaze does not exist, or"),
     "409": ({"match": "POST .*/commit/", "status": 409, "body": "Conflict"}, "changed by somebody else.*Conflict"),
@@ -119,7 +119,7 @@ def test_an_answer_that_got_lost(hub: Hub, artefact: Path) -> None:
 
 @pytest.mark.parametrize(
     ("token", "message"),
-    [("hf_reader", "must not do that with"), ("hf_wrong", "knows no valid token"), (False, "knows no valid token")],
+    [("hf_reader", "may not do that with"), ("hf_wrong", "knows no valid token"), (False, "knows no valid token")],
 )
 def test_tokens(hub: Hub, artefact: Path, token: Any, message: str) -> None:
     with pytest.raises(HubError, match=message):
@@ -128,7 +128,7 @@ def test_tokens(hub: Hub, artefact: Path, token: Any, message: str) -> None:
 
 
 def test_a_namespace_of_others(hub: Hub, artefact: Path) -> None:
-    with pytest.raises(HubError, match="must not do that with others/x: take one with the rights for it"):
+    with pytest.raises(HubError, match="may not do that with others/x: take one with the rights for it"):
         gazepatch.push(artefact, "others/x")
 
 
@@ -159,7 +159,7 @@ def test_no_network(hub: Hub, artefact: Path, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(HubError, match=r"the connection to the Hub failed.*ConnectError"):
         gazepatch.push(artefact, REPO)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(HubError, match="the Hub must not be asked: HF_HUB_OFFLINE is set"):
+    with pytest.raises(HubError, match="the Hub may not be asked, as HF_HUB_OFFLINE is set"):
         gazepatch.push(artefact, REPO)
 
 

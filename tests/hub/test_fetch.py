@@ -75,7 +75,7 @@ def test_the_cache_is_enough(hub: Hub, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert fetch(BASE, **how) == fetch(BASE, **how, revision=before.commit) == before
     assert hub.requests == []
-    with pytest.raises(HubError, match=r"must not be asked \(HF_HUB_OFFLINE or local_files_only\), and the cache"):
+    with pytest.raises(HubError, match=r"may not be asked \(HF_HUB_OFFLINE or local_files_only\), and the cache"):
         fetch("lab/other", **how)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     client_uses("http://127.0.0.1:9", tmp_path, monkeypatch)
@@ -84,11 +84,11 @@ def test_the_cache_is_enough(hub: Hub, tmp_path: Path, monkeypatch: pytest.Monke
 
 @HOW
 def test_what_cannot_be_fetched(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]) -> None:
-    with pytest.raises(HubError, match="lab/nothing does not exist, or the token in use must not see it"):
+    with pytest.raises(HubError, match="lab/nothing does not exist, or the token in use may not see it"):
         fetch("lab/nothing", **how)
     with pytest.raises(HubError, match="lab/nothing does not exist"):
         fetch("lab/nothing", **how, token=False)
-    with pytest.raises(HubError, match=r"must not be asked .*local_files_only"):
+    with pytest.raises(HubError, match=r"may not be asked .*local_files_only"):
         fetch("lab/nothing", **how, local_files_only=True)
     with pytest.raises(HubError, match="knows no valid token"):
         fetch(BASE, **how, token="hf_wrong")

@@ -31,7 +31,7 @@ def test_an_artefact_a_model_and_nothing(hub: Hub, artefact: Path, monkeypatch: 
     assert hub.requests == []
     monkeypatch.delenv("HF_TOKEN")
     assert not is_artefact(REPO)  # as the Hub answers to strangers
-    with pytest.raises(HubError, match=f"{REPO} does not exist, or the token in use must not see it"):
+    with pytest.raises(HubError, match=f"{REPO} does not exist, or the token in use may not see it"):
         gazepatch.inspect(REPO)
 
 
@@ -70,10 +70,10 @@ Failing = Callable[[Hub, pytest.MonkeyPatch, Path], None]
 FAILURES: dict[Failing, str] = {
     gated: "lab/tiny is gated: ask its owner for access on its page, and log in with `hf auth login`",
     wrong_token: "the Hub knows no valid token: log in with `hf auth login`, or set HF_TOKEN",
-    forbidden: "the token in use must not do that with lab/tiny: take one with the rights for it",
+    forbidden: "the token in use may not do that with lab/tiny: take one with the rights for it",
     down: "the Hub has trouble itself: see https://status.huggingface.co",
     unreachable: "the connection to the Hub failed or broke off",
-    offline: "the Hub must not be asked: HF_HUB_OFFLINE is set, unset it",
+    offline: "the Hub may not be asked, as HF_HUB_OFFLINE is set: unset it",
 }
 
 

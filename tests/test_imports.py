@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -156,3 +157,24 @@ def test_artefacts_stand_above_models_and_the_hub() -> None:
         todo += left[name] - below
     assert {"gazepatch.patch", "gazepatch.hub.fetching"} <= below
     assert below & artefacts == set()
+
+
+def layers() -> dict[str, int]:
+    """Modules and folders of the package by the row of docs/architecture.md that names them."""
+    rows = [line.split("|")[2] for line in (ROOT / "docs/architecture.md").read_text().splitlines() if "| " in line]
+    found = {}
+    for number, row in enumerate(rows[1:]):  # the first is the head of the table
+        for name in re.findall(r"`([a-z_]+)/?`", row):
+            if (ROOT / name).is_dir() or any((ROOT / "gazepatch").glob(f"{name}*")):
+                found[name] = number
+    return found
+
+
+def test_every_module_is_in_its_layer() -> None:
+    layer = layers()
+    known = {path.stem for path in (ROOT / "gazepatch").iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert {name for name in known if name[0] != "_"} - layer.keys() == set(), "put it into docs/architecture.md"
+    for name, others in arrows().items():
+        own = name.split(".")[1]
+        upwards = [other for other in others if layer[other.split(".")[1]] > layer[own]]
+        assert upwards == [], f"{name} imports what stands above it"

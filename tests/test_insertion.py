@@ -16,7 +16,7 @@ from gazepatch.config import GazeConfig
 from gazepatch.errors import UnsupportedModelError
 from gazepatch.insertion import Insertion, Slots, insert
 from gazepatch.layout import Span
-from gazepatch.splice import lengthen, shorten
+from gazepatch.running.splice import lengthen, shorten
 
 X = -1  # padding, or nothing
 CONFIG = GazeConfig(context_tokens=2, min_visual_tokens=10**6)

@@ -20,7 +20,7 @@ from gazepatch.running.forward import Forward
 from gazepatch.running.masks import Documents, documents
 from gazepatch.running.runtime import Runtime
 from gazepatch.running.starting import start, start_step
-from gazepatch.splice import lengthen, lengthen_step, shorten
+from gazepatch.running.splice import lengthen, lengthen_step, shorten
 from gazepatch.uncompiled import uncompiled
 
 #: The decoder's parameter that holds the embeddings of the context tokens.

@@ -71,7 +71,9 @@ def test_eval(base: Path, tmp_path: Path, page: Path) -> None:
     assert (every["budget"], two["budget"]) == (1.0, 2) and every["tokens"] * 3 == own["tokens"] * 2
     assert every["dense_accuracy"] == two["dense_accuracy"] == own["dense_accuracy"]
     assert every["read_share"] == 1.0 and two["read_share"] < own["read_share"] < 0.35
-    assert "agrees with dense" in gaze(*data).stdout and own["read_whole"] == 0 and "read whole" not in gaze(*data).stdout
+    assert (
+        "agrees with dense" in gaze(*data).stdout and own["read_whole"] == 0 and "read whole" not in gaze(*data).stdout
+    )
     table = gaze(*data, "--budgets", "1.0,2", "--limit", "1").stdout
     assert [line.split("  ")[0] for line in table.splitlines()] == ["budget", "1.0", "2 regions"]
     assert "visual entries read" in table and "  100.0%  " in table and f"  {two['read_share']:.1%}  " in table

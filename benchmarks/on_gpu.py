@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gazepatch.chunk import sort_chunk
 from gazepatch.config import GazeConfig
 from gazepatch.layout import Grid, Span
 from gazepatch.ops.decode import DecodePlan, Entries
-from gazepatch.regions import sort_chunk
 
 TEXT = 64  # other entries beside the visual ones
 #: About a millisecond, in which the host launches the largest of graphs.

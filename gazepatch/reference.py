@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gazepatch.config import GazeConfig
 from gazepatch.layout import Span
-from gazepatch.regions import tile_span
+from gazepatch.tiling import tile_span
 
 Score = Callable[[Tensor, Tensor], Tensor]
 

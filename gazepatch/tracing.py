@@ -13,7 +13,7 @@ from gazepatch.caches.state import GazeState
 from gazepatch.config import GazeConfig
 from gazepatch.errors import GazeError
 from gazepatch.layout import Grid, Span
-from gazepatch.regions import region_cells
+from gazepatch.tiling import region_cells
 
 #: Numbers of the regions that each selection of one row read, ascending; None: all there are. A selection is a key
 #: head's or, where every query head selects for itself, a query head's.

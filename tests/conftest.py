@@ -15,8 +15,8 @@ from torch import Tensor
 from gazepatch.config import GazeConfig
 from gazepatch.layout import Block, Span
 from gazepatch.reference import gaze_reference
-from gazepatch.regions import tile_span
 from gazepatch.score_mod import ScoreMod
+from gazepatch.tiling import tile_span
 
 # The tests are many small operations, which further threads only slow down.
 torch.set_num_threads(1)

@@ -15,11 +15,11 @@ from torch._dynamo.utils import counters
 from torch.nn.functional import scaled_dot_product_attention
 
 from gazepatch import patched
+from gazepatch.chunk import sort_chunk
 from gazepatch.kernels.ops import decode
 from gazepatch.kernels.plan import KernelPlan
 from gazepatch.layout import Span
 from gazepatch.ops.plan import plan_for
-from gazepatch.regions import sort_chunk
 
 pytestmark = [pytest.mark.gpu, needs_gpu]
 

@@ -12,11 +12,11 @@ import torch
 from on_kernels import DEVICE, GPU, KERNELS, Selection, assert_runs, decode_arguments
 from sequences import BASE
 
+from gazepatch.chunk import sort_chunk
 from gazepatch.kernels import settings
 from gazepatch.kernels.ops import decode
 from gazepatch.layout import Span
 from gazepatch.ops.plan import means_of
-from gazepatch.regions import sort_chunk
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

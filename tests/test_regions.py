@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from gazepatch.chunk import Chunk, sort_chunk, take
 from gazepatch.config import GazeConfig
 from gazepatch.layout import Block, Grid, Span
-from gazepatch.regions import ABSENT, Chunk, Regions, by_window, sort_chunk, take, tile, tile_span
+from gazepatch.regions import ABSENT, Regions, by_window
+from gazepatch.tiling import tile, tile_span
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -19,7 +19,7 @@ from gazepatch.conformance import _spied
 from gazepatch.errors import GazeError, PatchError
 from gazepatch.layout import Span
 from gazepatch.patch import patch_of
-from gazepatch.regions import region_cells, tile_span
+from gazepatch.tiling import region_cells, tile_span
 from gazepatch.tracing import Read, Trace
 from gazepatch.verification import fingerprint, generate_logits
 

@@ -20,10 +20,11 @@ from gazepatch.adapters.base import Adapter
 from gazepatch.caches.layer import GazeLayer, Stores
 from gazepatch.caches.state import GazeState
 from gazepatch.caches.static import StableLayer, StaticState
+from gazepatch.chunk import Chunk, sort_chunk
 from gazepatch.config import GazeConfig
 from gazepatch.errors import CacheError
 from gazepatch.layout import Span
-from gazepatch.regions import Chunk, Regions, sort_chunk
+from gazepatch.regions import Regions
 from gazepatch.score_mod import visible
 
 #: What a compiled step says that sees other images than those its plan was made for.

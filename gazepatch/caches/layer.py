@@ -15,11 +15,11 @@ from transformers.cache_utils import DynamicLayer
 
 from gazepatch.buffers import locked
 from gazepatch.caches.state import GazeState
+from gazepatch.chunk import Chunk, take
 from gazepatch.errors import CacheError
 from gazepatch.ops.decode import Entries
 from gazepatch.ops.pending import PendingEntry
 from gazepatch.ops.plan import means_of
-from gazepatch.regions import Chunk, take
 from gazepatch.uncompiled import uncompiled
 
 #: Room for new entries: an eighth of what is held, at least this many. Rare copies, and little memory held in vain.

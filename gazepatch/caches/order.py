@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gazepatch.regions import Chunk
+from gazepatch.chunk import Chunk
 
 
 class Order:

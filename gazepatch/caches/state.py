@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gazepatch.caches.order import Order, same_rows
 from gazepatch.caches.tables import Tables
+from gazepatch.chunk import Chunk, sort_chunk
 from gazepatch.config import GazeConfig
 from gazepatch.counters import Counters
 from gazepatch.errors import CacheError
@@ -19,7 +20,7 @@ from gazepatch.insertion import Insertion, Slots
 from gazepatch.layout import Span
 from gazepatch.ops.decode import DecodePlan, Entries
 from gazepatch.ops.plan import plan_for
-from gazepatch.regions import ABSENT, Chunk, Regions, by_window, sort_chunk
+from gazepatch.regions import ABSENT, Regions, by_window
 from gazepatch.score_mod import ScoreMod, as_bias
 
 #: Tables that change with every token.

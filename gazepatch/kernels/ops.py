@@ -253,7 +253,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
 
 @operator("window_means(Tensor entries, Tensor start, Tensor length, int longest) -> Tensor")
 def window_means(entries: Tensor, start: Tensor, length: Tensor, longest: int) -> Tensor:
-    """Mean of every window, like `gazepatch.regions.Chunk.means`. One launch.
+    """Mean of every window, like `gazepatch.chunk.Chunk.means`. One launch.
 
     Args:
         entries: `[B, H, N, D]` in slot order.

@@ -7,9 +7,10 @@ import math
 from torch import Tensor
 
 from gazepatch.backend import choose, kernels_fit
+from gazepatch.chunk import Chunk
 from gazepatch.config import GazeConfig
 from gazepatch.ops.decode import DecodePlan
-from gazepatch.regions import Chunk, Regions
+from gazepatch.regions import Regions
 
 
 def plan_for(regions: Regions, config: GazeConfig, batch: int, heads: int, key_heads: int) -> DecodePlan:

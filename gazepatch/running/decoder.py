@@ -19,8 +19,8 @@ from gazepatch.running.cross_attention import start_cross_attention, step_cross_
 from gazepatch.running.forward import Forward
 from gazepatch.running.masks import Documents, documents
 from gazepatch.running.runtime import Runtime
-from gazepatch.running.starting import start, start_step
 from gazepatch.running.splice import lengthen, lengthen_step, shorten
+from gazepatch.running.starting import start, start_step
 from gazepatch.uncompiled import uncompiled
 
 #: The decoder's parameter that holds the embeddings of the context tokens.

@@ -49,7 +49,9 @@ def case(
 def gaze(layers: Layers, plan: Any, score_mod: ScoreMod) -> Calls:
     """Selection and decode of every layer."""
     both = zip(layers.queries, layers.entries, strict=True)
-    return [lambda q=q, e=e: plan.decode(q, e, score_mod) for q, e in both]
+    # As a cache has one where the kernel counts what it reads.
+    total = torch.zeros(1, dtype=torch.int64, device=layers.queries[0].device) if plan.counts_itself else None
+    return [lambda q=q, e=e: plan.decode(q, e, score_mod, None, total) for q, e in both]
 
 
 def selections(setup: Setup, layers: Layers, plan: Any) -> Calls:

@@ -39,8 +39,10 @@ TARGETS = {
     "cuda90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-#: Shared memory: the settings for Ampere serve sm_86 and sm_89 too, those for Hopper sm_120.
+#: Shared memory of the smallest GPUs that take these settings: sm_86, sm_89 and sm_120 have that of the first.
 MAX_SHARED = {"cuda80": 99 << 10, "cuda90": 99 << 10, "gfx942": 64 << 10}
+#: Of the decode kernel, whose settings are of an architecture (`gazepatch.kernels.settings.tuned_for`).
+MAX_SHARED_BY_DECODE = MAX_SHARED | {"cuda90": 227 << 10}
 DTYPES = {"fp16": 2, "bf16": 2, "fp32": 4}
 DIMS = (64, 80, 96, 128, 256)
 KERNELS = ("decode", "select", "means", "prefill", "query_gradient", "key_gradient")
@@ -85,7 +87,9 @@ def compiled(kernel: str, target: str, dtype: str, dim: int, group: int, bare: b
         absent, off = OPTIONAL[kernel]
         pointers = {name: kind for name, kind in pointers.items() if name not in absent}
         constants |= dict.fromkeys(absent) | dict.fromkeys(off, False)
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in constants}
+    options = {
+        name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg", "launch_pdl") if name in constants
+    }
     signature, attributes = {}, {}
     for i, name in enumerate(function.arg_names):
         scalar = "fp32" if name in ("scale", "softcap") else "i32"
@@ -138,7 +142,7 @@ def _select(target: str, dtype: str, dim: int, group: int) -> tuple[Any, ...]:
         "BLOCK_V": padded(dim),
         "stride_mean_dim": 1,
     }
-    settings = select_settings(target, group, WINDOWS, REGIONS, dim, DTYPES[dtype])
+    settings = select_settings(target, group, WINDOWS, REGIONS, dim, DTYPES[dtype], 1)
     return select_kernel, pointers, constants | settings | {"EARLY": target == "cuda90"}
 
 
@@ -245,8 +249,9 @@ def _wrong(rows: list[dict[str, Any]]) -> Iterator[str]:
     for row in rows:
         if row["kernel"] == "decode" and row["spilled_bytes"]:
             yield f"the decode kernel spills: {row}"
-        if row["shared_bytes"] > MAX_SHARED[row["target"]]:
-            yield f"takes more than the {MAX_SHARED[row['target']]} bytes of shared memory there are: {row}"
+        most = (MAX_SHARED_BY_DECODE if row["kernel"] == "decode" else MAX_SHARED)[row["target"]]
+        if row["shared_bytes"] > most:
+            yield f"takes more than the {most} bytes of shared memory there are: {row}"
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ CONFIG = GazeConfig(region=(8, 8, 1), window=None, budget=0.1, periphery=False, 
 #: Rows, frames of 24 x 24 tokens, heads and key heads: with few of these, more programs share what one of them reads.
 CASES = ((1, 57, 32, 8), (1, 228, 28, 4), (16, 57, 32, 8))
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
-#: As in `gazepatch.kernels.settings.Launch`.
+#: As in `gazepatch.kernels.settings.Tuned`.
 Settings = tuple[int, int, int, int, bool]
 #: What ran: microseconds and settings.
 Ran = list[tuple[float, Settings]]

@@ -30,6 +30,7 @@ def test_what_an_architecture_lacks_is_that_of_an_older_one(monkeypatch: pytest.
     assert tuned_for("cuda100", 72, 2) == measured
     assert tuned_for("cuda100", 128, 4) == table["cuda90", 128, 4]
     assert tuned_for("cuda100", 256, 2) == table["cuda90", 256, 2]
+    assert tuned_for("cuda120", 128, 2) == table["cuda80", 128, 2]  # which has as little shared memory
     assert tuned_for("cuda86", 40, 2) == table["cuda80", 64, 2]
     assert tuned_for("gfx950", 128, 2) == table["gfx942", 128, 2]
     for architecture, dim, size in list(table):

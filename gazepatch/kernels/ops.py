@@ -70,7 +70,7 @@ def select_launch(
     batch, heads, dim = query.shape
     key_heads, regions = mean_keys.shape[1], table.shape[1]
     group, windows = heads // key_heads, log_counts.shape[1] // max(regions, 1)
-    settings = select_settings(architecture(query.device), group, windows, regions, dim, query.element_size())
+    settings = select_settings(architecture(query.device), group, windows, regions, dim, query.element_size(), splits)
     new_key, new_value = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (new_key, new_value))
     value_dim = 0 if value is None else value.shape[3]
     arguments = (

@@ -44,8 +44,12 @@ class Tuned(NamedTuple):
 
 
 def tuned_for(architecture: str, dim: int, bytes_per_element: int) -> Tuned:
-    """The row of the table, for the next larger head dim of the architecture, or of the next older one that has it."""
-    older = ["cuda90", "cuda80"] if architecture.startswith("cuda") and int(architecture[4:]) > 90 else ["cuda80"]
+    """The row of the table, for the next larger head dim of the architecture, or of the next older one that has it.
+
+    From sm_120 on, GPUs for desktops have the shared memory of their older ones again.
+    """
+    hopper = architecture.startswith("cuda") and 90 < int(architecture[4:]) < 120
+    older = ["cuda90", "cuda80"] if hopper else ["cuda80"]
     known = [architecture, *(["gfx942"] if architecture.startswith("gfx") else older)]
     dim, size = min(padded(dim), MAX_DIM), max(bytes_per_element, 2)
     fitting = (key for one in known for key in sorted(DECODE) if key[::2] == (one, size) and key[1] >= dim)
@@ -87,9 +91,10 @@ def decode_settings(
 
 @functools.cache
 def select_settings(
-    architecture: str, group: int, windows: int, regions: int, dim: int, bytes_per_element: int
+    architecture: str, group: int, windows: int, regions: int, dim: int, bytes_per_element: int, splits: int
 ) -> dict[str, Any]:
-    """Settings of the selection, for `regions` of `windows` each."""
+    """Settings of the selection, for `regions` of `windows` each that `splits` programs score."""
+    scored = scored_regions(windows, dim, bytes_per_element)
     warps, block_all = 8 if regions > MANY_REGIONS else 4, max(16, power(regions))
     return {
         "EARLY": tuned_for(architecture, dim, bytes_per_element).early,
@@ -97,14 +102,15 @@ def select_settings(
         # So many heads' scores of all regions are held at a time.
         "HEADS": max(1, min(power(group), HELD * 32 * warps // block_all)),
         "BLOCK_M": padded(group),
-        "BLOCK_R": scored_regions(windows, dim, bytes_per_element),
+        "BLOCK_R": scored,
         "BLOCK_C": power(windows),
         "BLOCK_D": padded(dim),
         "BLOCK_ALL": block_all,
         # Parts of a range are counted at a time, more where each costs less.
         "WAYS": max(4, min(16, COUNTED // block_all)),
         "num_warps": warps,
-        "num_stages": _stages(architecture),
+        # A program with a single tile has nothing to load ahead, and what would do so is long.
+        "num_stages": 1 if splits * scored >= padded_regions(regions) else _stages(architecture),
     }
 
 

@@ -213,7 +213,7 @@ def decode_kernel(
                 PRECISION,
             )
 
-    row_max, row_sum, acc = _together(row_max, row_sum, acc)
+    row_max, row_sum, acc = _together(row_max, row_sum, acc, PARTS)
     p_output = output + group * (ROWS * VALUE_DIM)
     o_row = rows[None, :] * VALUE_DIM + value_dims[:, None]
     inside = (rows < ROWS)[None, :] & (value_dims < VALUE_DIM)[:, None]
@@ -448,8 +448,31 @@ def _product(x, y, PARTS: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _together(row_max, row_sum, acc):
+def _together(row_max, row_sum, acc, PARTS: tl.constexpr):
     """One softmax of the first axis."""
     new_max = tl.max(row_max, 0)
     share = tl.exp2(row_max - new_max[None, :])
-    return new_max, tl.sum(row_sum * share, 0), tl.sum(acc * share[:, None, :], 0)
+    return new_max, tl.sum(row_sum * share, 0), _sum_of_parts(acc * share[:, None, :], PARTS)
+
+
+@triton.jit
+def _sum_of_parts(x, PARTS: tl.constexpr):
+    """`tl.sum` over the first axis, whose parts are those of the warps.
+
+    All parts of a number come to one thread, which adds them up: a reduction would shuffle them, and then go through
+    shared memory once more.
+    """
+    x = tl.permute(x, (1, 2, 0))
+    if PARTS == 1:
+        total = tl.reshape(x, [x.shape[0], x.shape[1]])
+    elif PARTS == 2:
+        first, second = tl.split(x)
+        total = first + second
+    elif PARTS == 4:
+        first, second = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], 2, 2]))
+        one, two = tl.split(first)
+        three, four = tl.split(second)
+        total = (one + two) + (three + four)
+    else:
+        total = tl.sum(x, 2)
+    return total

@@ -360,13 +360,18 @@ def _threshold(bits, wanted, regions, WAYS: tl.constexpr, TOP: tl.constexpr = TO
     """
     threshold, top = tl.min(tl.where(bits >= 0, bits, TOP), 0), tl.max(bits, 0) + 1
     above, held = wanted * 0, wanted * 0 + regions
-    ways, by_region = tl.arange(0, WAYS) + 1, bits[:, None]
+    HALF: tl.constexpr = WAYS // 2
+    ways, by_region = tl.arange(0, HALF) + 1, bits[:, None]
     while (held > wanted) & (top - threshold > 1):
         width = (top - threshold + WAYS) // (WAYS + 1)
-        counts = tl.sum((by_region >= (threshold + ways * width)[None, :]).to(tl.int32), 0)
-        enough = counts >= wanted
-        above = tl.maximum(above, tl.max(tl.where(enough, 0, counts), 0))
-        held = tl.minimum(held, tl.min(tl.where(enough, counts, TOP), 0))
-        threshold += tl.sum(enough.to(tl.int32), 0) * width
+        lower, upper = (threshold + ways * width)[None, :], (threshold + (ways + HALF) * width)[None, :]
+        # Two counts a number: there are fewer than 65,536 regions.
+        both = tl.sum((by_region >= lower).to(tl.int32) + ((by_region >= upper).to(tl.int32) << 16), 0)
+        low, high = both & 0xFFFF, both >> 16
+        low_enough, high_enough = low >= wanted, high >= wanted
+        most = tl.maximum(tl.where(low_enough, 0, low), tl.where(high_enough, 0, high))
+        least = tl.minimum(tl.where(low_enough, low, TOP), tl.where(high_enough, high, TOP))
+        above, held = tl.maximum(above, tl.max(most, 0)), tl.minimum(held, tl.min(least, 0))
+        threshold += tl.sum(low_enough.to(tl.int32) + high_enough.to(tl.int32), 0) * width
         top = tl.minimum(top, threshold + width)
     return threshold, top, above

@@ -1,4 +1,4 @@
-"""Records of a training, and what of them is learned."""
+"""Records of a training, and what it minimises."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import base64
 import json
 import pickle
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +17,6 @@ from talking import SIDE_PX, TURNS, write_image
 from transformers.image_utils import load_image
 
 from gazepatch import TrainingError
-from gazepatch.demo.checkpoint import CHAT_TEMPLATE
-from gazepatch.training.chat import Collator, supervised
 from gazepatch.training.images import open_image
 from gazepatch.training.objectives import agreed, distill, next_token
 from gazepatch.training.records import read_records
@@ -126,66 +123,6 @@ def test_sets_of_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
         records[1]
 
 
-# ---- the assistant's tokens
-
-
-def labelled(processor: Any, folder: Path, *records: Mapping[str, Any]) -> list[str]:
-    """The text that each record is trained on."""
-    path = folder / "some.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    read = read_records(path)
-    batch = Collator(processor)([read[number] for number in range(len(read))])
-    return [processor.tokenizer.decode(row[row != -100]) for row in batch["labels"]]
-
-
-def test_labels_are_what_the_assistant_says(processor: Any, tmp_path: Path) -> None:
-    write_image(tmp_path / "a.png", 0)
-    write_image(tmp_path / "b.png", 1)
-    short = {"messages": TURNS, "images": ["a.png"]}
-    turns = ["<image> w8", "w20 w21", "w10 <image> w11", "w22", "w12", "w23 w24 w25"]
-    long = {
-        "messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)],
-        "images": ["a.png", "b.png"],
-    }
-    first, second = labelled(processor, tmp_path, short, long)
-    assert first == "w9 <|im_end|>"
-    assert second == "w20 w21 <|im_end|> w22 <|im_end|> w23 w24 w25 <|im_end|>"
-
-
-def test_labels_with_a_generation_prompt_that_is_longer_than_history(processor: Any, tmp_path: Path) -> None:
-    processor.chat_template = CHAT_TEMPLATE.replace("assistant\n{% endif %}", "assistant\nw900 \n{% endif %}")
-    assert labelled(processor, tmp_path, {"messages": TURNS}) == ["w9 <|im_end|>"]
-
-
-def test_labels_where_tokens_merge_over_the_cut(processor: Any, tmp_path: Path) -> None:
-    write_image(tmp_path / "a.png", 0)
-    opening = "<|im_start|>{{ message.role }}\nw8"  # and an answer 01 make the token w801
-    processor.chat_template = CHAT_TEMPLATE.replace("<|im_start|>{{ message.role }}\n", opening)
-    processor.chat_template = processor.chat_template.replace("assistant\n", "assistant\nw8")
-    turns = [{"role": "user", "content": " w9"}, {"role": "assistant", "content": "01 w20"}]
-    for record in ({"messages": turns}, {"messages": turns * 2, "images": ["a.png"]}):
-        expected = " ".join(["w801 w20 <|im_end|>"] * (len(record["messages"]) // 2))
-        assert labelled(processor, tmp_path, record) == [expected]
-
-
-def test_templates_that_do_not_do(processor: Any, base: Path, tmp_path: Path) -> None:
-    template = "{% if messages|length > 2 %}{{ messages[-1].role }}{% else %}" + CHAT_TEMPLATE + "{% endif %}"
-    processor.chat_template = template
-    with pytest.raises(TrainingError, match="line 1: the chat template does not keep message 1"):
-        labelled(processor, tmp_path, {"messages": TURNS * 2})
-    processor.chat_template = CHAT_TEMPLATE.replace("{{ part.text }}", "")
-    with pytest.raises(TrainingError, match="does not keep message 1"):
-        labelled(processor, tmp_path, {"messages": TURNS})
-    processor.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(TrainingError, match="line 1: the chat template refuses this conversation: roles must"):
-        labelled(processor, tmp_path, {"messages": TURNS})
-    processor.chat_template = None
-    with pytest.raises(TrainingError, match="no chat template"):
-        Collator(processor)
-    with pytest.raises(TrainingError, match="a processor for images and text, got "):
-        Collator(processor.tokenizer)
-
-
 def test_photos_are_upright_as_in_transformers(tmp_path: Path) -> None:
     path, exif = tmp_path / "photo.jpg", Image.Exif()
     exif[0x0112] = 6  # taken with the camera on its side
@@ -201,16 +138,7 @@ def test_records_can_be_sent_to_workers(tmp_path: Path) -> None:
     assert pickle.loads(pickle.dumps(records))[1] == records[1]
 
 
-def test_an_image_that_is_damaged_names_its_line(processor: Any, tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
-    with pytest.raises(TrainingError, match=r"some.jsonl, line 1: an image cannot be read"):
-        labelled(processor, tmp_path, {"messages": TURNS, "images": ["a.png"]})
-
-
-def test_supervised_positions() -> None:
-    none = -100
-    columns, kept, tokens = supervised(torch.tensor([[none, none, 7, 8], [none, none, none, 9]]))
-    assert (columns.tolist(), kept.tolist(), tokens.tolist()) == ([1, 2], [[True, True], [False, True]], [7, 8, 9])
+# ---- objectives
 
 
 def test_objectives() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,18 +77,28 @@ class Collator:
                 continue
             asked = self._template(record, number)
             prompt = self._template(record, number, prompt=True)
-            start = _common(prompt, text)
             stop = len(text[: _common(self._template(record, number + 1), text)].rstrip())
             said = "".join(part["text"] for part in message["content"] if part["type"] == "text").strip()
-            if not text.startswith(prompt):  # templates may end it with more than they write before a given answer
-                start = min(start, text.rfind(said, len(asked), stop))
-            if start < len(asked) or not text.startswith(asked) or said not in text[start:stop]:
+            # Templates may end a prompt with more than they write before a given answer.
+            start = len(prompt) if text.startswith(prompt) else self._content_start(record, number, text)
+            # Not from `start` on: a prompt may hold the beginning of an answer, as where it opens a thought.
+            found = text.rfind(said, len(asked), stop)
+            if not text.startswith(asked) or start < len(asked) or found < 0 or found + len(said) <= start:
                 raise TrainingError(
                     f"{record.where}: the chat template does not keep message {number} as it stands, so the "
                     "assistant's tokens cannot be found: train with a template that only appends"
                 )
             answers.append((start, stop))
         return Rendered(record, text, answers)
+
+    def _content_start(self, record: Record, number: int, text: str) -> int:
+        """Where the content of a message begins in the text: where other content in its place makes a difference."""
+        common = []
+        for content in ("0", "1"):  # of which the message begins with one at most
+            messages = list(record.messages)
+            messages[number] = {**messages[number], "content": [{"type": "text", "text": content}]}
+            common.append(_common(self._template(replace(record, messages=messages), len(messages)), text))
+        return min(common)
 
     def _template(self, record: Record, messages: int, prompt: bool = False) -> str:
         """The text of the first messages, and with `prompt` what an answer follows."""

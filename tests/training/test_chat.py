@@ -45,6 +45,30 @@ def test_labels_with_a_generation_prompt_that_is_longer_than_history(processor: 
     assert labelled(processor, tmp_path, {"messages": TURNS}) == ["w9 <|im_end|>"]
 
 
+def answers(processor: Any, folder: Path, record: Mapping[str, Any]) -> list[str]:
+    """The answers as the template writes them."""
+    (folder / "one.json").write_text(json.dumps([record]))
+    rendered = Collator(processor).rendered(read_records(folder / "one.json")[0])
+    return [rendered.text[start:stop] for start, stop in rendered.answers]
+
+
+def test_answers_that_begin_in_the_prompt(processor: Any, tmp_path: Path) -> None:
+    processor.chat_template = CHAT_TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    thought = "<think>\nw9\n</think>\n\nw10"
+    turns = [{"role": "user", "content": f"{thought} w8"}, {"role": "assistant", "content": thought}]
+    said = "w9\n</think>\n\nw10<|im_end|>"  # what a model has to say behind the prompt
+    assert answers(processor, tmp_path, {"messages": turns}) == [said]
+    assert answers(processor, tmp_path, {"messages": [*turns, *TURNS, *turns]}) == [said, "w9<|im_end|>", said]
+
+
+@pytest.mark.parametrize("said", ["<", "a", "0", "1", "<|", "<t", "assistant"])
+def test_answers_that_are_like_what_is_around_them(said: str, processor: Any, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": said}, {"role": "assistant", "content": said}]
+    for opening in ("", "<think>\n", f"{said}x"):
+        processor.chat_template = CHAT_TEMPLATE.replace("assistant\n{% endif %}", f"assistant\n{opening}{{% endif %}}")
+        assert answers(processor, tmp_path, {"messages": turns * 2}) == [f"{said}<|im_end|>"] * 2
+
+
 def test_labels_where_tokens_merge_over_the_cut(processor: Any, tmp_path: Path) -> None:
     write_image(tmp_path / "a.png", 0)
     opening = "<|im_start|>{{ message.role }}\nw8"  # and an answer 01 make the token w801
@@ -64,6 +88,8 @@ def test_templates_that_do_not_do(processor: Any, base: Path, tmp_path: Path) ->
     processor.chat_template = CHAT_TEMPLATE.replace("{{ part.text }}", "")
     with pytest.raises(TrainingError, match="does not keep message 1"):
         labelled(processor, tmp_path, {"messages": TURNS})
+    with pytest.raises(TrainingError, match="does not keep message 1"):  # though the template itself says the same
+        labelled(processor, tmp_path, {"messages": [TURNS[0], {"role": "assistant", "content": "assistant"}]})
     processor.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(TrainingError, match="line 1: the chat template refuses this conversation: roles must"):
         labelled(processor, tmp_path, {"messages": TURNS})

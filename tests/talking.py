@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tiny import IMAGE, VOCAB
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import gazepatch
 from gazepatch import GazeConfig
@@ -22,6 +25,18 @@ SPECIAL = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "<|im_start|>": 3, "<|im_end|>": 
 CONFIG = GazeConfig.paper(region=(2, 2, 1), context_tokens=2)
 QUICK: dict[str, Any] = {"steps": 6, "batch_size": 2, "save_every": 2, "log_every": 2, "learning_rate": 0.05}
 TURNS = [{"role": "user", "content": "w8"}, {"role": "assistant", "content": "w9"}]
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer whose words are w8, w9, ..."""
+    words = SPECIAL | {f"w{i}": i for i in range(len(SPECIAL), VOCAB) if i != IMAGE} | {"<image>": IMAGE}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split("\n", "isolated")]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+    fast.add_special_tokens({"additional_special_tokens": ["<image>", "<|im_start|>", "<|im_end|>"]})
+    return fast
 
 
 def write_image(path: Path, seed: int) -> Path:

@@ -127,27 +127,41 @@ class Collator:
         )
 
     def _token_ranges(self, one: Rendered, ids: list[int], pictures: list[Image]) -> list[tuple[int, int]]:
-        """Half-open ranges of tokens for the answers of a record with these token ids."""
-        return [tuple(self._tokens_before(one, end, ids, pictures) for end in answer) for answer in one.answers]  # type: ignore[misc]
+        """Half-open ranges of tokens for the answers of a record with these token ids.
 
-    def _tokens_before(self, one: Rendered, end: int, ids: list[int], pictures: list[Image]) -> int:
-        """How many of a record's tokens come before a character of its text."""
-        seen = self._images_before(one, end)
-        if seen == len(pictures):
-            # The text behind it has the tokens that the whole ends with, unless they merge over the cut.
-            tail = self.tokenizer(one.text[end:], add_special_tokens=False)["input_ids"]
-            if not tail or ids[-len(tail) :] == tail:
-                return len(ids) - len(tail)
-        before = self._processed([one.text[:end]], [pictures[:seen]])["input_ids"][0].tolist()
-        return _common(before, ids)
+        Raises:
+            TrainingError: An answer has no tokens, or other ones than without images.
+        """
+        plain = self._plain(one.text)
+        ranges = []
+        for answer in one.answers:
+            start, stop = (_common(plain, self._plain(self._cut(one.text, end))) for end in answer)
+            shift = len(ids) - len(plain)
+            if ids[start + shift :] != plain[start:]:  # more images behind it, or the processor adds a last token
+                cut = self._processed([self._cut(one.text, answer[0])], [pictures])["input_ids"][0].tolist()
+                shift = _common(ids, cut) - start
+            start, stop, said = start + shift, stop + shift, plain[start:stop]
+            if not said or ids[start:stop] != said:
+                raise TrainingError(
+                    f"{one.record.where}: expected the tokens of the answer {one.text[slice(*answer)][:40]!r}, got "
+                    f"{self.tokenizer.decode(ids[start:stop])[:40]!r}: {type(self.processor).__name__} must give an "
+                    "answer at least one token, and with images the same ones as without; leave this record out"
+                )
+            ranges.append((start, stop))
+        return ranges
 
-    def _images_before(self, one: Rendered, end: int) -> int:
-        """Images in the messages up to a character: no answer ends inside a message with images behind it."""
-        messages = one.record.messages
-        answered = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-        ends = [number for number, answer in zip(answered, one.answers, strict=True) if end in answer]
-        last = ends[0] + 1 if ends else len(messages)
-        return sum(part["type"] == "image" for message in messages[:last] for part in message["content"])
+    def _plain(self, text: str) -> list[int]:
+        """Tokens of a text where placeholders of images stay as they are."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _cut(self, text: str, end: int) -> str:
+        """The text with a token put in: those before it are as many as without, whatever images are behind it.
+
+        A beginning of the text would not do: how many tokens an image takes may depend on how many images there are.
+        """
+        between = next(one for one in (self.tokenizer.eos_token, "0", "1") if one and not text.startswith(one, end))
+        return text[:end] + between + text[end:]
 
 
 def supervised(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from talking import SIDE_PX, SPECIAL, write_image
-from tiny import IMAGE, VOCAB, tiny
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+from talking import SIDE_PX, word_tokenizer, write_image
+from tiny import tiny
+from transformers import CLIPImageProcessorPil, LlavaProcessor
 
 from gazepatch.demo.checkpoint import CHAT_TEMPLATE
 
@@ -22,18 +21,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny LLaVA with a processor, whose words are w8, w9, ..."""
     folder = tmp_path_factory.mktemp("models") / "llava"
     tiny("llava").model.save_pretrained(folder)
-    words = SPECIAL | {f"w{i}": i for i in range(len(SPECIAL), VOCAB) if i != IMAGE} | {"<image>": IMAGE}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split("\n", "isolated")]
-    )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
-    fast.add_special_tokens({"additional_special_tokens": ["<image>", "<|im_start|>", "<|im_end|>"]})
     size = {"height": SIDE_PX, "width": SIDE_PX}
     images = CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False)
     LlavaProcessor(
         images,
-        fast,
+        word_tokenizer(),
         patch_size=4,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,

@@ -95,7 +95,8 @@ def evaluate(
     gazes = [replace(config, prefill="gaze", budget=budget) for budget in wanted or (config.budget,)]
     if limit is not None and limit < 1:
         raise ConfigError(f"limit must be at least 1, got {limit}")
-    collator, records = Collator(processor), data if isinstance(data, Records) else read_records(data)
+    collator = Collator(processor, adapter_for(root_model(model).config.model_type).inputs_of_answers)
+    records = data if isinstance(data, Records) else read_records(data)
     count = min(len(records), limit or len(records))
     sums, whole = [_Sums(gaze.budget) for gaze in gazes], 0
     modes = {module: module.training for module in model.modules()}

@@ -7,7 +7,7 @@ template that only ever appends, whether it marks the assistant's part or not.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,18 +38,20 @@ class Collator:
 
     Args:
         processor: The model's.
+        of_answers: What goes along with the tokens of an answer, by the name of the input: the `inputs_of_answers` of
+            the model's adapter.
 
     Raises:
         TrainingError: It does not take images and conversations, or has no chat template.
     """
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: Any, of_answers: Mapping[str, int] = {}) -> None:
         if lack := lack_of(processor):
             raise TrainingError(lack)
         if processor.tokenizer.pad_token is None:
             processor = copy.deepcopy(processor)  # the given one stays as it is
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
-        self.processor, self.tokenizer = processor, processor.tokenizer
+        self.processor, self.tokenizer, self.of_answers = processor, processor.tokenizer, of_answers
 
     def __call__(self, records: Sequence[Record]) -> dict[str, Any]:
         """The model's inputs for some records, padded on the left, and `labels` `[B, S]`."""
@@ -60,8 +62,12 @@ class Collator:
         for row, (one, pictures) in enumerate(zip(rendered, images, strict=True)):
             real = batch["attention_mask"][row].nonzero()[:, 0]
             ids = batch["input_ids"][row, real]
-            for start, stop in self._token_ranges(one, ids.tolist(), pictures):
+            ranges = self._token_ranges(one, ids.tolist(), pictures)
+            for start, stop in ranges:
                 labels[row, real[start:stop]] = ids[start:stop]
+            # As in a decode step from the first answer on, or tokens would see those that they are to predict.
+            for name in self.of_answers.keys() & batch.keys():
+                batch[name][row, real[ranges[0][0] :]] = self.of_answers[name]
         return {**batch, "labels": labels}
 
     def rendered(self, record: Record) -> Rendered:

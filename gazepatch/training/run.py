@@ -97,11 +97,12 @@ def train(
     _check(config, training)
     refuse_artefact(source)
     model_config = base_config(source)
-    gaze_layers(adapter_for(model_config.model_type), model_config, config)
+    adapter = adapter_for(model_config.model_type)
+    gaze_layers(adapter, model_config, config)
     folder = Path(out).absolute()
     check_output(folder, Path(source).resolve() if Path(source).is_dir() else None, force)
     records = read_records(data)
-    collator = Collator(open_processor(str(source)))
+    collator = Collator(open_processor(str(source)), adapter.inputs_of_answers)
     collator.rendered(records[0])  # a template that does not fit is found before the weights are read
     further = trainer_arguments or {}
     work = Work(folder, _identity(source, records, config, training, further))

@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from talking import SIDE_PX, word_tokenizer, write_image
+from talking import SIDE_PX, trained, word_tokenizer, write_image
+from tiny import tiny
 from tokenizers import normalizers
-from transformers import LlavaOnevisionImageProcessorPil, LlavaOnevisionProcessor
+from torch.nn.functional import cross_entropy, kl_div
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlavaOnevisionImageProcessorPil,
+    LlavaOnevisionProcessor,
+    PaliGemmaProcessor,
+    SiglipImageProcessorPil,
+)
 from transformers.utils import is_torchvision_available
 
-from gazepatch import TrainingError
+import gazepatch
+from gazepatch import GazeConfig, TrainingError
+from gazepatch.artefact.manifest import read
 from gazepatch.demo.checkpoint import CHAT_TEMPLATE
 from gazepatch.training.chat import Collator
 from gazepatch.training.records import Record, read_records
+from gazepatch.verification import generate_logits
 
+GAZE = GazeConfig(region=(2, 2, 1), window=None, periphery=False, prefill="gaze", min_visual_tokens=0)
 ANSWERS = ["w20 w21", "w22", "w20 w24 w25"]
 SAID = [f"{answer} <|im_end|>" for answer in ANSWERS]
 
@@ -102,3 +116,70 @@ def test_answers_that_read_otherwise_with_images_are_refused(tmp_path: Path) -> 
     processor.__class__ = Forgetful
     with pytest.raises(TrainingError, match=r"answer 'w22<\|im_end\|>', got 'w23 <\|im_end\|>': Forgetful must give"):
         Collator(processor)([record])
+
+
+# ---- PaliGemma, in which the tokens of a prompt see each other
+
+
+@pytest.fixture(scope="module")
+def paligemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "paligemma"
+    tiny("paligemma").model.save_pretrained(folder)
+    images = SiglipImageProcessorPil(size={"height": SIDE_PX, "width": SIDE_PX})
+    images.image_seq_length = 64
+    tokenizer = word_tokenizer()
+    tokenizer.bos_token = "<bos>"
+    PaliGemmaProcessor(images, tokenizer, chat_template=CHAT_TEMPLATE).save_pretrained(folder)
+    return folder
+
+
+def test_types_of_answers(paligemma: Path, tmp_path: Path) -> None:
+    processor = AutoProcessor.from_pretrained(paligemma)
+    batch = Collator(processor, {"token_type_ids": 1})(conversations(tmp_path, 1, 2))
+    assert said(processor, batch) == [" ".join(SAID)] * 2
+    for types, labels, real in zip(batch["token_type_ids"], batch["labels"], batch["attention_mask"], strict=True):
+        first = (labels != -100).nonzero()[0].item()
+        assert real[first:].all() and types.tolist() == [0] * first + [1] * (len(types) - first)
+
+
+@torch.no_grad()
+def decoded(model: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The right tokens `[N]` of the only answer in a batch, and the logits `[N, V]` of decode steps along it."""
+    wanted = (batch["labels"][0] != -100).nonzero()[:, 0]
+    tokens, prompt = batch["input_ids"][:, wanted], int(wanted[0])
+    inputs = {name: batch[name][:, :prompt] for name in ("input_ids", "attention_mask", "token_type_ids")}
+    logits, _ = generate_logits(model, {**inputs, "pixel_values": batch["pixel_values"]}, len(wanted) - 1, tokens)
+    return tokens[0], logits[0]
+
+
+@pytest.fixture
+def talk(tmp_path: Path) -> Path:
+    """A conversation with one answer."""
+    write_image(tmp_path / "0.png", 0)
+    turns = [("user", "<image> w8 w9"), ("assistant", "w20 w21 w22 w23 w24 w25")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    (tmp_path / "talk.json").write_text(json.dumps([{"messages": messages, "images": ["0.png"]}]))
+    return tmp_path / "talk.json"
+
+
+def test_scores_are_those_of_decode_steps(paligemma: Path, talk: Path) -> None:
+    model, processor = AutoModelForImageTextToText.from_pretrained(paligemma), AutoProcessor.from_pretrained(paligemma)
+    batch = Collator(processor)([read_records(talk)[0]])
+    tokens, dense = decoded(model, batch)
+    context = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    with gazepatch.patched(model, GAZE, context_tokens=context):
+        scores = gazepatch.evaluate(model, processor, talk, budgets=(1.0, 0.2))
+    for score in scores:
+        with gazepatch.patched(model, replace(GAZE, budget=score.budget), context_tokens=context):
+            _, gazed = decoded(model, batch)
+        divergence = kl_div(gazed.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="batchmean")
+        assert score.divergence == pytest.approx(divergence.item(), rel=1e-3)
+        assert score.dense_right == (dense.argmax(-1) == tokens).float().mean().item()
+
+
+def test_the_loss_is_that_of_decode_steps(paligemma: Path, talk: Path, tmp_path: Path) -> None:
+    model, processor = AutoModelForImageTextToText.from_pretrained(paligemma), AutoProcessor.from_pretrained(paligemma)
+    tokens, logits = decoded(model, Collator(processor)([read_records(talk)[0]]))
+    config = replace(GAZE, budget=1.0)
+    out = trained(paligemma, talk, tmp_path / "out", config, objective="next-token", trainable="full", steps=1)
+    assert (read(out).provenance or {})["final_loss"] == pytest.approx(cross_entropy(logits, tokens).item(), rel=1e-3)

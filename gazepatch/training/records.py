@@ -42,6 +42,9 @@ class Record:
     folder: Path
 
 
+Check = Callable[[Record], object]
+
+
 @dataclass(frozen=True)
 class Records:
     """All records, each read when it is asked for.
@@ -67,8 +70,10 @@ class Records:
         return self.get(number)
 
 
-def read_records(data: str | Path) -> Records:
-    """The records of a file, of a folder with one file, or of a set on the Hub; every one of a file is checked.
+def read_records(data: str | Path, check: Check = lambda record: None) -> Records:
+    """The records of a file, of a folder with one file, or of a set on the Hub.
+
+    `check` is called with every record of a file, and with the first of a set on the Hub: it may refuse them.
 
     Raises:
         TrainingError: There are none, or one is broken; the message names its line.
@@ -77,11 +82,11 @@ def read_records(data: str | Path) -> Records:
     if path.is_dir():
         path = _only_file(path)
     if path.is_file():
-        records = _of_file(path)
+        records = _of_file(path, check)
     elif path.suffix in SUFFIXES or path.is_absolute():
         raise TrainingError(f"expected a file of records, got nothing at {path}")
     else:
-        records = _of_hub(str(data))
+        records = _of_hub(str(data), check)
     if not len(records):
         raise TrainingError(f"expected records, got none in {data}")
     return records
@@ -104,6 +109,13 @@ def record(values: Any, where: str, folder: Path) -> Record:
     messages = [_message(message, number, where, found) for number, message in enumerate(given)]
     if not any(message["role"] == "assistant" for message in messages):
         raise TrainingError(f"{where}: expected a message of the assistant to learn from, got none")
+    if messages[0]["role"] == "assistant":
+        raise TrainingError(f"{where}: expected a question first, got a message of the assistant: remove it")
+    for number, message in enumerate(messages):
+        if message["role"] == "assistant" and not any(part.get("text", "").strip() for part in message["content"]):
+            raise TrainingError(
+                f"{where}: expected text of the assistant in message {number}, got none: drop the record"
+            )
     images = _images(values, where)
     if images and not found:  # no place was named: before the first question
         first = next((message for message in messages if message["role"] == "user"), messages[0])
@@ -154,7 +166,7 @@ def _message(given: Any, number: int, where: str, found: list[Any]) -> Message:
                 f"{where}: message {number} may hold {{'type': 'text', 'text': ...}} and {{'type': 'image'}}, "
                 f"got {str(part)[:80]}"
             )
-    return {"role": role, "content": kept}
+    return {"role": role, "content": kept or [{"type": "text", "text": ""}]}  # templates look at the first part
 
 
 def _images(values: dict[str, Any], where: str) -> list[Any]:
@@ -177,18 +189,18 @@ def _only_file(folder: Path) -> Path:
     return lines[0]
 
 
-def _of_file(path: Path) -> Records:
+def _of_file(path: Path, check: Check) -> Records:
     folder = path.parent
     digest, lines, start = hashlib.sha256(), [], 0
     with path.open("rb") as file:
         if file.read(64).lstrip()[:1] == b"[":
-            return _of_list(path)
+            return _of_list(path, check)
         file.seek(0)
         for number, line in enumerate(file, 1):
             digest.update(line)
             if line.strip():
                 where = f"{path.name}, line {number}"
-                record(_parsed(line, where), where, folder)
+                check(record(_parsed(line, where), where, folder))
                 lines.append((start, where))
             start += len(line)
 
@@ -203,10 +215,12 @@ def _of_line(path: Path, lines: Sequence[tuple[int, str]], number: int) -> Recor
         return record(_parsed(file.readline(), where), where, path.parent)
 
 
-def _of_list(path: Path) -> Records:
+def _of_list(path: Path, check: Check) -> Records:
     text = path.read_bytes()
     values = _parsed(text, path.name, "a list in JSON")
     records = [record(value, f"{path.name}, record {number}", path.parent) for number, value in enumerate(values, 1)]
+    for one in records:
+        check(one)
     return Records(str(path), hashlib.sha256(text).hexdigest(), len(records), records.__getitem__)
 
 
@@ -217,7 +231,7 @@ def _parsed(text: bytes, where: str, wanted: str = "JSON, one record a line or a
         raise TrainingError(f"{where}: must be {wanted}: {error}") from None
 
 
-def _of_hub(name: str) -> Records:
+def _of_hub(name: str, check: Check) -> Records:
     try:
         import datasets  # type: ignore[import-not-found,unused-ignore]
     except ImportError:
@@ -233,6 +247,8 @@ def _of_hub(name: str) -> Records:
             f"{' '.join(str(error).split())}"
         ) from error
 
+    if len(rows):
+        check(_of_row(name, rows, 0))  # no more: to get one is to decode its images
     return Records(name, str(rows._fingerprint), len(rows), partial(_of_row, name, rows))
 
 

@@ -101,9 +101,8 @@ def train(
     gaze_layers(adapter, model_config, config)
     folder = Path(out).absolute()
     check_output(folder, Path(source).resolve() if Path(source).is_dir() else None, force)
-    records = read_records(data)
     collator = Collator(open_processor(str(source)), adapter.inputs_of_answers)
-    collator.rendered(records[0])  # a template that does not fit is found before the weights are read
+    records = read_records(data, collator.rendered)  # a template that does not fit is found before the weights are read
     further = trainer_arguments or {}
     work = Work(folder, _identity(source, records, config, training, further))
     arguments = _arguments(work, training, len(records), further)

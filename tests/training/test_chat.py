@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from talking import TURNS, write_image
+from talking import TURNS, trained, write_image
 
 from gazepatch import TrainingError
 from gazepatch.demo.checkpoint import CHAT_TEMPLATE
@@ -98,6 +99,28 @@ def test_templates_that_do_not_do(processor: Any, base: Path, tmp_path: Path) ->
         Collator(processor)
     with pytest.raises(TrainingError, match="a processor for images and text, got "):
         Collator(processor.tokenizer)
+
+
+@pytest.mark.parametrize("form", ["talk.jsonl", "talk.json"])
+def test_a_record_that_the_template_refuses_stops_the_training_before_it_starts(
+    form: str, base: Path, tmp_path: Path
+) -> None:
+    strict = Path(shutil.copytree(base, tmp_path / "strict"))
+    loop, wrong = "{% for message in messages %}", "loop.index0 % 2 != (message.role == 'assistant')"
+    refusing = f"{loop}{{% if {wrong} %}}{{{{ raise_exception('roles must alternate') }}}}{{% endif %}}"
+    (strict / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace(loop, refusing))
+    records = [json.dumps({"messages": messages}) for messages in (TURNS, TURNS * 2, [TURNS[0], *TURNS])]
+    (tmp_path / form).write_text("\n".join(records) if form == "talk.jsonl" else f"[{','.join(records)}]")
+    with pytest.raises(TrainingError, match=rf"{form}, \w+ 3: the chat template refuses .* roles must alternate"):
+        trained(strict, tmp_path / form, tmp_path / "out")
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_templates_that_look_at_the_first_part_of_a_message(processor: Any, tmp_path: Path) -> None:
+    of_part = "{% if message.content[0].type == 'text' %}: {% endif %}{% for part in message.content %}"
+    processor.chat_template = CHAT_TEMPLATE.replace("{% for part in message.content %}", of_part)
+    silent = {"role": "user", "content": ""}
+    assert answers(processor, tmp_path, {"messages": [silent, TURNS[1]] * 2}) == [": w9<|im_end|>"] * 2
 
 
 def test_an_image_that_is_damaged_names_its_line(processor: Any, tmp_path: Path) -> None:

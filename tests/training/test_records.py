@@ -47,6 +47,15 @@ def test_both_forms_of_records(tmp_path: Path) -> None:
         assert (record.messages, record.images, record.where) == (expected, ["a.png"], "one.jsonl, line 2")
 
 
+def test_messages_without_text(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png", 0)
+    silent = {"role": "user", "content": ""}
+    empty = {"type": "text", "text": ""}
+    assert one_record(tmp_path, {"messages": [silent, TURNS[1]]}).messages[0]["content"] == [empty]
+    asked = one_record(tmp_path, {"messages": [silent, TURNS[1]], "images": ["a.png"]}).messages[0]["content"]
+    assert asked == [{"type": "image"}, empty]
+
+
 def test_embedded_images(tmp_path: Path) -> None:
     from gazepatch.training.images import open_image
 
@@ -62,12 +71,18 @@ def test_embedded_images(tmp_path: Path) -> None:
             open_image(wrong, tmp_path, "here")
 
 
+NOTHING = {"role": "assistant", "content": " \n"}
 BROKEN: dict[str, tuple[Any, str]] = {
     "no JSON": ("{", "line 2: must be JSON, one record a line"),
     "no object": ("3", "must be a JSON object, got int"),
     "no messages": ({"text": "w8"}, "expected a list 'messages'.* got the keys text"),
     "empty": ({"messages": []}, "expected a list 'messages'"),
     "no assistant": ({"messages": TURNS[:1]}, "expected a message of the assistant"),
+    "assistant first": ({"messages": TURNS[::-1]}, "line 2: expected a question first, got a message of the assistant"),
+    "no answer": (
+        {"messages": [*TURNS, TURNS[0], NOTHING]},
+        "line 2: expected text of the assistant in message 3, got none",
+    ),
     "no role": ({"messages": [{"content": "w8"}]}, "message 0 must have a 'role'"),
     "no content": ({"messages": [{"role": "user"}]}, "message 0 must have 'content'"),
     "text as message": ({"messages": ["w8"]}, "message 0 must be an object, got str"),
@@ -121,6 +136,9 @@ def test_sets_of_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (records.name, records.digest, len(records), records[0].images) == ("owner/talk", "f00", 2, [picture])
     with pytest.raises(TrainingError, match="owner/talk, record 2: expected a list"):
         records[1]
+    checked: list[str] = []
+    read_records("owner/talk", lambda record: checked.append(record.where))
+    assert checked == ["owner/talk, record 1"]
 
 
 def test_photos_are_upright_as_in_transformers(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from gazepatch.errors import TrainingError
 from gazepatch.processors import lack_of
+from gazepatch.training.conversation import Record
 from gazepatch.training.images import open_image
-from gazepatch.training.records import Record
 
 #: What a loss leaves out, as everywhere in transformers.
 IGNORED = -100

@@ -28,7 +28,8 @@ from gazepatch import GazeConfig, TrainingError
 from gazepatch.artefact.manifest import read
 from gazepatch.demo.checkpoint import CHAT_TEMPLATE
 from gazepatch.training.chat import Collator
-from gazepatch.training.records import Record, read_records
+from gazepatch.training.conversation import Record
+from gazepatch.training.records import read_records
 from gazepatch.verification import generate_logits
 
 GAZE = GazeConfig(region=(2, 2, 1), window=None, periphery=False, prefill="gaze", min_visual_tokens=0)

@@ -54,10 +54,15 @@ class Collator:
         self.processor, self.tokenizer, self.of_answers = processor, processor.tokenizer, of_answers
 
     def __call__(self, records: Sequence[Record]) -> dict[str, Any]:
-        """The model's inputs for some records, padded on the left, and `labels` `[B, S]`."""
+        """The model's inputs for some records, padded on the left, and `labels` `[B, S]`.
+
+        Raises:
+            TrainingError: The template or the processor refuses one, or the tokens of an answer cannot be found.
+        """
         rendered = [self.rendered(record) for record in records]
         images = [[open_image(one, r.folder, r.where) for one in r.images] for r in records]
-        batch = dict(self._processed([one.text for one in rendered], images))
+        where = "; ".join(record.where for record in records)
+        batch = dict(self._processed([one.text for one in rendered], images, where))
         labels = torch.full_like(batch["input_ids"], IGNORED)
         for row, (one, pictures) in enumerate(zip(rendered, images, strict=True)):
             real = batch["attention_mask"][row].nonzero()[:, 0]
@@ -120,17 +125,22 @@ class Collator:
             ) from error
         return str(text)
 
-    def _processed(self, texts: list[str], images: list[list[Image]]) -> Any:
+    def _processed(self, texts: list[str], images: list[list[Image]], where: str) -> Any:
         bos = self.tokenizer.bos_token
         special = {"add_special_tokens": False} if bos is not None and texts[0].startswith(bos) else {}
-        return self.processor(
-            text=texts,
-            images=images if any(images) else None,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-            **special,
-        )
+        try:
+            return self.processor(
+                text=texts,
+                images=images if any(images) else None,
+                padding=True,
+                padding_side="left",
+                return_tensors="pt",
+                **special,
+            )
+        except Exception as error:  # processors raise what they like
+            raise TrainingError(
+                f"{where}: the processor refuses this conversation: {' '.join(str(error).split())}"
+            ) from error
 
     def _token_ranges(self, one: Rendered, ids: list[int], pictures: list[Image]) -> list[tuple[int, int]]:
         """Half-open ranges of tokens for the answers of a record with these token ids.
@@ -144,8 +154,8 @@ class Collator:
             start, stop = (_common(plain, self._plain(self._cut(one.text, end))) for end in answer)
             shift = len(ids) - len(plain)
             if ids[start + shift :] != plain[start:]:  # more images behind it, or the processor adds a last token
-                cut = self._processed([self._cut(one.text, answer[0])], [pictures])["input_ids"][0].tolist()
-                shift = _common(ids, cut) - start
+                cut = self._processed([self._cut(one.text, answer[0])], [pictures], one.record.where)["input_ids"]
+                shift = _common(ids, cut[0].tolist()) - start
             start, stop, said = start + shift, stop + shift, plain[start:stop]
             if not said or ids[start:stop] != said:
                 raise TrainingError(

@@ -143,6 +143,14 @@ def test_types_of_answers(paligemma: Path, tmp_path: Path) -> None:
         assert real[first:].all() and types.tolist() == [0] * first + [1] * (len(types) - first)
 
 
+def test_conversations_that_the_processor_refuses(paligemma: Path, tmp_path: Path) -> None:
+    (record,) = conversations(tmp_path, 0)
+    with pytest.raises(
+        TrainingError, match=r"talk.json, record 1: the processor refuses this .* `images` are expected"
+    ):
+        Collator(AutoProcessor.from_pretrained(paligemma))([record])
+
+
 @torch.no_grad()
 def decoded(model: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The right tokens `[N]` of the only answer in a batch, and the logits `[N, V]` of decode steps along it."""

@@ -65,16 +65,18 @@ def record(values: Any, where: str, folder: Path) -> Record:
 
 
 def _check_roles(messages: list[Message], where: str) -> None:
-    """Refuse a conversation without answers, with an empty one, or with one before any question."""
+    """Refuse a conversation without answers, with one before any question, or with one that is not just text."""
     answers = {number: message for number, message in enumerate(messages) if message["role"] == "assistant"}
     if not answers:
         raise TrainingError(f"{where}: expected a message of the assistant to learn from, got none")
     if 0 in answers:
         raise TrainingError(f"{where}: expected a question first, got a message of the assistant: remove it")
     for number, message in answers.items():
-        if not any(part.get("text", "").strip() for part in message["content"]):
+        drawn = any(part["type"] == "image" for part in message["content"])
+        if drawn or not any(part["text"].strip() for part in message["content"]):
+            got = "an image" if drawn else "none"
             raise TrainingError(
-                f"{where}: expected text of the assistant in message {number}, got none: drop the record"
+                f"{where}: expected text of the assistant in message {number}, got {got}: drop the record"
             )
 
 

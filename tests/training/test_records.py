@@ -72,6 +72,7 @@ def test_embedded_images(tmp_path: Path) -> None:
 
 
 NOTHING = {"role": "assistant", "content": " \n"}
+DRAWN = {"role": "assistant", "content": "w9 <image>"}
 BROKEN: dict[str, tuple[Any, str]] = {
     "no JSON": ("{", "line 2: must be JSON, one record a line"),
     "no object": ("3", "must be a JSON object, got int"),
@@ -83,6 +84,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
         {"messages": [*TURNS, TURNS[0], NOTHING]},
         "line 2: expected text of the assistant in message 3, got none",
     ),
+    "drawn": ({"messages": [TURNS[0], DRAWN], "images": ["a.png"]}, "assistant in message 1, got an image: drop"),
     "no role": ({"messages": [{"content": "w8"}]}, "message 0 must have a 'role'"),
     "no content": ({"messages": [{"role": "user"}]}, "message 0 must have 'content'"),
     "text as message": ({"messages": ["w8"]}, "message 0 must be an object, got str"),

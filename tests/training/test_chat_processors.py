@@ -183,7 +183,7 @@ def test_scores_are_those_of_decode_steps(paligemma: Path, talk: Path) -> None:
             _, gazed = decoded(model, batch)
         divergence = kl_div(gazed.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="batchmean")
         assert score.divergence == pytest.approx(divergence.item(), rel=1e-3)
-        assert score.dense_right == (dense.argmax(-1) == tokens).float().mean().item()
+        assert score.dense_accuracy == (dense.argmax(-1) == tokens).float().mean().item()
 
 
 def test_the_loss_is_that_of_decode_steps(paligemma: Path, talk: Path, tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
 """Measure launch settings of the decode kernel on this GPU: `python benchmarks/tune.py [--write] [--seconds S]`.
 
-Every candidate runs small steps and a large one in a CUDA graph; the best by the geometric mean is kept. First
-tiles, warps and stages with as many programs as the table has now, the present settings before all others; then other
-numbers of programs for the best of these; then the best of those launched early. What most of them compile to is
-compiled before, by several processes. When `--seconds` of measuring are over, the best so far counts.
+Every candidate runs small steps and a large one in a CUDA graph; the best by the geometric mean is kept. First tiles,
+warps and stages with as many warps a multiprocessor as the table has now, the present settings before all others; then
+other numbers of programs for the best of these; then the best of those launched early, or not if they were. What most
+of them compile to is compiled before, by several processes. When `--seconds` of measuring are over, the best so far
+counts.
 
 `--write` puts them in `gazepatch/kernels/tuned.py`, beside those of other architectures.
 """
@@ -43,18 +44,24 @@ Settings = tuple[int, int, int, int, bool]
 Ran = list[tuple[float, Settings]]
 #: How many of the best get other numbers of programs.
 FINALISTS = 4
-#: How many of the best after that are launched early, too, or are not.
-EARLY = 2
+#: How many of the best after that are launched early, too, or are not. Where more programs fit on a multiprocessor than
+#: are planned, those launched early crowd where there is room first, and large steps take longer.
+EARLY = 4
 #: Processes that compile; each holds a context of the GPU.
 MAX_COMPILERS = 8
 
 
 def candidates(dim: int, size: int, present: Settings) -> list[Settings]:
-    """The present settings, and then others that may be good, with as many programs."""
+    """The present settings, and then others that may be good, with as many warps a multiprocessor."""
+    _, present_warps, _, programs, early = present
     blocks = [block for block in (16, 32, 64, 128) if 4096 <= block * dim * size <= 32768]
     tiles = itertools.product(blocks, (2, 4, 8), (3, 2, 4))
     # A warp has 16 entries of a tile at least.
-    others = [(*tile, *present[3:]) for tile in tiles if tile[0] >= 16 * tile[1] or not apart(dim, size)]
+    others = [
+        (block, warps, stages, max(1, programs * present_warps // warps), early)
+        for block, warps, stages in tiles
+        if block >= 16 * warps or not apart(dim, size)
+    ]
     return [present, *(settings for settings in others if settings != present)]
 
 

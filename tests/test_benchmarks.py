@@ -290,10 +290,10 @@ def test_the_search_stops_and_keeps_what_ran(capsys: pytest.CaptureFixture[str])
         return None if block == 128 else 100.0 - block / 8 + warps + stages + (0 if programs == 3 else 5) - early
 
     ran = tune.search(present, 128, 2, us, float("inf"))
-    assert ran[0] == (100.0 - 8 + 2 + 2 - 1, (64, 2, 2, 3, True)) and len(ran) == 9 + 4 * 3 + 2
+    assert ran[0] == (100.0 - 8 + 2 + 2 - 1, (64, 2, 2, 3, True)) and len(ran) == 9 + 4 * 3 + 4
     assert len(tune.candidates(128, 2, present)) == 18
     # Rows that one warp cannot hold are shared among all: there are no parts of 16 entries.
-    assert (16, 8, 3, 2, False) in tune.candidates(256, 2, present)
+    assert (16, 8, 3, 1, False) in tune.candidates(256, 2, present)
     (only,) = tune.search(present, 128, 2, us, 0.0)
     assert only[1] == present and "not all candidates ran" in capsys.readouterr().err
 

@@ -30,11 +30,9 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".ti
 
 def check_prompt(images: Sequence[str], prompt: str) -> None:
     """Refuse an image in the prompt's place, there or not: a usage error."""
-    if images:
-        return
     if os.path.isfile(prompt):
         raise click.UsageError(f"PROMPT is missing: {prompt} is a file", click.get_current_context())
-    if prompt.lower().endswith(IMAGE_SUFFIXES):
+    if not images and prompt.lower().endswith(IMAGE_SUFFIXES):
         raise click.UsageError(
             f"PROMPT is missing, and there is no file {prompt}: give an image that exists, then the prompt. If that is "
             "the prompt, end it with a question mark or a full stop",

@@ -17,7 +17,7 @@ from gazepatch.config import GazeConfig
 
 @click.command("convert")
 @click.argument("model")
-@click.option("-o", "--out", required=True, metavar="DIR", help="Folder to write; it must not exist yet.")
+@click.option("-o", "--out", required=True, metavar="DIR", help="Folder to write; new, or empty.")
 @click.option("--revision", metavar="NAME", help="Commit, branch or tag of MODEL on the Hub.")
 @click.option("--full", is_flag=True, help="Take the model's own files along: a checkpoint for plain transformers too.")
 @click.option("--link", is_flag=True, help="With --full: hard links of the weights instead of copies, where possible.")
@@ -51,6 +51,8 @@ def command(
 
     if repo is not None:
         _check_push(repo, model, full)
+    if verify:
+        _check_verify(model, revision, config)
 
     import gazepatch
     from gazepatch.artefact.manifest import read
@@ -93,6 +95,20 @@ def _check_push(repo: str, model: str, full: bool) -> None:
         check_repo_id(repo)
     if not full:
         check_base(os.path.abspath(model) if os.path.isdir(model) else model)
+
+
+def _check_verify(model: str, revision: str | None, config: GazeConfig) -> None:
+    """Refuse what could not be verified, before anything is written."""
+    import torch
+
+    from gazepatch.backend import choose
+    from gazepatch.cli.opening import device
+    from gazepatch.processors import open_processor
+
+    quiet()
+    with bad_usage():
+        choose(config.backend, torch.device(device()))
+    open_processor(model, revision)
 
 
 def _measured(folder: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from gazepatch.training.settings import TrainConfig
 @click.command("train", short_help="Train MODEL to read few regions of its images.")
 @click.argument("model")
 @click.argument("data")
-@click.option("-o", "--out", required=True, metavar="DIR", help="Folder to write; it must not exist yet.")
+@click.option("-o", "--out", required=True, metavar="DIR", help="Folder to write; new, or empty.")
 @click.option("--force", is_flag=True, help="Replace DIR if it is an artefact already.")
 @options_of(TrainConfig())
 @options_of(GazeConfig.paper())

@@ -16,7 +16,7 @@ from gazepatch.errors import ArtefactError
 
 
 def check_output(out: Path, source: Path | None, force: bool) -> None:
-    """Refuse to write over anything but an artefact, and into or over the base model at all.
+    """Refuse to write over anything but an artefact or an empty folder, and into or over the base model at all.
 
     Args:
         out: Folder to write.
@@ -30,12 +30,16 @@ def check_output(out: Path, source: Path | None, force: bool) -> None:
         raise ArtefactError(f"out must lie outside the base model, which is never touched; got {out} and {source}")
     if not os.path.lexists(out):
         return
-    if not force:
+    own = out.is_dir() and not out.is_symlink()
+    if own and not any(out.iterdir()):
+        return
+    if not (own and (out / FILE_NAME).is_file()):
         raise ArtefactError(
-            f"{out} exists already: choose another name, or force=True (--force) to replace an artefact"
+            f"{out} exists already and is no artefact folder, so it is not replaced, even by force: choose another "
+            "name, or remove it yourself"
         )
-    if out.is_symlink() or not (out / FILE_NAME).is_file():
-        raise ArtefactError(f"{out} is no artefact folder, so it is not replaced even by force: remove it yourself")
+    if not force:
+        raise ArtefactError(f"{out} exists already: choose another name, or force=True (--force) to replace it")
 
 
 @contextmanager

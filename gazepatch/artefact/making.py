@@ -59,7 +59,7 @@ def convert(
 
     Args:
         source: Local folder or Hub id of a vision-language model. It is never written to.
-        out: Folder to write; it must not exist yet.
+        out: Folder to write; new, or empty.
         config: Settings, by default `GazeConfig()`.
         context_tokens: Trained context tokens, as for `gazepatch.apply`.
         full: Take the model's own files along, so that the folder is a checkpoint that plain transformers loads too.
@@ -122,7 +122,7 @@ def save(
 
     Args:
         model: The patched model.
-        out: Folder to write; it must not exist yet.
+        out: Folder to write; new, or empty.
         full: Write the model's own weights as they are now as well, for a model that was trained as a whole.
         processor: With `full`, what belongs beside them. By default the files of the tokenizer and the processor, and
             the licence, are copied from where the model was loaded; there is a warning if there is no processor.

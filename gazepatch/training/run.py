@@ -75,7 +75,7 @@ def train(
     Args:
         source: Local folder or Hub id of a vision-language model. It is never written to.
         data: File of records, folder with one, or name of a set of `datasets`: see `gazepatch.training.records`.
-        out: Folder to write; it must not exist yet.
+        out: Folder to write; new, or empty.
         config: Settings of the gaze, by default `GazeConfig.paper()`; the final budget among them.
         training: Settings of the training, by default `TrainConfig()`.
         trainer_arguments: Further arguments of transformers' `TrainingArguments`: `report_to`, `bf16`, ...

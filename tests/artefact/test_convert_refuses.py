@@ -89,6 +89,12 @@ def test_force_replaces_nothing_but_artefacts(base: Path, tmp_path: Path) -> Non
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
+def test_an_empty_folder_is_as_good_as_none(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "mounted").mkdir()
+    assert read(gazepatch.convert(base, tmp_path / "mounted")).gaze == GazeConfig()
+    assert [path.name for path in tmp_path.iterdir()] == ["mounted"]
+
+
 @pytest.mark.parametrize("name", ["file/gaze", "n" * 250])
 def test_a_place_where_nothing_can_be(base: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("mine")
@@ -109,7 +115,7 @@ def test_what_comes_into_being_meanwhile_is_not_replaced(
         return card(*given)
 
     monkeypatch.setattr(making, "card_of", slow)
-    with pytest.raises(ArtefactError, match="remove it yourself" if force else "exists already"):
+    with pytest.raises(ArtefactError, match="exists already and is no artefact folder"):
         gazepatch.convert(base, out, force=force)
     assert (out / "thesis.txt").read_text() == "years of work"
     assert [path.name for path in tmp_path.iterdir()] == ["gaze"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -126,6 +127,18 @@ def test_convert_with_context_tokens(base: Path, tmp_path: Path) -> None:
     said = json.loads(gaze("convert", base, "-o", tmp_path / "again", *given, "--json").stdout)
     assert said["gaze"] == read(tmp_path / "again").gaze.to_dict() and said["gaze"]["context_tokens"] == 2
     fails(2, "does not exist", "convert", base, "-o", tmp_path / "other", "--context-tokens", "4")
+
+
+def test_what_cannot_be_verified_is_not_written(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(base / name, bare)
+    fails(1, "the processor of", "convert", bare, "-o", tmp_path / "gaze", "--verify")
+    monkeypatch.setattr("gazepatch.backend._interpreted", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    fails(2, "needs a model on a GPU", "convert", base, "-o", tmp_path / "gaze", "--verify", "--backend", "triton")
+    assert not (tmp_path / "gaze").exists()
 
 
 def test_convert_and_verify(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,6 +77,7 @@ def test_a_forgotten_prompt(artefact: Path, page: Path) -> None:
     for command in ("ask", "look", "verify", "bench"):
         fails(2, f"PROMPT is missing: {page} is a file", command, artefact, page)
         fails(2, "PROMPT is missing, and there is no file gone.PNG", command, artefact, "gone.PNG")
+        fails(2, f"PROMPT is missing: {page} is a file", command, artefact, page, page)
 
 
 def test_a_file_that_is_no_image_is_found_before_the_weights_are_read(

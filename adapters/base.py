@@ -40,6 +40,15 @@ LOOPS: Mapping[str, Callable[[Any], tuple[int, int, int]]] = {
     "inkling2_loop_text": lambda text: (text.loop_layer_index_start, text.loop_layer_index_end, text.loop_num_passes),
 }
 
+# Text decoders that do more with cached keys and values than hand them to an attention function.
+OWN_ATTENTION: Mapping[str, str] = {
+    "diffllama": "its layers split the cached values, and attend twice",
+    "doge": "its layers make a mask of the cached values",
+    "hrm_text": "its layers run several times a token, each time with other keys in the cache",
+    "jetmoe": "its layers repeat the cached keys for each of their experts",
+    "xglm": "its layers attend by themselves",
+}
+
 
 class Adapter:
     """Facts about the model types in `model_types`."""
@@ -246,4 +255,4 @@ def _beyond_dot_products(text: Any) -> str | None:
         return "keys and values are made of latents (MLA) in a way that nobody has looked at"
     if getattr(text, "recurrent_kv_cache_mode", None) == "last_loop":
         return "layers run several times a token, and read the keys of their last run out of the cache by themselves"
-    return None
+    return OWN_ATTENTION.get(text.model_type)

@@ -152,7 +152,7 @@ class StepCounters(Counters):
     def clear(self) -> None:
         """A new prompt starts."""
         super().clear()
-        self.ran.zero_()
+        self._none_ran()
         self.each.clear()
 
     def expect(self, layer: int, visual: int, read: int | None, context: int, device: torch.device) -> None:
@@ -181,10 +181,14 @@ class StepCounters(Counters):
         """Bring the counts up to date. Waits for the device."""
         if (ran := int(self.ran)) == 0:
             return
-        self.ran.zero_()
+        self._none_ran()
         self.steps += ran
         for layer, each in self.each.items():
             self.add(layer, ran * each.visual_entries, ran * each.read_entries, ran * each.context_entries)
+
+    def _none_ran(self) -> None:
+        with torch.inference_mode():  # which alone may write to memory that was taken in it, and to any other
+            self.ran.zero_()
 
     def stats(self) -> Stats:
         """The counts so far."""

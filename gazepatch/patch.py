@@ -267,8 +267,9 @@ def patch_of(model: nn.Module) -> Patch:
 def root_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside what was given."""
     inner: Any = model
-    for wrapped in ("_orig_mod", "module"):  # torch.compile; DDP
-        inner = inner if isinstance(inner, PreTrainedModel) else getattr(inner, wrapped, inner)
+    wrappers = ("_orig_mod", "module")  # of torch.compile, and of DDP
+    while not isinstance(inner, PreTrainedModel) and (name := next((w for w in wrappers if hasattr(inner, w)), None)):
+        inner = getattr(inner, name)
     if hasattr(inner, "get_base_model"):  # PEFT
         inner = inner.get_base_model()
     if not isinstance(inner, PreTrainedModel):

@@ -12,7 +12,9 @@ import transformers
 from locating import IN_SEQUENCE, adapter_of, every_case
 from tiny import Case, built, text
 from tiny.models import since
+from transformers import CONFIG_MAPPING
 
+from gazepatch.adapters.base import OWN_ATTENTION
 from gazepatch.registry import adapter_for
 
 
@@ -76,6 +78,15 @@ TEXT_DECODERS: dict[str, tuple[Callable[[], Any], list[str | None]]] = {
         ["chunked_attention layer"] * 3 + [FULL],
     ),
 }
+
+
+@pytest.mark.parametrize("name", OWN_ATTENTION)
+def test_decoders_that_attend_by_themselves(name: str) -> None:
+    if name not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} does not have {name} yet")
+    config = transformers.LlavaConfig(text_config=CONFIG_MAPPING[name](num_hidden_layers=2))
+    layers = range(config.text_config.num_hidden_layers)
+    assert adapter_for("llava").dense_reasons(config) == dict.fromkeys(layers, OWN_ATTENTION[name])
 
 
 @pytest.mark.parametrize("name", TEXT_DECODERS)

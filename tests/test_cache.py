@@ -81,6 +81,17 @@ def test_an_image_of_a_later_turn_gazes_too(case: Case) -> None:
     assert per_step > before
 
 
+def test_a_video_of_a_later_turn_is_found_where_its_features_are_made_as_those_of_images() -> None:
+    case = tiny("perception_lm", video=True)
+    first = torch.tensor([[1, 5, 6, 7]])
+    with torch.no_grad(), patched(case.model, QUARTER):
+        cache = DynamicCache()
+        case.model(input_ids=first, past_key_values=cache)
+        case.model(**case.inputs, past_key_values=cache)
+    moved = [dataclasses.replace(span, start=span.start + 4, stop=span.stop + 4) for span in case.spans]
+    assert case.spans and cache.gaze.spans == moved
+
+
 @pytest.mark.parametrize("with_configuration", [True, False], ids=["layers", "no-layers"])
 def test_the_cache_given_is_the_one_filled(case: Case, with_configuration: bool) -> None:
     cache = DynamicCache(config=case.model.config) if with_configuration else DynamicCache()

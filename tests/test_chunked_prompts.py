@@ -34,7 +34,6 @@ def said(case: Case, **settings: Any) -> tuple[Tensor, Any, Any]:
 
 
 def equal_in_pieces(case: Case, size: int, config: GazeConfig, **settings: Any) -> None:
-    assert case.inputs["input_ids"].shape[1] % size != 1, "a piece of one token is read as a decode step"
     with patched(case.model, config):
         whole, spans, reads = said(case, **settings)
         pieces, *found = said(case, prefill_chunk_size=size, **settings)
@@ -74,6 +73,20 @@ def test_text_after_the_last_image_gazes(size: int) -> None:
 @pytest.mark.parametrize("size", [17, 32, 80])
 def test_pieces_of_beams(size: int) -> None:
     equal_in_pieces(batch(tiny("llava_next")), size, QUARTER, num_beams=3)
+
+
+@pytest.mark.parametrize("size", [3, 36])
+def test_pieces_of_beams_with_images_that_are_alike(size: int) -> None:
+    # After the first of two images, two beams have as many tokens as there are features.
+    equal_in_pieces(tiny("llava"), size, QUARTER, num_beams=2)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("size", [1, 11])
+def test_pieces_of_one_token(size: int, cache: str) -> None:
+    case = tiny("llava")
+    assert case.inputs["input_ids"].shape[1] % size == (1 if size > 1 else 0)
+    equal_in_pieces(case, size, QUARTER, cache_implementation=cache)
 
 
 @torch.no_grad()

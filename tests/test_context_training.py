@@ -98,6 +98,20 @@ def test_an_answer_in_the_middle_of_a_training() -> None:
             assert torch.equal(case.model.generate(**case.inputs, max_new_tokens=4), answer)
 
 
+def test_a_decoder_whose_layers_alone_say_that_they_are_checkpointed() -> None:
+    case = tiny("nemotron_h_omni")
+    model, labels = case.model.train(), case.inputs["input_ids"]
+    with patched(model, GAZE):
+        model(**case.inputs, labels=labels, use_cache=False).loss.backward()
+        expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        with checkpointing(model, reentrant=False):
+            model(**case.inputs, labels=labels).loss.backward()
+    assert len(expected) > 10
+    for name, gradient in expected.items():
+        assert_close(model.get_parameter(name).grad, gradient)
+
+
 @pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
 @pytest.mark.parametrize("name", [*CORE, "internvl_short", "gemma3_short"])
 def test_gradient_checkpointing(name: str, reentrant: bool) -> None:

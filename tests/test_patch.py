@@ -351,11 +351,14 @@ def test_training_through_a_patched_model(ran: Case) -> None:
     assert any(not torch.allclose(a, b, atol=1e-5) for a, b in zip(dense, gazing, strict=True))
 
 
-def test_a_compiled_model_is_the_model(ran: Case) -> None:
-    compiled = torch.compile(ran.model, backend="eager")
-    apply(compiled, SMALL)
+@pytest.mark.parametrize("wrappers", ["compile", "parallel", "compile, parallel", "parallel, compile"])
+def test_a_wrapped_model_is_the_model(ran: Case, wrappers: str) -> None:
+    wrapped: torch.nn.Module = ran.model
+    for wrapper in wrappers.split(", "):
+        wrapped = torch.nn.DataParallel(wrapped) if wrapper == "parallel" else torch.compile(wrapped, backend="eager")
+    apply(wrapped, SMALL)
     assert is_patched(ran.model)
-    restore(compiled)
+    restore(wrapped)
     assert not is_patched(ran.model)
 
 

@@ -159,6 +159,18 @@ def addresses(cache: StaticCache) -> list[int]:
     return [memory.data_ptr() for memory in held]
 
 
+@pytest.mark.parametrize("name", ["llava", "mllama"])
+def test_statistics_of_steps_in_inference_mode(name: str) -> None:
+    case = tiny(name)
+    with patched(case.model, SETTINGS["quarter"]):
+        wanted = (generate(case, 4, cache_implementation="static"), stats(case.model))[1]
+        with torch.inference_mode():
+            generate(case, 4, cache_implementation="static")
+        assert stats(case.model) == wanted and wanted.steps == 3
+        generate(case, 4, cache_implementation="static")
+        assert stats(case.model) == wanted
+
+
 def test_a_cache_that_is_reset_stays_where_it_is(case: Case, fresh: None) -> None:
     settings = {key: value for key, value in compiled().items() if key != "cache_implementation"}
     with patched(case.model, SETTINGS["periphery"]):

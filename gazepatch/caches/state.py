@@ -105,8 +105,15 @@ class GazeState:
         """Slots that the tables cover: all that are filled, the running forward's included."""
         return self.length + self.new_tokens
 
-    def begin(self, spans: Sequence[Span], rows: int, new_tokens: int, insertion: Insertion | None = None) -> None:
-        """A forward of `new_tokens` slots in each of `rows` rows starts.
+    def begin(
+        self,
+        spans: Sequence[Span],
+        rows: int,
+        new_tokens: int,
+        insertion: Insertion | None = None,
+        prompt: bool = False,
+    ) -> None:
+        """A forward of `new_tokens` slots in each of `rows` rows starts; one slot is a decode step but in a `prompt`.
 
         `spans` are its visual tokens, by slot, and those before it that were kept like text because of a cut.
         """
@@ -117,7 +124,7 @@ class GazeState:
             self.tables.forget("recorded")
         self.spans += spans
         self.chunk = self._sort(spans, rows, new_tokens) if spans else None
-        self.decoding = new_tokens == 1 and self.regions is not None and self.chunk is None
+        self.decoding = new_tokens == 1 and not prompt and self.regions is not None and self.chunk is None
         if self.chunk is not None:
             self._extend(self.chunk, new_tokens)
         self.new_tokens = new_tokens

@@ -76,7 +76,14 @@ class StaticState(GazeState):
                     "make one with a larger max_cache_len"
                 )
 
-    def begin(self, spans: Sequence[Span], rows: int, new_tokens: int, insertion: Insertion | None = None) -> None:
+    def begin(
+        self,
+        spans: Sequence[Span],
+        rows: int,
+        new_tokens: int,
+        insertion: Insertion | None = None,
+        prompt: bool = True,
+    ) -> None:
         """A prompt starts."""
         tokens = self.tokens + new_tokens - (0 if insertion is None else insertion.inserted)
         if tokens > self.capacity:
@@ -85,7 +92,7 @@ class StaticState(GazeState):
                 "max_cache_len"
             )
         self.ready = False
-        super().begin(spans, rows, new_tokens, insertion)
+        super().begin(spans, rows, new_tokens, insertion, prompt)
 
     def finish(self, completed: bool) -> None:
         """The forward is over; a prompt leaves everything ready for steps."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gazepatch.caches.latents import Expand
-from gazepatch.running.runtime import FeatureOrigin, Runtime
+from gazepatch.running.runtime import FeatureOrigin, Prefill, Runtime
 
 MODALITIES = ("image", "video")
 #: The argument that tells layers which run several times a token how far after their own the cache's layer is.
@@ -64,6 +64,24 @@ class Capture:
             return features
 
         return captured
+
+    def prefill(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap `_prefill` of `generate`, to know of a prompt that comes in pieces what is still to come."""
+
+        @functools.wraps(function)
+        def prefilled(
+            input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        ) -> Any:
+            running = self.runtime.running
+            if getattr(generation_config, "prefill_chunk_size", None) is not None:
+                mask = model_kwargs.get("attention_mask")  # of the whole sequence, also where ids are of a later turn
+                running.prefill = Prefill(input_ids, (input_ids if mask is None else mask).shape[1])
+            try:
+                return function(input_ids, generation_config, model_kwargs, *args, **kwargs)
+            finally:
+                running.prefill = None
+
+        return prefilled
 
     def before_run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remember which run of a layer starts, by the number of its keys in the cache."""

@@ -44,6 +44,8 @@ def put_hooks(root: PreTrainedModel, decoder: nn.Module, attention: GazeAttentio
     for modality in MODALITIES:
         if (function := getattr(base, name := f"get_{modality}_features", None)) is not None:
             set_attribute(base, name, capture.features(modality, function), undo)
+    if (function := getattr(root, "_prefill", None)) is not None:  # which a model without a head does not have
+        set_attribute(root, "_prefill", capture.prefill(function), undo)
     if runtime.latent:
         for module in decoder.modules():
             if (expand := getattr(module, "expand_kv", None)) is not None:

@@ -18,7 +18,8 @@ def checkpoints(decoder: nn.Module) -> bool:
     """Whether the layers keep nothing for their gradients, and use no cache."""
     # Before transformers 5.24, which renamed the cache as well, layers did so without gradients too.
     run = torch.is_grad_enabled() or CACHE == FORMER
-    return run and decoder.training and bool(getattr(decoder, "gradient_checkpointing", False))
+    # Some decoders say it of their layers alone.
+    return run and decoder.training and any(getattr(m, "gradient_checkpointing", False) for m in decoder.modules())
 
 
 def runs_again(decoder: nn.Module, signature: inspect.Signature) -> bool:

@@ -60,7 +60,8 @@ class DecoderHooks:
         rows, tokens = hidden.shape[:2]
         cache = call.get(self.cache_name)
         brings = call.get(runtime.adapter.cross_states) is not None  # images, which no step does
-        if tokens == 1 and not brings and cache is not None and (ready := stepping(cache, runtime)) is not None:
+        steps = tokens == 1 and not brings and runtime.running.prefill is None
+        if steps and cache is not None and (ready := stepping(cache, runtime)) is not None:
             forward = start_step(runtime, ready, cache, rows)
             if runtime.adapter.cross_attention:
                 forward.cross_attention = step_cross_attention(runtime, forward, call, rows)

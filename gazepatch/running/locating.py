@@ -49,20 +49,25 @@ def located(
     if waiting is not None:
         before, captured = len(waiting.ids[0]), {**waiting.captured, **captured}
         ids = [[*held, *new] for held, new in zip(waiting.ids, ids, strict=True)]
+    brought = bool(captured)
     count = {modality: _count(runtime, modality, ids) for modality in captured}
     runtime.running.captured = {modality: origin for modality, origin in captured.items() if not count[modality]}
     captured = {modality: origin for modality, origin in captured.items() if count[modality]}
     encoded, past = runtime.running.encoded, state.length > 0
-    # Generation may repeat each row (beams), and the features with it.
-    to_come = any(origin.tokens and count[modality] % origin.tokens for modality, origin in captured.items())
-    answered = past and tokens == 1 and not encoded  # more than ever will have come
-    if to_come and not answered:
+    if (prefill := runtime.running.prefill) is not None:
+        rest = prefill.rest(state.tokens + tokens).tolist()
+        to_come = any(_count(runtime, modality, rest) for modality in captured)
+    else:
+        # Whoever calls the model may have repeated each row, and the features with it.
+        whole = all(not origin.tokens or count[modality] % origin.tokens == 0 for modality, origin in captured.items())
+        to_come = not whole and (not past or tokens > 1 or encoded)  # else more than ever will have come
+    if to_come:
         if runtime.config.context_tokens:
             raise CacheError(f"images of this prompt are still to come: {_TOGETHER}")
         state.partial_prompt = PartialPrompt(ids, captured)
         return [], None
     # After a prompt, tokens of images that come without any are guesses of assisted generation, embedded as words.
-    guessed = past and not captured and not encoded
+    guessed = past and not brought and not encoded
     calls = {modality: origin.arguments for modality, origin in captured.items()}
     spans = [] if guessed else runtime.adapter.locate(runtime.model_config, ids, calls)
     _check_whole(spans, state)

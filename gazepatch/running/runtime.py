@@ -30,6 +30,17 @@ class FeatureOrigin(NamedTuple):
     tokens: int = 0
 
 
+class Prefill(NamedTuple):
+    """A prompt that `generate` cuts into pieces: its token `ids` `[B, S]`, and its `tokens` with those before it."""
+
+    ids: Tensor
+    tokens: int
+
+    def rest(self, seen: int) -> Tensor:
+        """The ids `[B, n]` that follow on so many tokens of the sequence."""
+        return self.ids[:, self.ids.shape[1] - max(0, self.tokens - seen) :]
+
+
 class FeatureOrigins:
     """The origin of features, as long as somebody keeps them."""
 
@@ -56,6 +67,7 @@ class Running(threading.local):
         ids: Token ids that the multimodal model was called with.
         mask: Its padding mask `[B, S]`.
         encoded: Whether it was called with features that were made before.
+        prefill: The prompt that is being read in pieces (`prefill_chunk_size`).
         captured: By modality, the origin of features, until a forward of the decoder takes them.
         capturing: Whether features are being made right now.
         origins: Those of features that somebody still keeps, who may give them to a forward later.
@@ -73,6 +85,7 @@ class Running(threading.local):
         self.ids: Tensor | None = None
         self.mask: Tensor | None = None
         self.encoded = False
+        self.prefill: Prefill | None = None
         self.captured: dict[str, FeatureOrigin] = {}
         self.capturing = False
         self.origins = FeatureOrigins()

@@ -28,14 +28,14 @@ def start_step(runtime: Runtime, state: StaticState, cache: Cache, rows: int) ->
 def start(runtime: Runtime, state: GazeState, cache: Cache | None, rows: int, tokens: int) -> Forward:
     """Any other forward of `tokens` tokens in each of `rows` rows starts."""
     past, cross_attention = state.length, runtime.adapter.cross_attention
-    prompt = tokens > 1 or past == 0 or state.partial_prompt is not None
+    prompt = tokens > 1 or past == 0 or state.partial_prompt is not None or runtime.running.prefill is not None
     captured, runtime.running.captured = runtime.running.captured, {}
     spans, text = located(runtime, state, rows, tokens, captured) if prompt and not cross_attention else ([], None)
     insertion = insert(spans, rows, tokens, runtime.config.context_tokens)
     if insertion is not None:
         spans, tokens = insertion.moved(spans), insertion.source.shape[1]
     spans = [replace(span, start=span.start + past, stop=span.stop + past) for span in spans]
-    state.begin(spans, rows, tokens, insertion)
+    state.begin(spans, rows, tokens, insertion, prompt)
     forward = Forward(state, cache, past, tokens, insertion)
     if not cross_attention:
         runtime.record(forward, rows, prompt)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +21,7 @@ import gazepatch
 from gazepatch.artefact.checkpoint import checkpoint_files, copy_files
 from gazepatch.artefact.folders import complete_folder, recover
 from gazepatch.errors import ArtefactError
+from gazepatch.locks import locked
 
 unix = pytest.mark.skipif(sys.platform == "win32", reason="no kill -9, no locks of folders")
 
@@ -128,3 +134,59 @@ def test_a_writer_at_the_same_moment_is_left_alone(tmp_path: Path, monkeypatch: 
         patch.setattr(Path, "rename", late)
     assert (out / "it").read_text() == "other"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# ---- folders that are read-only
+
+
+@pytest.fixture
+def by_anybody() -> Iterator[Path]:
+    """A folder in which modes count, as they do for everybody but root."""
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as name:
+        if user == 0:
+            os.chown(name, 65534, -1)
+            os.seteuid(65534)
+        try:
+            yield Path(name)
+        finally:
+            os.seteuid(user)
+
+
+@unix
+def test_a_read_only_folder_is_replaced_whole(by_anybody: Path) -> None:
+    out = by_anybody / "out"
+    (out / "lora" / "deep").mkdir(parents=True)
+    (out / "lora" / "deep" / "it").write_text("old")
+    for folder in (out / "lora" / "deep", out / "lora", out):
+        folder.chmod(0o555)
+    with complete_folder(out) as folder:
+        (folder / "it").write_text("new")
+    assert [path.name for path in by_anybody.iterdir()] == ["out"] and (out / "it").read_text() == "new"
+
+
+@unix
+def test_what_cannot_be_removed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (out := tmp_path / "out").mkdir()
+    rmtree = shutil.rmtree  # of files that somebody else may have put there
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **how: ".old-" in str(path) or rmtree(path, **how))
+    with pytest.warns(UserWarning, match=r"\.out\.old-.* could not be removed: remove it"), complete_folder(out):
+        pass
+
+
+@unix
+def test_a_lock_is_free_after_its_block_whoever_was_forked_in_it(tmp_path: Path) -> None:
+    with locked(tmp_path) as first, locked(tmp_path) as second:
+        assert (first, second) == (True, False)
+        child = os.fork()
+        if child == 0:  # holds what this process has open
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with locked(tmp_path) as again:
+            assert again
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    with locked(tmp_path / "none") as free:
+        assert free is None

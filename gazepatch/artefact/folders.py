@@ -7,12 +7,14 @@ import glob
 import os
 import shutil
 import uuid
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gazepatch.artefact.manifest import FILE_NAME
 from gazepatch.errors import ArtefactError
+from gazepatch.locks import locked
 
 
 def check_output(out: Path, source: Path | None, force: bool) -> None:
@@ -54,18 +56,29 @@ def complete_folder(out: Path) -> Iterator[Path]:
     recover(out)
     name = uuid.uuid4().hex[:8]
     new, old = (_beside(out, kind, name) for kind in ("new", "old"))
-    try:
+    with writing(out):
         new.mkdir(parents=True)
-    except OSError as error:
-        raise ArtefactError(f"{out} cannot be written: {error.strerror}; choose another place") from error
     try:
-        with _locked(new):
+        with locked(new):
             yield new
             _replace(out, new, old)
     finally:
         shutil.rmtree(new, ignore_errors=True)
         if out.exists():
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Say of what the system refuses in the block that `out` cannot be written.
+
+    Raises:
+        ArtefactError: In the place of an `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ArtefactError(f"{out} cannot be written: {error.strerror}; choose another place") from error
 
 
 def _replace(out: Path, new: Path, old: Path) -> None:
@@ -84,38 +97,33 @@ def _replace(out: Path, new: Path, old: Path) -> None:
 def recover(out: Path) -> None:
     """Clear away what killed processes left beside `out`; what they had moved aside comes back."""
     for new in out.parent.glob(glob.escape(f".{out.name}.new-") + "*"):
-        with _locked(new) as free:
+        with locked(new) as free:
             if free:
                 shutil.rmtree(new, ignore_errors=True)
     for old in out.parent.glob(glob.escape(f".{out.name}.old-") + "*"):
         if _beside(out, "new", old.name.rpartition("-")[2]).exists():
             continue  # somebody is just replacing it
         if out.exists():
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
         else:
             old.rename(out)
 
 
+def _remove(old: Path) -> None:
+    """Remove what was moved aside, folders that are read-only as well, or warn that it stays."""
+    shutil.rmtree(old, ignore_errors=True)
+    if not old.exists():
+        return
+    with suppress(OSError):  # of somebody else
+        old.chmod(0o700)
+        for parent, folders, _ in os.walk(old):  # which looks into those folders only after this block
+            for inner in (Path(parent, name) for name in folders):
+                if not inner.is_symlink():
+                    inner.chmod(0o700)
+    shutil.rmtree(old, ignore_errors=True)
+    if old.exists():
+        warnings.warn(f"{old} is what was replaced, and could not be removed: remove it yourself", stacklevel=2)
+
+
 def _beside(out: Path, kind: str, name: str) -> Path:
     return out.with_name(f".{out.name}.{kind}-{name}")
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Hold the folder's lock, which dies with the process; False if somebody else has it or there are no locks."""
-    try:
-        import fcntl
-
-        handle = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):  # Windows; a folder that is gone by now
-        yield False
-        return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        free = True
-    except OSError:
-        free = False
-    try:
-        yield free
-    finally:
-        os.close(handle)

@@ -12,13 +12,13 @@ import transformers
 from tiny_reader import write_reader
 
 import gazepatch
-from gazepatch import GazeError
+from gazepatch import ArtefactError, GazeError
 from gazepatch.answering import Answer
 from gazepatch.demo.checkpoint import SIDE, build, missing_packages
 from gazepatch.demo.glyphs import GLYPH_PX, bits, print_page
 from gazepatch.demo.page import PAGE, QUESTIONS
 from gazepatch.demo.reading import Reader, prompt
-from gazepatch.demo.run import WAYS
+from gazepatch.demo.run import WAYS, run
 
 ASKED = QUESTIONS[:4]
 # Next tokens on which gaze and dense agree along the dense answers, as measured on these questions.
@@ -58,6 +58,15 @@ def test_page_and_questions() -> None:
     assert len(PAGE.split()) >= 500
     assert len(QUESTIONS) >= 5
     assert all(fact in PAGE for _, fact in QUESTIONS)
+
+
+def test_a_folder_that_cannot_be_written_is_found_first(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    shown: list[str] = []
+    for folder in (tmp_path / "file", tmp_path / "file" / "demo"):
+        with pytest.raises(ArtefactError, match=r"file.* cannot be written: .*; choose another place"):
+            run(shown.append, folder)
+    assert shown == []
 
 
 # ---- with the real language model

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gazepatch.artefact.folders import writing
 from gazepatch.config import GazeConfig
 from gazepatch.demo.checkpoint import SIDE, build
 from gazepatch.demo.page import PAGE, QUESTIONS
@@ -67,7 +68,14 @@ def run(show: Show, folder: Path | None = None) -> list[Reading]:
         show: Prints.
         folder: Where to build and keep the checkpoint and its artefact; a checkpoint that is there already is used
             again. By default a temporary folder.
+
+    Raises:
+        ArtefactError: `folder` cannot be written to.
     """
+    if folder is not None:
+        with writing(folder):  # found now, and not after half a minute of building
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
     show(INTRODUCTION)
     if folder is not None:
         return _run(show, folder)

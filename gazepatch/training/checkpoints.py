@@ -7,11 +7,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from gazepatch.artefact.folders import writing
 from gazepatch.errors import TrainingError
 from gazepatch.files import replace_file
+from gazepatch.locks import locked
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 RUN_NAME = "run.json"
 MARK_NAME = "complete"
@@ -37,23 +44,64 @@ class Work:
     """
 
     def __init__(self, out: Path, identity: dict[str, Any]) -> None:
-        self.folder, self.identity = working_folder(out), json.loads(json.dumps(identity, default=str))
+        self.out, self.folder, self.identity = out, working_folder(out), json.loads(json.dumps(identity, default=str))
 
-    def open(self) -> Path | None:
-        """Make the folder, or enter it again; the newest whole checkpoint, if there is one.
+    @contextmanager
+    def entered(self, arguments: TrainingArguments) -> Iterator[Path | None]:
+        """`open`, in a folder that the first of the processes that train as one has `held` for the block.
 
         Raises:
+            ArtefactError: There can be no folder.
             TrainingError: It belongs to another training.
         """
-        path = self.folder / RUN_NAME
-        if self.folder.is_file() or (self.folder.is_dir() and not path.is_file() and any(self.folder.glob("[!.]*"))):
-            raise TrainingError(f"{self.folder} is in the way: checkpoints go there; move it")
-        if path.is_file():
-            self._compare(path)
-        else:
+        first = arguments.process_index == 0
+        with ExitStack() as stack:
+            with arguments.main_process_first(local=False, desc="working folder"):
+                if first:
+                    stack.enter_context(self.held())
+                checkpoint = self.open(first)
+                if first:
+                    self.discard_broken()
+            yield checkpoint
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the folder, or enter it again, and keep other trainings out of it for the length of the block.
+
+        Raises:
+            ArtefactError: There can be no folder.
+            TrainingError: Another training is in it, or it is none of a training.
+        """
+        with writing(self.out):
+            if self.folder.is_file() or (self.folder.is_dir() and self._is_foreign()):
+                raise TrainingError(f"{self.folder} is in the way: checkpoints go there; move it")
             self.folder.mkdir(parents=True, exist_ok=True)
-            replace_file(path, json.dumps(self.identity, indent=2))
-        return newest_checkpoint(self.folder)
+        with locked(self.folder) as free:
+            if free is False:
+                raise TrainingError(
+                    f"{self.folder} is in use: another training for {self.out} is running; wait for its end, stop it, "
+                    "or train into another folder"
+                )
+            yield
+
+    def open(self, first: bool = True) -> Path | None:
+        """The newest whole checkpoint, if there is one; without one the folder becomes that of this training.
+
+        Args:
+            first: Whether this is the first of the processes that train as one.
+
+        Raises:
+            ArtefactError: The folder cannot be written to.
+            TrainingError: Its checkpoints are of another training.
+        """
+        path, newest = self.folder / RUN_NAME, newest_checkpoint(self.folder)
+        if newest is not None or (path.is_file() and not first):
+            self._compare(path)
+        else:  # whatever failed here before left nothing to go on with
+            with writing(self.out):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                replace_file(path, json.dumps(self.identity, indent=2))
+        return newest
 
     def complete(self, step: int) -> None:
         """The checkpoint of a step is whole: mark it, and remove the others."""
@@ -72,6 +120,9 @@ class Work:
     def remove(self) -> None:
         """The training is done."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _is_foreign(self) -> bool:
+        return not (self.folder / RUN_NAME).is_file() and any(self.folder.glob("[!.]*"))
 
     def _compare(self, path: Path) -> None:
         try:

@@ -88,7 +88,8 @@ def train(
 
     Raises:
         ConfigError: A setting is wrong, or does not fit the others.
-        TrainingError: The data are broken, a package is missing, or `out` + `.work` holds another training.
+        TrainingError: The data are broken, a package is missing, or `out` + `.work` holds another training, or
+            one that is running.
         UnsupportedModelError: The architecture has no adapter, or no layer of it can gaze.
         ArtefactError: `source` is not a model with a processor, or an artefact already, or `out` cannot be written.
     """
@@ -107,42 +108,39 @@ def train(
     work = Work(folder, _identity(source, records, config, training, further))
     arguments = _arguments(work, training, len(records), further)
     spread = fsdp_wanted(arguments)
-    with arguments.main_process_first(local=False, desc="working folder"):
-        checkpoint = work.open()
-        if arguments.process_index == 0:
-            work.discard_broken()
-    model, trained = _prepare(source, config, training)
-    if training.trainable == "full" and training.objective == "distill":
-        trained.teacher = _teacher(source, arguments, spread)
-    schedule = Schedule.falling(config.budget, arguments.max_steps, training.schedule)
-    trainer = GazeTrainer(
-        objective=training.objective,
-        trained=trained,
-        schedule=schedule,
-        order=Shuffled(len(records), arguments.max_steps * training.batch_size, training.seed),
-        work=work,
-        context_rate=training.context_peak_rate,
-        model=model,
-        args=arguments,
-        train_dataset=records,
-        data_collator=collator,
-        callbacks=[Bar()] if progress else None,
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.go_on(checkpoint)
-    main = trainer.is_world_process_zero()
-    state = trained.gathered(keep=main) if spread else {}
-    if main:
-        if spread:  # nobody else can be waited for from here on, and shards are nothing to be saved
-            model, trained = _prepare(source, config, training)
-            trained.take(state)
-        trained.narrow()
-        set_budget(model, config.budget)
-        provenance = _provenance(trainer, records, training, schedule)
-        full = training.trainable == "full"
-        save(model, folder, full=full, processor=collator.processor, provenance=provenance, force=force)
-        work.remove()
-    trainer.accelerator.wait_for_everyone()
+    with work.entered(arguments) as checkpoint:
+        model, trained = _prepare(source, config, training)
+        if training.trainable == "full" and training.objective == "distill":
+            trained.teacher = _teacher(source, arguments, spread)
+        schedule = Schedule.falling(config.budget, arguments.max_steps, training.schedule)
+        trainer = GazeTrainer(
+            objective=training.objective,
+            trained=trained,
+            schedule=schedule,
+            order=Shuffled(len(records), arguments.max_steps * training.batch_size, training.seed),
+            work=work,
+            context_rate=training.context_peak_rate,
+            model=model,
+            args=arguments,
+            train_dataset=records,
+            data_collator=collator,
+            callbacks=[Bar()] if progress else None,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.go_on(checkpoint)
+        main = trainer.is_world_process_zero()
+        state = trained.gathered(keep=main) if spread else {}
+        if main:
+            if spread:  # nobody else can be waited for from here on, and shards are nothing to be saved
+                model, trained = _prepare(source, config, training)
+                trained.take(state)
+            trained.narrow()
+            set_budget(model, config.budget)
+            provenance = _provenance(trainer, records, training, schedule)
+            full = training.trainable == "full"
+            save(model, folder, full=full, processor=collator.processor, provenance=provenance, force=force)
+            work.remove()
+        trainer.accelerator.wait_for_everyone()
     return folder
 
 
@@ -166,7 +164,14 @@ def _identity(
     """What an interrupted training must agree on with the one that goes on."""
     how = {name: value for name, value in training.to_dict().items() if name not in ("save_every", "log_every")}
     how |= {f"trainer argument {name}": value for name, value in further.items() if name not in CHANGEABLE}
-    return {"model": str(source), "data": records.name, "data_digest": records.digest, **config.to_dict(), **how}
+    what = {"model": _named(source), "data": _named(records.name), "data_digest": records.digest}
+    return {**what, **config.to_dict(), **how}
+
+
+def _named(source: str | Path) -> str:
+    """A model or data, by one name for all spellings of a path."""
+    path = Path(source)
+    return str(path.resolve() if path.exists() else source)
 
 
 def _arguments(work: Work, training: TrainConfig, records: int, further: Mapping[str, Any]) -> TrainingArguments:

@@ -17,9 +17,10 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from talking import CONFIG, QUICK, TURNS, arguments, tokens_of, trained
 
-from gazepatch import GazeConfig, TrainingError
+from gazepatch import ArtefactError, GazeConfig, TrainingError
 from gazepatch.artefact.manifest import read
 from gazepatch.cli import main
+from gazepatch.locks import locked
 from gazepatch.training.checkpoints import Work
 from gazepatch.training.trainer import GazeTrainer
 
@@ -93,16 +94,71 @@ def test_killed_before_the_artefact_is_written(
 
 
 def test_what_is_in_the_way_of_the_working_folder(tmp_path: Path) -> None:
-    work = tmp_path / "out.work"
+    work, ours = tmp_path / "out.work", Work(tmp_path / "out", {"a": 1})
+
+    def opened() -> Path | None:
+        with ours.held():
+            return ours.open()
+
     work.write_text("")
     with pytest.raises(TrainingError, match=r"out.work is in the way"):
-        Work(tmp_path / "out", {}).open()
+        opened()
     work.unlink()
     work.mkdir()
-    assert Work(tmp_path / "out", {"a": 1}).open() is None
+    (work / "thesis.txt").touch()
+    with pytest.raises(TrainingError, match=r"out.work is in the way"):
+        opened()
+    (work / "thesis.txt").unlink()
+    assert opened() is None
+    (newest := work / "checkpoint-2").mkdir()
+    ours.complete(2)
+    assert opened() == newest
     (work / "run.json").write_text("[")
     with pytest.raises(TrainingError, match=r"run.json is damaged"):
-        Work(tmp_path / "out", {"a": 1}).open()
+        opened()
+
+
+def test_before_the_first_checkpoint_settings_may_change(base: Path, data: Path, tmp_path: Path) -> None:
+    killed_at(1, base, data, tmp_path / "out", QUICK)
+    assert [path.name for path in (tmp_path / "out.work").iterdir()] == ["run.json"]
+    (tmp_path / "out.work" / "checkpoint-2").mkdir()  # what is left of one that was being written
+    out = trained(base, data, tmp_path / "out", batch_size=4, steps=1)
+    assert (read(out).provenance or {})["batch_size"] == 4
+
+
+def test_paths_may_be_spelt_otherwise_when_it_goes_on(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed_at(3, base, data, tmp_path / "out", QUICK)
+    monkeypatch.chdir(base.parent)
+    (tmp_path / "link").symlink_to(data.parent)
+    assert trained(Path(base.name), tmp_path / "link" / data.name, tmp_path / "out").is_dir()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks of folders")
+def test_one_training_at_a_time(base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (work := tmp_path / "out.work").mkdir()
+    in_use = pytest.raises(TrainingError, match=r"out\.work is in use: another training for .*out is running; wait")
+    with locked(work), in_use:
+        trained(base, data, tmp_path / "out")
+
+    def failing(self: Any, **how: Any) -> None:
+        with locked(work) as free:
+            raise ZeroDivisionError if free is False else AssertionError
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError) as failed:
+        patch.setattr(GazeTrainer, "train", failing)
+        trained(base, data, tmp_path / "out")
+    trained(base, data, tmp_path / "out", steps=1)  # although the traceback still holds what the failed one had
+    assert failed.tb is not None and not work.exists()
+
+
+def test_a_place_where_nothing_can_be(base: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for name in ("file/out", "n" * 252):
+        with pytest.raises(ArtefactError, match=r"cannot be written: .*; choose another place"):
+            trained(base, data, tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_two_processes_train_as_one(base: Path, data: Path, tmp_path: Path) -> None:

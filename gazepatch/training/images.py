@@ -1,4 +1,4 @@
-"""Images of a record, however it holds them: a path, a `data:` URL, bytes, or an image that is open already."""
+"""Images of a record, however it holds them: a path, a `file:` or `data:` URL, bytes, or an image that is open."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import binascii
 import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.request import url2pathname
 
 from gazepatch.errors import TrainingError
 from gazepatch.pictures import read_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+FILE = "file://"
 
 
 def check_image(given: Any, folder: Path, where: str) -> None:
@@ -34,6 +37,8 @@ def check_image(given: Any, folder: Path, where: str) -> None:
         )
     if isinstance(source, bytes) or _is_data(source):
         return
+    if str(source).startswith(FILE):
+        raise TrainingError(f"{where}: a file: URL must be {FILE}/ and a whole path, got {source}")
     if "://" in str(source):
         raise TrainingError(f"{where}: images are not fetched from the network, got {source}: download it first")
     if not (folder / source).is_file():
@@ -59,13 +64,19 @@ def open_image(given: Any, folder: Path, where: str) -> Image:
 
 
 def _source(given: Any) -> Any:
-    """What is inside `{"path": ...}` and `{"bytes": ...}`, the way `datasets` keeps images."""
+    """What is inside `{"path": ...}` and `{"bytes": ...}`, the way `datasets` keeps images, and in a `file:` URL."""
     if isinstance(given, dict):
         held = given.get("bytes")
-        if held is None:
-            return given.get("path") or given.get("url")
-        return f"data:;base64,{held}" if isinstance(held, str) else held
-    return given
+        if held is not None:
+            return f"data:;base64,{held}" if isinstance(held, str) else held
+        given = given.get("path") or given.get("url")
+    return _path(given) if isinstance(given, str) and given.startswith(FILE) else given
+
+
+def _path(url: str) -> str:
+    """The path of a `file:` URL on this machine; of one on another, the URL."""
+    path = url[len(FILE) :].removeprefix("localhost")
+    return url2pathname(path) if path.startswith("/") else url
 
 
 def _is_data(source: Any) -> bool:

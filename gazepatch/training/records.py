@@ -7,6 +7,7 @@ of `{"type": "text", "text": ...}` and `{"type": "image"}`; images without a pla
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -82,7 +83,7 @@ def _of_file(path: Path, check: Check) -> Records:
     folder = path.parent
     digest, lines, start = hashlib.sha256(), [], 0
     with path.open("rb") as file:
-        if file.read(64).lstrip()[:1] == b"[":
+        if file.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
             return _of_list(path, check)
         file.seek(0)
         for number, line in enumerate(file, 1):

@@ -59,11 +59,18 @@ def test_messages_without_text(tmp_path: Path) -> None:
 def test_embedded_images(tmp_path: Path) -> None:
     from gazepatch.training.images import open_image
 
-    path = write_image(tmp_path / "a.png", 0)
+    write_image(tmp_path / "a.png", 0)
+    path = write_image(tmp_path / "a b.png", 0)  # whose URL is quoted
     text = base64.b64encode(path.read_bytes()).decode()
     expected = Image.open(path).convert("RGB")
     held: list[Any] = [str(path), "a.png", f"data:image/png;base64,{text}", {"bytes": text}]
-    held += [{"bytes": path.read_bytes(), "path": None}, {"path": "a.png"}, expected]
+    held += [
+        path.as_uri(),
+        {"url": f"file://localhost{path}"},
+        {"bytes": path.read_bytes(), "path": None},
+        {"path": "a.png"},
+        expected,
+    ]
     for image in held:
         assert open_image(image, tmp_path, "here").tobytes() == expected.tobytes()
     for wrong in ("data:image/png;base64,@@", {"bytes": "AAAA"}):
@@ -92,6 +99,8 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "too few images": ({"conversations": [{"from": "human", "value": "<image>"}, TURNS[1]]}, "for each of 1 .* got 0"),
     "missing image": ({"messages": TURNS, "images": ["no.png"]}, "line 2: no image at .*no.png"),
     "address": ({"messages": TURNS, "images": ["https://x.org/a.png"]}, "not fetched from the network"),
+    "address of a file": ({"messages": TURNS, "images": ["file://a.png"]}, "must be file:/// and a whole path, got"),
+    "file elsewhere": ({"messages": TURNS, "images": ["file:///no/a.png"]}, "line 2: no image at /no/a.png"),
     "number": ({"messages": TURNS, "images": 3}, "images must be a list, got 3"),
     "numbers": ({"messages": TURNS, "images": [3]}, "an image must be a path"),
 }
@@ -121,6 +130,13 @@ def test_where_records_may_be(tmp_path: Path, data: Path) -> None:
         read_records(tmp_path)
     with pytest.raises(TrainingError, match="got nothing at"):
         read_records(tmp_path / "c.jsonl")
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    line = json.dumps({"messages": TURNS})
+    for name, text, count in (("list.json", f"\n[{line}, {line}]", 2), ("lines.jsonl", f"{line}\n", 1)):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert len(read_records(tmp_path / name)) == count
 
 
 def test_sets_of_datasets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,9 +40,11 @@ def command(
     """
     import gazepatch
     from gazepatch.cli.opening import open_model
-    from gazepatch.training.records import read_records
+    from gazepatch.training.records import lack_of_images, read_records
 
     records = read_records(data)  # broken data are found before any weights are read
+    if lack := lack_of_images(records):
+        click.echo(f"Nothing will gaze: {lack}", err=True)
     patched, processor = open_model(model, reading)
     with bar_of("eval", " conversations") as progress:
         scores = gazepatch.evaluate(patched, processor, records, budgets=budgets, limit=limit, progress=progress)

@@ -9,7 +9,7 @@ from typing import Any
 from gazepatch.errors import TrainingError
 from gazepatch.training.images import check_image
 
-MARK = "<image>"
+MARK, VIDEO_MARK, VIDEO_KEYS = "<image>", "<video>", ("videos", "video")
 ROLES = {"human": "user", "gpt": "assistant"}  # LLaVA's names for them
 
 Message = dict[str, Any]
@@ -24,12 +24,14 @@ class Record:
         messages: Each with its role, and its content as a list of texts and images, `{"type": "image"}`.
         images: In the order of those, as they were given.
         folder: What paths are relative to.
+        keys: Of its JSON.
     """
 
     where: str
     messages: list[Message]
     images: list[Any]
     folder: Path
+    keys: tuple[str, ...] = ()
 
 
 def record(values: Any, where: str, folder: Path) -> Record:
@@ -45,6 +47,9 @@ def record(values: Any, where: str, folder: Path) -> Record:
         raise TrainingError(
             f"{where}: expected a list 'messages' (or LLaVA's 'conversations'), got the keys {', '.join(values)}"
         )
+    for key in VIDEO_KEYS:
+        if values.get(key):  # sets with a column for videos may have none in it
+            raise _no_videos(where, f"the key {key!r}")
     found: list[Any] = []
     messages = [_message(message, number, where, found) for number, message in enumerate(given)]
     _check_roles(messages, where)
@@ -61,7 +66,7 @@ def record(values: Any, where: str, folder: Path) -> Record:
         raise TrainingError(f"{where}: expected an image for each of {len(found)} places, got {len(images)}")
     for image in images:
         check_image(image, folder, where)
-    return Record(where, messages, images, folder)
+    return Record(where, messages, images, folder, tuple(values))
 
 
 def _check_roles(messages: list[Message], where: str) -> None:
@@ -90,6 +95,8 @@ def _message(given: Any, number: int, where: str, found: list[Any]) -> Message:
         raise TrainingError(f"{where}: message {number} must have a 'role', got the keys {', '.join(given)}")
     content = given.get("content", given.get("value"))
     if isinstance(content, str):
+        if VIDEO_MARK in content:
+            raise _no_videos(where, f"{VIDEO_MARK} in message {number}")
         texts = content.split(MARK)
         parts: list[dict[str, Any]] = [{"type": "text", "text": texts[0]}]
         for text in texts[1:]:
@@ -115,6 +122,10 @@ def _message(given: Any, number: int, where: str, found: list[Any]) -> Message:
                 f"got {str(part)[:80]}"
             )
     return {"role": role, "content": kept or [{"type": "text", "text": ""}]}  # templates look at the first part
+
+
+def _no_videos(where: str, got: str) -> TrainingError:
+    return TrainingError(f"{where}: expected images only, got {got}: give frames as images, or drop the record")
 
 
 def _images(values: dict[str, Any], where: str) -> list[Any]:

@@ -70,6 +70,17 @@ def read_records(data: str | Path, check: Check = lambda record: None) -> Record
     return records
 
 
+def lack_of_images(records: Records) -> str | None:
+    """What to say of records of which none has an image, so that nothing gazes; None if one has."""
+    if any(records[number].images for number in range(len(records))):
+        return None
+    first = records[0]
+    return (
+        f"no record of {records.name} has an image: expected the key 'images' or 'image' "
+        f"beside the messages, or images in their content, got the keys {', '.join(first.keys)} in {first.where}"
+    )
+
+
 def _only_file(folder: Path) -> Path:
     files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
     lines = [path for path in files if path.suffix == ".jsonl"] or files

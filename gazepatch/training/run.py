@@ -29,7 +29,7 @@ from gazepatch.training.bar import Bar
 from gazepatch.training.chat import Collator
 from gazepatch.training.checkpoints import Work
 from gazepatch.training.order import Shuffled
-from gazepatch.training.records import Records, read_records
+from gazepatch.training.records import Records, lack_of_images, read_records
 from gazepatch.training.schedule import Schedule
 from gazepatch.training.settings import TrainConfig
 from gazepatch.training.sharded import fsdp_wanted, shard
@@ -88,8 +88,8 @@ def train(
 
     Raises:
         ConfigError: A setting is wrong, or does not fit the others.
-        TrainingError: The data are broken, a package is missing, or `out` + `.work` holds another training, or
-            one that is running.
+        TrainingError: The data are broken or without images, a package is missing, or `out` + `.work` holds another
+            training, or one that is running.
         UnsupportedModelError: The architecture has no adapter, or no layer of it can gaze.
         ArtefactError: `source` is not a model with a processor, or an artefact already, or `out` cannot be written.
     """
@@ -104,6 +104,8 @@ def train(
     check_output(folder, Path(source).resolve() if Path(source).is_dir() else None, force)
     collator = Collator(open_processor(str(source)), adapter.inputs_of_answers)
     records = read_records(data, collator.rendered)  # a template that does not fit is found before the weights are read
+    if lack := lack_of_images(records):
+        raise TrainingError(lack)
     further = trainer_arguments or {}
     work = Work(folder, _identity(source, records, config, training, further))
     arguments = _arguments(work, training, len(records), further)

@@ -85,7 +85,10 @@ def test_eval(base: Path, tmp_path: Path, page: Path) -> None:
     fails(2, "expected shares or numbers", *data, "--budgets", "half")
     fails(2, "budget must be a share of the regions", *data, "--budgets", "0.5,0")
     (tmp_path / "words.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "this ?"}, said]}))
-    assert "  no images  " in gaze("eval", artefact, tmp_path / "words.jsonl").stdout
+    words = gaze("eval", artefact, tmp_path / "words.jsonl")
+    assert "  no images  " in words.stdout
+    assert "Nothing will gaze: no record of" in words.stderr and "got the keys messages in" in words.stderr
+    assert "Nothing will gaze" not in few.stderr
 
 
 def test_eval_reads_the_data_before_the_weights(

@@ -41,7 +41,7 @@ def test_both_forms_of_records(tmp_path: Path) -> None:
         {"messages": TURNS, "images": ["a.png"]},
         {"messages": listed, "images": ["a.png"]},
         {"messages": inside},
-        {"conversations": llava, "image": "a.png", "id": 7},
+        {"conversations": llava, "image": "a.png", "id": 7, "videos": [], "video": None},
     ):
         record = one_record(tmp_path, values)
         assert (record.messages, record.images, record.where) == (expected, ["a.png"], "one.jsonl, line 2")
@@ -101,6 +101,12 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "address": ({"messages": TURNS, "images": ["https://x.org/a.png"]}, "not fetched from the network"),
     "address of a file": ({"messages": TURNS, "images": ["file://a.png"]}, "must be file:/// and a whole path, got"),
     "file elsewhere": ({"messages": TURNS, "images": ["file:///no/a.png"]}, "line 2: no image at /no/a.png"),
+    "videos": ({"messages": TURNS, "videos": ["v.mp4"]}, "line 2: expected images only, got the key 'videos': give"),
+    "video": ({"conversations": TURNS, "video": "v.mp4"}, "line 2: expected images only, got the key 'video'"),
+    "video mark": (
+        {"messages": [{"role": "user", "content": "<video>w8"}, TURNS[1]]},
+        "only, got <video> in message 0",
+    ),
     "number": ({"messages": TURNS, "images": 3}, "images must be a list, got 3"),
     "numbers": ({"messages": TURNS, "images": [3]}, "an image must be a path"),
 }

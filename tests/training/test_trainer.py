@@ -270,13 +270,17 @@ def test_every_record_is_read_as_often() -> None:
     assert list(Shuffled(5, 7, seed=3)) == order[:7]
 
 
-def test_records_without_images(base: Path, tmp_path: Path) -> None:
-    path = tmp_path / "plain.jsonl"
-    path.write_text(json.dumps({"messages": TURNS}) + "\n")
-    out = trained(base, path, tmp_path / "out", steps=2, batch_size=1)
-    torch.testing.assert_close(
-        tokens_of(out), gazepatch.initial_context_tokens(gazepatch.restore(gazepatch.load(out)), 2)
-    )
+def test_some_records_need_an_image(base: Path, data: Path, tmp_path: Path) -> None:
+    path, plain = tmp_path / "plain.jsonl", json.dumps({"messages": TURNS, "image_path": "0.png"}) + "\n"
+    path.write_text(plain * 2)
+    keys = r"no record of .*plain\.jsonl has an image: expected .* got the keys messages, image_path in .*, line 1"
+    with pytest.raises(TrainingError, match=keys):
+        trained(base, path, tmp_path / "out")
+    assert [file.name for file in tmp_path.iterdir()] == ["plain.jsonl"]
+    (mixed := data.with_name("mixed.jsonl")).write_text(plain * 2 + data.read_text().splitlines()[0])
+    out = trained(base, mixed, tmp_path / "out", steps=3, batch_size=1, schedule=0.0)
+    first = gazepatch.initial_context_tokens(gazepatch.restore(gazepatch.load(out)), 2)
+    assert not torch.allclose(tokens_of(out), first, atol=1e-3)
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -25,6 +23,7 @@ from gazepatch.lora import require_peft
 from gazepatch.patch import apply, set_budget
 from gazepatch.processors import open_processor
 from gazepatch.registry import adapter_for
+from gazepatch.training.arguments import arguments_of
 from gazepatch.training.bar import Bar
 from gazepatch.training.chat import Collator
 from gazepatch.training.checkpoints import Work
@@ -36,22 +35,9 @@ from gazepatch.training.sharded import fsdp_wanted, shard
 from gazepatch.training.trained import Trained
 from gazepatch.training.trainer import GazeTrainer
 
-WARM_UP = 0.03  # share of the steps over which the learning rate rises
 #: Arguments of the Trainer that may be others when a training goes on: what it learns does not depend on them.
 CHANGEABLE = frozenset(
     ("report_to", "run_name", "project", "logging_first_step", "dataloader_num_workers", "dataloader_pin_memory")
-)
-#: Arguments of the Trainer that would do nothing here: batches, their order, passes and losses are made otherwise.
-DECIDED = frozenset(
-    (
-        "per_device_train_batch_size",
-        "auto_find_batch_size",
-        "num_train_epochs",
-        "dataloader_drop_last",
-        "group_by_length",
-        "train_sampling_strategy",
-        "label_smoothing_factor",
-    )
 )
 
 
@@ -108,7 +94,7 @@ def train(
         raise TrainingError(lack)
     further = trainer_arguments or {}
     work = Work(folder, _identity(source, records, config, training, further))
-    arguments = _arguments(work, training, len(records), further)
+    arguments = arguments_of(work.folder, training, len(records), further)
     spread = fsdp_wanted(arguments)
     with work.entered(arguments) as checkpoint:
         model, trained = _prepare(source, config, training)
@@ -174,50 +160,6 @@ def _named(source: str | Path) -> str:
     """A model or data, by one name for all spellings of a path."""
     path = Path(source)
     return str(path.resolve() if path.exists() else source)
-
-
-def _arguments(work: Work, training: TrainConfig, records: int, further: Mapping[str, Any]) -> TrainingArguments:
-    steps = training.steps_for(records)
-    ours: dict[str, Any] = {
-        "output_dir": str(work.folder),
-        "max_steps": steps,
-        "gradient_accumulation_steps": training.accumulate,
-        "learning_rate": training.peak_rate,
-        "seed": training.seed,
-        "data_seed": training.seed,
-        "save_strategy": "steps",
-        "save_steps": training.save_every,
-        "save_total_limit": None,  # `Work` removes old ones, but not before the new one is whole
-        "logging_strategy": "steps",
-        "logging_steps": min(training.log_every, steps),
-        "logging_nan_inf_filter": False,
-        "remove_unused_columns": False,
-        "disable_tqdm": True,  # for a bar of our own
-    }
-    free = {
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": math.ceil(WARM_UP * steps),
-        "weight_decay": 0.0,
-        "report_to": "none",
-        "dataloader_pin_memory": torch.accelerator.is_available(),
-        "ddp_find_unused_parameters": False,
-        "use_cpu": not torch.accelerator.is_available(),  # or several processes would not find each other
-    }
-    if taken := sorted((ours.keys() | DECIDED) & further.keys()):
-        raise ConfigError(f"{', '.join(taken)} cannot be among the trainer's arguments: training settings decide them")
-    if further.get("deepspeed") or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        raise ConfigError(
-            "deepspeed cannot train here, nobody has tried it: fsdp=true spreads a model over processes as ZeRO-3 "
-            "does, and torchrun without either gives each process the whole model and a part of the batch"
-        )
-    try:
-        arguments = TrainingArguments(**{**ours, **free, **further})
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"transformers refuses the trainer's arguments: {' '.join(str(error).split())}") from error
-    arguments.per_device_train_batch_size = training.per_device(arguments.world_size)
-    if arguments.n_gpu > 1:  # one process would copy the patched model to every GPU, which its patch cannot follow
-        arguments._n_gpu = 1
-    return arguments
 
 
 def _prepare(source: str | Path, config: GazeConfig, training: TrainConfig) -> tuple[Any, Trained]:

@@ -182,6 +182,7 @@ def test_an_artefact_is_not_trained(base: Path, data: Path, tmp_path: Path) -> N
 
 
 def test_outputs_that_are_refused_before_the_training(base: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").touch()
     with pytest.raises(ArtefactError, match="exists already"):
         trained(base, data, tmp_path)
     with pytest.raises(ArtefactError, match="outside the base model"):

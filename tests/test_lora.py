@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from tiny import Case, tiny
 
 import gazepatch
 from gazepatch import ArtefactError, GazeConfig
-from gazepatch.lora import has_lora, without_lora
+from gazepatch.lora import add_lora, has_lora, without_lora
+from gazepatch.lora_checkpoint import load_lora, save_lora
 
 peft = pytest.importorskip("peft")
 
@@ -52,10 +54,6 @@ def logits(model: Any, case: Case) -> torch.Tensor:
 
 
 @needs_peft
-@pytest.mark.skipif(
-    transformers.__version__.startswith("5.16"),
-    reason="transformers 5.16 itself loads nothing of what PEFT trained beside the adapters",
-)
 @pytest.mark.parametrize("order", ORDERS)
 def test_adapters_of_a_model_around_it_are_saved(case: Case, model: Any, order: str, tmp_path: Path) -> None:
     wrapped = ORDERS[order](model)
@@ -82,17 +80,80 @@ def test_adapters_that_are_active_together_are_refused(model: Any, tmp_path: Pat
     for name in "ab":
         model.add_adapter(settings, adapter_name=name)
     model.set_adapter(["a", "b"])
-    with pytest.raises(ArtefactError, match="has one LoRA adapter, got a, b"):
+    with pytest.raises(ArtefactError, match="has one LoRA adapter, got a, b active together"):
         gazepatch.save(gazepatch.apply(model, SETTINGS, context_tokens=torch.randn(2, 64)), tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
 
+QUERIES: dict[str, Any] = {"target_modules": r".*language_model.*q_proj", "r": 2}
+KINDS: dict[str, Any] = {
+    "projector": peft.LoraConfig(**QUERIES, modules_to_save=["multi_modal_projector"]),
+    "norms": peft.LoraConfig(**QUERIES, modules_to_save=["input_layernorm", "norm"]),
+    "tokens": peft.LoraConfig(**QUERIES, trainable_token_indices=[3, 5]),
+    "embeddings": peft.LoraConfig(target_modules=["embed_tokens", "q_proj"], r=2),
+    "biases": peft.LoraConfig(**QUERIES, bias="all"),
+    "DoRA": peft.LoraConfig(**QUERIES, use_dora=True),
+    "IA3": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+}
+
+
+def trained(model: Any) -> Any:
+    """Every parameter that learns is moved."""
+    with torch.no_grad():
+        for held in model.parameters():
+            if held.requires_grad:
+                held += 0.1 * torch.randn_like(held)
+    return model
+
+
 @needs_peft
-def test_adapters_that_would_not_load_are_refused(model: Any, tmp_path: Path) -> None:
-    model.add_adapter(peft.LoraConfig(target_modules=r".*language_model.*q_proj", r=2, use_dora=True))
-    with pytest.raises(ArtefactError, match=r"got one with DoRA.*merge_and_unload"):
-        gazepatch.save(patched(model), tmp_path / "saved")
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_peft_trains_is_read_back(case: Case, model: Any, kind: str, tmp_path: Path) -> None:
+    before = logits(model, case)
+    wrapped = patched(trained(peft.get_peft_model(model, copy.deepcopy(KINDS[kind]))))
+    expected = logits(wrapped, case)
+    assert (expected - before).abs().max() > 0.01
+    assert torch.equal(logits(gazepatch.load(gazepatch.save(wrapped, tmp_path / "saved")), case), expected)
+
+
+@needs_peft
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_are_read_back_in_their_precision(case: Case, model: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = transformers.AutoModelForImageTextToText.from_pretrained(model.name_or_path, dtype=torch.bfloat16)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**QUERIES), autocast_adapter_dtype=False)
+    peft.functional.cast_adapter_dtype(wrapped, "default", dtype == torch.float32)
+    out = gazepatch.save(patched(trained(wrapped)), tmp_path / "saved")
+    loaded = gazepatch.load(out, dtype=torch.bfloat16)
+    assert {held.dtype for name, held in loaded.named_parameters() if "lora_" in name} == {dtype}
+    case.inputs["pixel_values"] = case.inputs["pixel_values"].bfloat16()
+    assert torch.equal(logits(loaded, case), logits(wrapped, case))
+
+
+@needs_peft
+def test_adapters_that_could_not_be_read_back_are_refused(model: Any, tmp_path: Path) -> None:
+    settings = peft.AdaLoraConfig(target_modules=r".*language_model.*q_proj", init_r=4, target_r=2, total_step=10)
+    with pytest.raises(ArtefactError, match=r"got ADALORA of PEFT.*merge_and_unload"):
+        gazepatch.save(patched(peft.get_peft_model(model, settings)), tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+@needs_peft
+def test_an_adapter_that_is_not_active_is_refused(model: Any, tmp_path: Path) -> None:
+    wrapped = patched(peft.get_peft_model(model, peft.LoraConfig(**QUERIES)))
+    wrapped.base_model.set_adapter([])
+    with pytest.raises(ArtefactError, match="has one LoRA adapter, got none active"):
+        gazepatch.save(wrapped, tmp_path / "saved")
+
+
+@needs_peft
+def test_keys_that_transformers_renames_are_read_back(tmp_path: Path) -> None:
+    case = tiny("deepseek_ocr2")
+    base, decoder = copy.deepcopy(case.model), case.model.model.language_model
+    add_lora(case.model, decoder, 2)
+    save_lora(trained(case.model), tmp_path / "lora")
+    load_lora(base, tmp_path / "lora")
+    assert torch.equal(logits(base, case), logits(case.model, case))
+    assert not any(held.requires_grad for held in base.parameters())
 
 
 def test_trained_prompts_are_refused(model: Any, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def load(
     """
     from transformers import AutoModelForImageTextToText
 
-    from gazepatch.lora import load_lora
+    from gazepatch.lora_checkpoint import load_lora
     from gazepatch.patch import apply
 
     _refuse_settings(from_pretrained_kwargs)

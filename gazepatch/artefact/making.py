@@ -133,7 +133,8 @@ def save(
         PatchError: The model is not patched.
         ArtefactError: It was not loaded from anywhere, or `out` cannot be written.
     """
-    from gazepatch.lora import has_lora, refuse_prompts, save_lora
+    from gazepatch.lora import has_lora
+    from gazepatch.lora_checkpoint import refuse_prompts, save_lora
     from gazepatch.patch import context_tokens_of, patch_of, root_model
 
     refuse_prompts(model)

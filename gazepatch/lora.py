@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -43,23 +43,51 @@ def add_lora(model: Any, decoder: nn.Module, rank: int) -> None:
     """Put adapters on the linear layers of `decoder`, a part of `model`; they alone can be trained then.
 
     Raises:
-        TrainingError: PEFT is not installed, or too old for transformers.
+        TrainingError: PEFT is not installed, or too old for transformers, or does not put adapters on these layers.
     """
     require_peft()
     from peft import LoraConfig
 
     prefix = next(name for name, module in model.named_modules() if module is decoder)
-    leaves = {name.rpartition(".")[2] for name, part in decoder.named_modules() if isinstance(part, nn.Linear)}
-    targets = rf"{re.escape(prefix)}\.layers\..*\.({'|'.join(sorted(leaves))})"
+    layers: Any = decoder.layers
+    names = {f"{prefix}.layers.{name}" for name, part in layers.named_modules() if _is_linear(part)}
     source = getattr(model, "name_or_path", None)
-    put_on(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, base_model_name_or_path=source))
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=sorted(names), base_model_name_or_path=source)
+    try:
+        put_on(model, config)
+    except ValueError as error:
+        raise TrainingError(f"PEFT puts no adapters on this model: {error}; train the context tokens alone") from error
+    wanted = {f"{name}.lora_{part}.weight" for name in names for part in "AB"}
+    if wrong := wanted ^ adapter_weights(model, NAME).keys():  # before anything is trained that could not be stored
+        raise TrainingError(
+            f"adapters must be on all linear layers of the text decoder and nowhere else, PEFT {version('peft')} made "
+            f"{len(wrong)} weights too many or too few, among them {min(wrong)}: train the context tokens alone"
+        )
 
 
 def put_on(model: Any, config: Any) -> None:
-    """Put an adapter of PEFT with these settings on a model of transformers, as `NAME`."""
-    from peft import inject_adapter_in_model
+    """Put an adapter of PEFT with these settings on a model of transformers, as `NAME`.
 
-    inject_adapter_in_model(config, model, NAME)
+    Raises:
+        ValueError: There are adapters on it already, or PEFT finds nothing to put these on.
+    """
+    from peft import inject_adapter_in_model
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    if has_lora(model):
+        raise ValueError("there are adapters on it already, which merge_and_unload of PEFT makes part of it")
+    names = {name for name, _ in model.named_modules() if check_target_module_exists(config, name)}
+    if config.peft_type == "LORA" and names == set(config.target_modules or ()) and not config.target_parameters:
+        # Layers named in full are given by keys. In the settings PEFT rewrites some names, for adapters made when
+        # mixtures of experts had other layers, and the adapters would be on other layers than these.
+        keys: Any = {f"{name}.lora_": None for name in names}
+        config.target_modules = set()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "While injecting the PEFT adapters", RuntimeWarning)  # that they differ
+            inject_adapter_in_model(config, model, NAME, state_dict=keys)
+        config.target_modules = sorted(names)
+    else:
+        inject_adapter_in_model(config, model, NAME)
     model._hf_peft_config_loaded = True  # as add_adapter of transformers does
 
 
@@ -99,6 +127,11 @@ def without_lora(model: Any) -> Iterator[None]:
         yield
     finally:
         _enable(layers, True)
+
+
+def _is_linear(part: nn.Module) -> bool:
+    """Whether it returns what a linear layer does: a model's own subclasses do not, such as routers of experts."""
+    return isinstance(part, nn.Linear) and not type(part).__module__.startswith("transformers.models.")
 
 
 def _enable(layers: list[Any], enabled: bool) -> None:

@@ -14,9 +14,10 @@ from adapting import needs_peft
 from tiny import Case, tiny
 
 import gazepatch
-from gazepatch import ArtefactError, GazeConfig
-from gazepatch.lora import add_lora, has_lora, without_lora
+from gazepatch import ArtefactError, GazeConfig, TrainingError
+from gazepatch.lora import adapter_layers, add_lora, has_lora, without_lora
 from gazepatch.lora_checkpoint import load_lora, save_lora
+from gazepatch.registry import adapter_for
 
 peft = pytest.importorskip("peft")
 
@@ -146,14 +147,42 @@ def test_an_adapter_that_is_not_active_is_refused(model: Any, tmp_path: Path) ->
 
 
 @needs_peft
-def test_keys_that_transformers_renames_are_read_back(tmp_path: Path) -> None:
-    case = tiny("deepseek_ocr2")
-    base, decoder = copy.deepcopy(case.model), case.model.model.language_model
+@pytest.mark.parametrize("family", ["deepseek_ocr2", "glm4v_moe", "llama4", "llava", "qwen3_omni_moe_thinker"])
+def test_adapters_are_on_the_linear_layers_of_the_decoder(family: str, tmp_path: Path) -> None:
+    """And are read back, in families whose layers transformers or PEFT rename as well."""
+    case = tiny(family)
+    base, decoder = copy.deepcopy(case.model), adapter_for(family).decoder(case.model)
+    layers = [part for part in decoder.layers.modules() if type(part) is torch.nn.Linear]
     add_lora(case.model, decoder, 2)
+    assert len(layers) > 3 and {layer.get_base_layer() for layer in adapter_layers(case.model)} == set(layers)
     save_lora(trained(case.model), tmp_path / "lora")
     load_lora(base, tmp_path / "lora")
     assert torch.equal(logits(base, case), logits(case.model, case))
     assert not any(held.requires_grad for held in base.parameters())
+
+
+@needs_peft
+def test_adapters_elsewhere_are_not_trained(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    inject, everywhere = peft.inject_adapter_in_model, peft.LoraConfig(target_modules=["q_proj"])
+    monkeypatch.setattr(peft, "inject_adapter_in_model", lambda config, model, name, **_: inject(everywhere, model))
+    with pytest.raises(TrainingError, match="on all linear layers of the text decoder and nowhere else"):
+        add_lora(model, model.model.language_model, 2)
+
+
+@needs_peft
+def test_decoders_without_linear_layers_get_no_adapters(model: Any) -> None:
+    model.model.language_model.layers = torch.nn.ModuleList()
+    with pytest.raises(TrainingError, match="puts no adapters on this model"):
+        add_lora(model, model.model.language_model, 2)
+
+
+@needs_peft
+def test_models_with_adapters_get_no_more(model: Any, tmp_path: Path) -> None:
+    out = gazepatch.save(patched(on(model)), tmp_path / "saved")
+    with pytest.raises(TrainingError, match="adapters on it already"):
+        add_lora(model, model.model.language_model, 2)
+    with pytest.raises(ArtefactError, match="adapters on it already"):
+        load_lora(model, out / "lora")
 
 
 def test_trained_prompts_are_refused(model: Any, tmp_path: Path) -> None:

@@ -40,13 +40,14 @@ def require_peft() -> None:
 
 
 def add_lora(model: Any, decoder: nn.Module, rank: int) -> None:
-    """Put adapters on the linear layers of `decoder`, a part of `model`; they alone can be trained then.
+    """Put adapters on the linear layers of `decoder`, a part of `model`; they alone can be trained then, in float32.
 
     Raises:
         TrainingError: PEFT is not installed, or too old for transformers, or does not put adapters on these layers.
     """
     require_peft()
     from peft import LoraConfig
+    from peft.functional import cast_adapter_dtype
 
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     layers: Any = decoder.layers
@@ -57,6 +58,7 @@ def add_lora(model: Any, decoder: nn.Module, rank: int) -> None:
         put_on(model, config)
     except ValueError as error:
         raise TrainingError(f"PEFT puts no adapters on this model: {error}; train the context tokens alone") from error
+    cast_adapter_dtype(model, NAME)  # small updates would vanish in fewer bits
     wanted = {f"{name}.lora_{part}.weight" for name in names for part in "AB"}
     if wrong := wanted ^ adapter_weights(model, NAME).keys():  # before anything is trained that could not be stored
         raise TrainingError(

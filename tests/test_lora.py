@@ -20,6 +20,7 @@ from gazepatch.lora_checkpoint import load_lora, save_lora
 from gazepatch.registry import adapter_for
 
 peft = pytest.importorskip("peft")
+functional = pytest.importorskip("peft.functional")
 
 SETTINGS = GazeConfig(region=(3, 3, 1), budget=0.5, min_visual_tokens=0, prefill="gaze", context_tokens=2)
 
@@ -122,7 +123,7 @@ def test_what_peft_trains_is_read_back(case: Case, model: Any, kind: str, tmp_pa
 def test_adapters_are_read_back_in_their_precision(case: Case, model: Any, dtype: torch.dtype, tmp_path: Path) -> None:
     model = transformers.AutoModelForImageTextToText.from_pretrained(model.name_or_path, dtype=torch.bfloat16)
     wrapped = peft.get_peft_model(model, peft.LoraConfig(**QUERIES), autocast_adapter_dtype=False)
-    peft.functional.cast_adapter_dtype(wrapped, "default", dtype == torch.float32)
+    functional.cast_adapter_dtype(wrapped, "default", dtype == torch.float32)
     out = gazepatch.save(patched(trained(wrapped)), tmp_path / "saved")
     loaded = gazepatch.load(out, dtype=torch.bfloat16)
     assert {held.dtype for name, held in loaded.named_parameters() if "lora_" in name} == {dtype}
@@ -159,6 +160,20 @@ def test_adapters_are_on_the_linear_layers_of_the_decoder(family: str, tmp_path:
     load_lora(base, tmp_path / "lora")
     assert torch.equal(logits(base, case), logits(case.model, case))
     assert not any(held.requires_grad for held in base.parameters())
+
+
+@needs_peft
+def test_adapters_learn_in_single_precision(case: Case, model: Any, tmp_path: Path) -> None:
+    model = patched(transformers.AutoModelForImageTextToText.from_pretrained(model.name_or_path, dtype=torch.bfloat16))
+    add_lora(model, model.model.language_model, 2)
+    case.inputs["pixel_values"] = case.inputs["pixel_values"].bfloat16()
+    model(**case.inputs, labels=case.inputs["input_ids"]).loss.backward()
+    learning = [held for held in model.parameters() if held.requires_grad]
+    assert len(learning) == 2 * len(adapter_layers(model))
+    assert {held.dtype for held in learning} == {held.grad.dtype for held in learning} == {torch.float32}
+    loaded = gazepatch.load(gazepatch.save(trained(model), tmp_path / "saved"), dtype=torch.bfloat16)
+    assert model.dtype == loaded.dtype == torch.bfloat16
+    assert torch.equal(logits(loaded, case), logits(model, case))
 
 
 @needs_peft

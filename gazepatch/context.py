@@ -43,7 +43,7 @@ def initial_context_tokens(model: Any, count: int, *, seed: int = 0) -> Tensor:
         raise ConfigError(f"count must be an integer of at least 1, got {count!r}")
     words = model.get_input_embeddings()
     generator = torch.Generator().manual_seed(seed)
-    sample = torch.randint(words.num_embeddings, (SAMPLE,), generator=generator)
+    sample = torch.randint(words.weight.shape[0], (SAMPLE,), generator=generator)
     with torch.no_grad():  # as the decoder sees them: some families scale their embeddings
         # Where accelerate keeps the table elsewhere, its hook takes the sample along.
         vectors = words(sample if words.weight.is_meta else sample.to(words.weight.device)).float()

@@ -144,3 +144,15 @@ def test_initial_context_tokens_are_scaled_as_words_are() -> None:
     words = model.get_input_embeddings()
     tokens = gazepatch.initial_context_tokens(model, 400)
     assert (tokens.std() / (words.weight.std() * model.config.text_config.hidden_size**0.5) - 1).abs() < 0.2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"target_modules": ["embed_tokens"]}, {"target_modules": ["q_proj"], "trainable_token_indices": [3]}],
+    ids=["adapted", "some trained"],
+)
+def test_initial_context_tokens_of_words_that_peft_trains(case: Case, settings: dict[str, Any]) -> None:
+    peft = pytest.importorskip("peft")
+    tokens = gazepatch.initial_context_tokens(case.model, 2)
+    wrapped = peft.get_peft_model(case.model, peft.LoraConfig(r=2, **settings))
+    assert torch.equal(gazepatch.initial_context_tokens(wrapped, 2), tokens)

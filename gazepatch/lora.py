@@ -10,31 +10,30 @@ from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.utils.peft_utils import check_peft_version
 
 from gazepatch.errors import TrainingError
+
+#: The oldest that was tried. Transformers may ask for a newer one, but only its own methods need that.
+MIN_PEFT_VERSION = "0.19.1"
 
 #: What PEFT calls an adapter that has no other name.
 NAME = "default"
 
 
 def missing_peft() -> str:
-    """What has to be installed before transformers takes adapters of PEFT; empty where nothing is missing."""
+    """What has to be installed for adapters; empty where nothing is missing."""
     if find_spec("peft") is None:
         return "the package peft: pip install peft"
     try:
         check_peft_version(MIN_PEFT_VERSION)
     except ValueError:
-        return (
-            f"peft {MIN_PEFT_VERSION} or newer beside transformers {version('transformers')}: pip install -U peft, or "
-            "an older transformers where there is none yet"
-        )
+        return f"peft {MIN_PEFT_VERSION} or newer, got {version('peft')}: pip install -U peft"
     return ""
 
 
 def require_peft() -> None:
-    """Raise TrainingError unless there is a PEFT that transformers takes."""
+    """Raise TrainingError unless there is a PEFT that is new enough."""
     if missing := missing_peft():
         raise TrainingError(f"LoRA needs {missing}, or train the context tokens alone")
 
@@ -43,7 +42,7 @@ def add_lora(model: Any, decoder: nn.Module, rank: int) -> None:
     """Put adapters on the linear layers of `decoder`, a part of `model`; they alone can be trained then, in float32.
 
     Raises:
-        TrainingError: PEFT is not installed, or too old for transformers, or does not put adapters on these layers.
+        TrainingError: PEFT is not installed, or too old, or does not put adapters on these layers.
     """
     require_peft()
     from peft import LoraConfig

@@ -35,7 +35,7 @@ def save_lora(model: Any, folder: Path) -> None:
 
     Raises:
         ArtefactError: Several adapters are active together, or none; the active one could not be read back, or PEFT is
-            too old for transformers.
+            too old.
     """
     if missing := missing_peft():
         raise ArtefactError(f"saving LoRA adapters needs {missing}, or merge them with merge_and_unload before")

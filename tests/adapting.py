@@ -1,4 +1,4 @@
-"""Tests of LoRA run where there is a PEFT that this transformers takes."""
+"""Tests of LoRA run where there is a PEFT that is new enough."""
 
 from __future__ import annotations
 

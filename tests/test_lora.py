@@ -79,9 +79,9 @@ def test_adapters_are_merged_before_a_full_artefact(case: Case, model: Any, tmp_
 @needs_peft
 def test_adapters_that_are_active_together_are_refused(model: Any, tmp_path: Path) -> None:
     settings = peft.LoraConfig(target_modules=r".*language_model.*q_proj", r=2)
-    for name in "ab":
-        model.add_adapter(settings, adapter_name=name)
-    model.set_adapter(["a", "b"])
+    wrapped = peft.get_peft_model(model, settings, adapter_name="a")
+    wrapped.add_adapter("b", settings)
+    wrapped.base_model.set_adapter(["a", "b"])
     with pytest.raises(ArtefactError, match="has one LoRA adapter, got a, b active together"):
         gazepatch.save(gazepatch.apply(model, SETTINGS, context_tokens=torch.randn(2, 64)), tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
@@ -188,6 +188,19 @@ def test_adapters_elsewhere_are_not_trained(model: Any, monkeypatch: pytest.Monk
 def test_decoders_without_linear_layers_get_no_adapters(model: Any) -> None:
     model.model.language_model.layers = torch.nn.ModuleList()
     with pytest.raises(TrainingError, match="puts no adapters on this model"):
+        add_lora(model, model.model.language_model, 2)
+
+
+@needs_peft
+def test_an_old_peft_is_refused(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrapped = patched(on(model))
+    out = gazepatch.save(wrapped, tmp_path / "saved")
+    monkeypatch.setattr("gazepatch.lora.MIN_PEFT_VERSION", "999")
+    with pytest.raises(ArtefactError, match=r"need peft 999 or newer, got \d.*pip install -U peft"):
+        gazepatch.load(out)
+    with pytest.raises(ArtefactError, match="saving LoRA adapters needs peft 999 or newer"):
+        gazepatch.save(wrapped, tmp_path / "again")
+    with pytest.raises(TrainingError, match="LoRA needs peft 999 or newer"):
         add_lora(model, model.model.language_model, 2)
 
 

@@ -332,3 +332,18 @@ def test_a_base_on_the_hub_is_named_in_the_metadata() -> None:
         assert data["base_model"] == "some-org/model" and data["base_model_relation"] == relation
         assert data["license"] == "mit" and data["library_name"] == "gazepatch"
     assert "base_model" not in ModelCard(card_of(replace(manifest, base_model="/home/me/model"))).data.to_dict()
+
+
+def test_the_card_of_a_model_that_was_changed(base: Path, tmp_path: Path) -> None:
+    model = transformers.AutoModelForImageTextToText.from_pretrained(base)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.1)
+    for provenance, said, unsaid in (
+        (None, "as they were when it was made", "trained with gaze"),
+        ({"trainable": "full"}, "those of the model, trained with gaze", "as they were"),
+    ):
+        with gazepatch.patched(model, SETTINGS):
+            out = gazepatch.save(model, tmp_path / "full", full=True, provenance=provenance, force=True)
+        card = (out / "README.md").read_text()
+        assert said in card and unsaid not in card.partition("## Settings")[0]
+        assert not any(word in card for word in ("unchanged", "nobody"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,20 @@ def test_what_peft_trains_is_read_back(case: Case, model: Any, kind: str, tmp_pa
     expected = logits(wrapped, case)
     assert (expected - before).abs().max() > 0.01
     assert torch.equal(logits(gazepatch.load(gazepatch.save(wrapped, tmp_path / "saved")), case), expected)
+
+
+@needs_peft
+@pytest.mark.parametrize("count", [0, 2])
+def test_the_card_tells_of_adapters(case: Case, model: Any, count: int, tmp_path: Path) -> None:
+    base = logits(model, case)
+    tokens = torch.randn(count, 64) if count else None
+    gazepatch.apply(on(model), replace(SETTINGS, context_tokens=count), context_tokens=tokens)
+    out = gazepatch.save(model, tmp_path / "saved")
+    card = (out / "README.md").read_text()
+    assert "`lora/` holds an adapter of PEFT, which stays on the model" in card
+    assert "restore(model)  # the base model with its adapter" in card and "exactly" not in card
+    assert ("context_tokens.safetensors" in card) == bool(count) and "There are no weights" not in card
+    assert not torch.equal(logits(gazepatch.restore(gazepatch.load(out)), case), base)
 
 
 @needs_peft

@@ -25,7 +25,7 @@ _CARD = """\
 import gazepatch
 
 model = gazepatch.load("this/repository")  # its id on the Hub, or the folder that you have it in
-gazepatch.restore(model)  # the {dense} model, exactly
+gazepatch.restore(model)  # {restored}
 ```
 {plain}
 ## Settings
@@ -46,12 +46,12 @@ Made with gazepatch {gazepatch_version} and transformers {transformers_version}.
 """
 
 _ADAPTER = """\
-Settings that let a `{model_type}` model read only the regions of its images that each new token needs. {tokens} The
-model's own weights stay with the base model, {base}."""
+Settings that let a `{model_type}` model read only the regions of its images that each new token needs. {weights}
+The model's own weights stay with the base model, {base}."""
 
 _FULL = """\
-A `{model_type}` model with settings that let it read only the regions of its images that each new token needs. {tokens}
-The weights are {origin}."""
+A `{model_type}` model with settings that let it read only the regions of its images that each new token needs.
+{weights} {origin}"""
 
 _PLAIN = """
 Plain transformers loads the same folder as an ordinary model, which reads everything:
@@ -59,18 +59,20 @@ Plain transformers loads the same folder as an ordinary model, which reads every
 """
 
 
-def card_of(manifest: Manifest, licence: Mapping[str, Any] | None = None) -> str:
+def card_of(manifest: Manifest, licence: Mapping[str, Any] | None = None, lora: bool = False) -> str:
     """The text of `README.md` beside a manifest.
 
     Args:
         manifest: Of the artefact.
         licence: The base model's, as `licence_of` returns it.
+        lora: Whether there is an adapter beside it.
     """
+    restored = "the base model with its adapter, without gaze" if lora else "the base model, exactly"
     return _CARD.format(
         metadata=_metadata(manifest, licence or {}),
         title=(manifest.base_model or manifest.model_type).replace("\\", "/").rstrip("/").rpartition("/")[2],
-        what=_what(manifest),
-        dense="dense" if manifest.full else "base",
+        what=_what(manifest, lora),
+        restored="the dense model, exactly" if manifest.full else restored,
         plain=_PLAIN if manifest.full else "",
         settings="\n".join(f"| `{name}` | `{json.dumps(value)}` |" for name, value in manifest.gaze.to_dict().items()),
         measured=_measured(manifest),
@@ -113,21 +115,30 @@ def _metadata(manifest: Manifest, licence: Mapping[str, Any]) -> str:
     return data.to_yaml().strip()
 
 
-def _what(manifest: Manifest) -> str:
+def _what(manifest: Manifest, lora: bool) -> str:
     base = f"`{manifest.base_model}`" + (f" at revision `{manifest.base_revision}`" * bool(manifest.base_revision))
-    tokens = (
-        f"`context_tokens.safetensors` holds the embeddings of {manifest.gaze.context_tokens} tokens that follow each "
-        "image or frame."
-        if manifest.gaze.context_tokens
-        else "There are no weights of gazepatch's own."
-    )
+    weights = _weights(manifest.gaze.context_tokens, lora)
     if not manifest.full:
-        return _ADAPTER.format(model_type=manifest.model_type, tokens=tokens, base=base)
-    trained = (manifest.provenance or {}).get("trainable") == "full"
-    origin = (
-        f"those of {base if manifest.base_model else 'the model'}, {'trained with gaze' if trained else 'unchanged'}"
-    )
-    return _FULL.format(model_type=manifest.model_type, tokens=tokens, origin=origin)
+        return _ADAPTER.format(model_type=manifest.model_type, weights=weights, base=base)
+    if (manifest.provenance or {}).get("trainable") == "full":
+        origin = f"The weights are those of {base if manifest.base_model else 'the model'}, trained with gaze."
+    else:  # of a model that is saved from memory, nobody knows what was done to it since it was loaded
+        came = f"; the model came from {base}" if manifest.base_model else ""
+        origin = f"The weights lie in the same folder, as they were when it was made{came}."
+    return _FULL.format(model_type=manifest.model_type, weights=weights, origin=origin)
+
+
+def _weights(context_tokens: int, lora: bool) -> str:
+    """What an artefact holds beside the model's own weights."""
+    said = []
+    if context_tokens:
+        said.append(
+            f"`context_tokens.safetensors` holds the embeddings of {context_tokens} tokens that follow each image or "
+            "frame."
+        )
+    if lora:
+        said.append("`lora/` holds an adapter of PEFT, which stays on the model when gaze is taken off.")
+    return " ".join(said) or "There are no weights of gazepatch's own."
 
 
 def _measured(manifest: Manifest) -> str:
@@ -138,11 +149,11 @@ def _measured(manifest: Manifest) -> str:
         )
     if manifest.fidelity is None:
         return (
-            "Nothing yet: nobody trained this model with gaze, and how closely "
-            "its answers follow those of the base model was not measured. "
-            "`gazepatch verify` checks that the patch itself is sound; the quality of answers is for you to test."
+            "Nothing yet: how closely its answers follow those of the dense model was not measured, and nothing is "
+            "recorded of a training with gaze. `gazepatch verify` checks that the patch itself is sound; the quality "
+            "of answers is for you to test."
         )
-    trained = " none." if manifest.provenance is None else f"\n\n{_listing(manifest.provenance)}"
+    trained = " nothing is recorded." if manifest.provenance is None else f"\n\n{_listing(manifest.provenance)}"
     return f"Training:{trained}\n\nFidelity to dense:\n\n{_listing(manifest.fidelity)}"
 
 

@@ -236,6 +236,6 @@ def _write(
 
 
 def _write_manifest(folder: Path, manifest: Manifest, licence: Mapping[str, Any]) -> None:
-    text, card = manifest.to_json(), card_of(manifest, licence)
+    text, card = manifest.to_json(), card_of(manifest, licence, (folder / LORA_NAME).is_dir())
     replace_file(folder / FILE_NAME, text)
     replace_file(folder / CARD_NAME, card)

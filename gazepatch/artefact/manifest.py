@@ -53,7 +53,7 @@ class Manifest:
         processor_geometry: The same of its image processor, as far as its files say.
         key_layout: Fingerprint of the names and shapes of all tensors, where the weights were at hand.
         gaze: The settings.
-        provenance: How it was trained with gaze, `None` if it was not.
+        provenance: How it was trained with gaze, `None` if nothing is recorded of that.
         fidelity: What was measured against dense, `None` if nothing.
     """
 

@@ -53,7 +53,7 @@ def initial_context_tokens(model: Any, count: int, *, seed: int = 0) -> Tensor:
 
 
 def checked(tokens: Any, hidden_size: int, name: str = "context_tokens") -> Tensor:
-    """`tokens` if they are `[M, hidden_size]` finite floating-point numbers.
+    """`tokens` if they are `[M, hidden_size]` finite floating-point numbers of 16 bits or more.
 
     Raises:
         ConfigError: They are anything else.
@@ -67,8 +67,10 @@ def checked(tokens: Any, hidden_size: int, name: str = "context_tokens") -> Tens
         )
     if tokens.dim() != 2 or tokens.shape[1] != hidden_size or not len(tokens):
         raise ConfigError(f"{name} must have the shape [M, {hidden_size}] with M >= 1, got {list(tokens.shape)}")
-    if not tokens.is_floating_point():
-        raise ConfigError(f"{name} must be floating-point numbers, got {tokens.dtype}")
+    if tokens.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ConfigError(
+            f"{name} must be floating-point numbers, got {tokens.dtype}: give float32, or another of 16 bits or more"
+        )
     if not bool(torch.isfinite(tokens).all()):
         raise ConfigError(f"{name} must be finite, got NaN or infinity among them: the training that made them failed")
     return tokens

@@ -136,6 +136,14 @@ DAMAGE: dict[str, tuple[Damage, str]] = {
         lambda path: save_file({"context_tokens": tokens().long()}, path, **good_file()),
         "must be floating-point numbers, got torch.int64",
     ),
+    "8 bits": (
+        lambda path: save_file({"context_tokens": tokens().to(torch.float8_e4m3fn)}, path, **good_file()),
+        "must be floating-point numbers, got torch.float8_e4m3fn: give float32",
+    ),
+    "8 other bits": (
+        lambda path: save_file({"context_tokens": tokens().to(torch.float8_e5m2)}, path, **good_file()),
+        "must be floating-point numbers, got torch.float8_e5m2: give float32",
+    ),
     "no metadata": (lambda path: save_file({"context_tokens": tokens()}, path), "must have format 1 .* got None"),
     "other format": (
         lambda path: save_file({"context_tokens": tokens()}, path, **good_file(format="2")),

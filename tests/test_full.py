@@ -242,6 +242,10 @@ SOURCE_DAMAGE: dict[str, tuple[Damage, str]] = {
     "cut shard": (lambda f: a_shard(f).write_bytes(a_shard(f).read_bytes()[:-1]), "is no intact safetensors file"),
     "index of nothing": (change("model.safetensors.index.json", lambda v: v.clear()), "must map tensors to shards"),
     "index no JSON": (lambda f: (f / "model.safetensors.index.json").write_text("{"), "must map tensors to shards"),
+    "index nested without end": (
+        lambda f: (f / "model.safetensors.index.json").write_text("[" * 200_000),
+        "must map tensors to shards",
+    ),
     "index empty": (change("model.safetensors.index.json", lambda v: v["weight_map"].clear()), "at least one shard"),
     "index leads outside": (
         change("model.safetensors.index.json", lambda v: v["weight_map"].update(x="../../etc/passwd")),

@@ -106,7 +106,7 @@ def shards_of(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         shards = [Path(name) for name in names]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, RecursionError, KeyError, AttributeError, TypeError) as error:
         raise ArtefactError(f"{index} must map tensors to shards in weight_map: {error!r}; get it again") from None
     if bad := [str(shard) for shard in shards if shard.name != str(shard) or shard.suffix != WEIGHTS_SUFFIX]:
         raise ArtefactError(f"{index} must name safetensors files beside it, got {', '.join(bad)}")
@@ -171,6 +171,21 @@ def copy_files(
                 done += moved
                 if progress is not None:
                     progress(done, total)
+
+
+def config_values(path: Path) -> dict[str, Any]:
+    """What stands in the `config.json` of a checkpoint.
+
+    Raises:
+        ArtefactError: It is no JSON object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # bad JSON and bad UTF-8 alike, and JSON nested without end
+        raise ArtefactError(f"{path} must be a JSON object: {error}; get the model again") from None
+    if not isinstance(values, dict):
+        raise ArtefactError(f"{path} must be a JSON object, got {type(values).__name__}; get the model again")
+    return values
 
 
 def add_to_config(folder: Path, entries: Mapping[str, Any]) -> None:

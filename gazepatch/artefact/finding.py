@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-from gazepatch.artefact.checkpoint import BESIDE, CONFIG_NAME, INDEX_NAME, LICENCES, WEIGHTS_NAME, shards_of
+from gazepatch.artefact.checkpoint import (
+    BESIDE,
+    CONFIG_NAME,
+    INDEX_NAME,
+    LICENCES,
+    WEIGHTS_NAME,
+    config_values,
+    shards_of,
+)
 from gazepatch.artefact.manifest import CARD_NAME, FILE_NAME, LORA_NAME, Manifest, read
 from gazepatch.context import TOKENS_NAME
 from gazepatch.errors import ArtefactError, HubError
@@ -66,8 +73,8 @@ def _is_artefact_in_cache(repo: str, revision: str | None) -> bool | None:
     if not isinstance(path := try_to_load_from_cache(repo, CONFIG_NAME, revision=revision), str):
         return None
     try:  # plain transformers may have fetched it, of a full artefact as well, which says so there
-        return None if "gaze" in json.loads(Path(path).read_text(encoding="utf-8")) else False
-    except (ValueError, TypeError):
+        return None if "gaze" in config_values(Path(path)) else False
+    except ArtefactError:
         return None
 
 
@@ -120,10 +127,7 @@ def base_config(source: str | Path, *, revision: str | None = None, **hub: Any) 
     from gazepatch.registry import adapter_for
 
     found = fetch(source, file=CONFIG_NAME, revision=revision, **hub)
-    try:
-        model_type = json.loads(found.path.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:  # bad JSON and bad UTF-8; no object
-        raise ArtefactError(f"{found.path} must be a JSON object: {error}; get the model again") from None
+    model_type = config_values(found.path).get("model_type")
     adapter_for(str(model_type))  # our own error first: transformers refuses types that it does not know itself
     try:
         return AutoConfig.from_pretrained(str(source), revision=found.commit, **hub)

@@ -129,7 +129,7 @@ def processor_geometry(source: str, **kwargs: Any) -> dict[str, Any]:
 
     try:
         values, _ = ImageProcessingMixin.get_image_processor_dict(source, **kwargs)
-    except (OSError, ValueError):  # no such file, or one that only its own class understands
+    except (OSError, ValueError, RecursionError):  # no such file, or one that only its own class understands
         return {}
     return {name: values[name] for name in PROCESSOR_GEOMETRY if values.get(name) is not None}
 
@@ -168,7 +168,7 @@ def read(folder: Path) -> Manifest:
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
-    except ValueError as error:  # bad JSON and bad UTF-8 alike
+    except (ValueError, RecursionError) as error:  # bad JSON and bad UTF-8 alike, and JSON nested without end
         raise ArtefactError(f"{path} must be JSON: {error}; the file is damaged, make the artefact again") from None
     try:
         return _parse(values)

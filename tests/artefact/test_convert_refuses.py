@@ -39,7 +39,8 @@ def test_a_source_that_is_no_model(tmp_path: Path) -> None:
         gazepatch.convert(tmp_path / "empty", tmp_path / "gaze")
     for text, message in {
         "{": "must be a JSON object",
-        "[]": "must be a JSON object",
+        "[]": "must be a JSON object, got list",
+        "[" * 200_000: "must be a JSON object: ",
         '{"model_type": "llava", "text_config": 3}': "must be the configuration of a llava model",
     }.items():
         (tmp_path / "empty" / "config.json").write_text(text)

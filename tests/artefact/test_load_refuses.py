@@ -68,6 +68,7 @@ TEXTS = {
     "a list": ("[]", "must be a JSON object, got list"),
     "twice": ('{"format_version": 1, "format_version": 1}', "'format_version' stands there twice"),
     "not UTF-8": ("\udcff", "must be JSON"),
+    "nested without end": ("[" * 200_000, "must be JSON: "),
 }
 
 

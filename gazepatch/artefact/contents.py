@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gazepatch.artefact.checkpoint import CONFIG_NAME, TEMPLATES, checkpoint_files, is_checkpoint_file, key_layout
+from gazepatch.artefact.checkpoint import (
+    CONFIG_NAME,
+    TEMPLATES,
+    checkpoint_files,
+    config_values,
+    is_checkpoint_file,
+    key_layout,
+)
 from gazepatch.artefact.manifest import CARD_NAME, FILE_NAME, LORA_NAME, Manifest, read
 from gazepatch.context import TOKENS_NAME, read_context_tokens
 from gazepatch.errors import ArtefactError
@@ -42,6 +49,7 @@ def read_artefact(folder: Path) -> tuple[Manifest, Tensor | None]:
         ArtefactError: Something is damaged, or does not belong to the rest.
     """
     manifest = read(folder)
+    _check_settings(folder, manifest)
     return manifest, _tokens_of(folder, manifest)
 
 
@@ -61,6 +69,16 @@ def contents_of(folder: Path) -> Contents:
 def may_be_replaced(path: str) -> bool:
     """Whether an artefact's file may have this name: one of an older artefact must not stay beside a new one."""
     return path in _ADAPTER or is_checkpoint_file(path)
+
+
+def _check_settings(folder: Path, manifest: Manifest) -> None:
+    """Refuse a full artefact whose `config.json`, if it is there, has other settings than its manifest."""
+    path = folder / CONFIG_NAME
+    if manifest.full and path.is_file() and config_values(path).get("gaze") != manifest.gaze.to_dict():
+        raise ArtefactError(
+            f"the settings in {path} differ from those in {FILE_NAME}, as if files of two artefacts had been mixed: "
+            "get it again, or make it again"
+        )
 
 
 def _tokens_of(folder: Path, manifest: Manifest) -> Tensor | None:

@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gazepatch.artefact.checkpoint import CONFIG_NAME, known_layout
+from gazepatch.artefact.checkpoint import known_layout
 from gazepatch.artefact.contents import read_artefact
 from gazepatch.artefact.finding import artefact_folder, base_config, base_of
-from gazepatch.artefact.manifest import FILE_NAME, LORA_NAME, processor_geometry
+from gazepatch.artefact.manifest import LORA_NAME, processor_geometry
 from gazepatch.config import GazeConfig
 from gazepatch.errors import ArtefactError, ConfigError
 
@@ -52,12 +52,7 @@ def load(
     manifest, tokens = read_artefact(folder)
     source, at = base_of(manifest, folder, base)
     # Before the weights, so that a wrong model costs no download.
-    manifest.check(config := base_config(source, revision=at, **hub))
-    if manifest.full and getattr(config, "gaze", None) != manifest.gaze.to_dict():
-        raise ArtefactError(
-            f"the settings in {folder / CONFIG_NAME} differ from those in {FILE_NAME}, which nothing but both tell "
-            "apart from a mixture of two artefacts: get it again"
-        )
+    manifest.check(base_config(source, revision=at, **hub))
     layout = known_layout(Path(source)) if os.path.isdir(source) else None
     manifest.check_files(processor_geometry(source, revision=at, **hub), layout)
     lora = folder / LORA_NAME

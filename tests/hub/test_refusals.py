@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 
 import gazepatch
 from gazepatch import ArtefactError, ConfigError, HubError
-from hub.conftest import BASE, REPO, artefact_on, edit
+from hub.conftest import BASE, REPO, SETTINGS, artefact_on, edit
 from hub.state import Hub
 
 
@@ -46,6 +47,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "half a lora": (lambda f: (f / "lora").mkdir(), "must hold lora/adapter_config.json"),
     "card is a link": (linked, "is a link to a file outside of the folder"),
     "no config": (lambda f: (f / "config.json").unlink(), "must hold config.json: it is no whole"),
+    "other settings": (
+        edit(gaze=replace(SETTINGS, budget=0.1).to_dict()),
+        "settings in .*config.json differ from those in gaze_config.json",
+    ),
     "no shard": (lambda f: first_shard(f).unlink(), "lacks model-00001-of-"),
     "cut shard": (lambda f: os.truncate(first_shard(f), 2000), "is no intact safetensors file"),
     "tensors missing": (shorter_shard, "made for a model with key_layout"),

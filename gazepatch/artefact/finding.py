@@ -79,12 +79,14 @@ def _is_artefact_in_cache(repo: str, revision: str | None) -> bool | None:
 
 
 def artefact_folder(path_or_repo: str | Path, revision: str | None = None, **hub: Any) -> Path:
-    """The local folder of an artefact; if it is a Hub id, of a download of its files, weights only if it is full."""
-    if os.path.exists(path_or_repo):
-        return Path(path_or_repo)
+    """The local folder of an artefact; if it is a Hub id, of a download of its files, weights only if it is full.
+
+    Raises:
+        ConfigError: A revision was given for a local folder.
+    """
     wanted = [FILE_NAME, CARD_NAME, TOKENS_NAME, f"{LORA_NAME}/*"]
     found = fetch(path_or_repo, only=wanted, revision=revision, **hub)
-    if read(found.path).full:
+    if found.commit is not None and read(found.path).full:
         local_checkpoint(str(path_or_repo), found.commit, **hub)
     return found.path
 

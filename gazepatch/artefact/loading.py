@@ -37,7 +37,7 @@ def load(
         **from_pretrained_kwargs: Passed on to `AutoModelForImageTextToText.from_pretrained`.
 
     Raises:
-        ConfigError: Settings of gaze were given: an artefact has its own.
+        ConfigError: Settings of gaze were given, and an artefact has its own; or a revision of a local folder.
         ArtefactError: The artefact is damaged, or does not fit the base model.
         HubError: There is no such folder, and the Hub does not give it.
     """

@@ -91,6 +91,11 @@ def test_things_that_are_no_artefact(base: Path, artefact: Path, tmp_path: Path)
             gazepatch.load(path)
 
 
+def test_a_folder_has_no_revisions(artefact: Path) -> None:
+    with pytest.raises(ConfigError, match="a revision goes with a Hub id, got 'v1' with the local folder"):
+        gazepatch.load(artefact, revision="v1")
+
+
 def test_a_base_that_moved_is_named_by_hand(base: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     shutil.copytree(base, first)

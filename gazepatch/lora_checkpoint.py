@@ -61,7 +61,8 @@ def load_lora(model: Any, folder: Path) -> None:
     """Put the adapter on its base model that `save_lora` wrote; nothing of the model can be trained then.
 
     Raises:
-        ArtefactError: PEFT is not installed or too old, or the adapter is damaged, or not all of this model.
+        ArtefactError: PEFT is not installed or too old, or the adapter is damaged, or not all of this model, or for
+            layers of it that are offloaded.
     """
     if missing := missing_peft():
         raise ArtefactError(f"{folder} holds LoRA adapters, which need {missing}")
@@ -112,3 +113,8 @@ def _compare(folder: Path, expected: Mapping[str, Tensor], found: Mapping[str, T
                 f"{folder} must fit the model's layers key by key, got {len(keys)} {what} keys, among them "
                 f"{min(keys)}; get it again, or load it with the versions that made it"
             )
+    if meta := [key for key, held in expected.items() if held.is_meta]:  # where values vanish without a word
+        raise ArtefactError(
+            f"{folder} must be loaded into layers that are in memory, got {len(meta)} keys of offloaded ones, among "
+            f"them {min(meta)}: give a device_map without offloading"
+        )

@@ -147,6 +147,14 @@ def test_adapters_are_read_back_in_their_precision(case: Case, model: Any, dtype
 
 
 @needs_peft
+def test_adapters_of_offloaded_layers_are_refused(model: Any, tmp_path: Path) -> None:
+    out = gazepatch.save(patched(peft.get_peft_model(model, peft.LoraConfig(**QUERIES))), tmp_path / "saved")
+    rest = dict.fromkeys(("model.vision_tower", "model.multi_modal_projector", "lm_head"), "cpu")
+    with pytest.raises(ArtefactError, match=r"got 4 keys of offloaded ones, among them .*layers\.0"):
+        gazepatch.load(out, device_map=rest | {"model.language_model": "disk"}, offload_folder=tmp_path / "offloaded")
+
+
+@needs_peft
 def test_adapters_that_could_not_be_read_back_are_refused(model: Any, tmp_path: Path) -> None:
     settings = peft.AdaLoraConfig(target_modules=r".*language_model.*q_proj", init_r=4, target_r=2, total_step=10)
     with pytest.raises(ArtefactError, match=r"got ADALORA of PEFT.*merge_and_unload"):

@@ -76,7 +76,8 @@ def load_lora(model: Any, folder: Path) -> None:
         put_on(model, config)
     except Exception as error:  # of PEFT, safetensors and torch
         raise ArtefactError(
-            f"{folder} must hold adapters of PEFT for this model: {' '.join(str(error).split())}; get it again"
+            f"{folder} must hold adapters of PEFT for this model: {' '.join(str(error).split())}; get it again, or "
+            "load it with the versions that made it"
         ) from error
     # PEFT made them of their layers' dtype, and trains them in single precision beside layers of fewer bits.
     cast_adapter_dtype(model, NAME, any(tensor.dtype == torch.float32 for tensor in found.values()))

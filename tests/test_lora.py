@@ -140,6 +140,15 @@ def test_adapters_that_could_not_be_read_back_are_refused(model: Any, tmp_path: 
 
 
 @needs_peft
+def test_adapters_of_layers_that_are_not_there_are_refused(model: Any, tmp_path: Path) -> None:
+    out = gazepatch.save(patched(peft.get_peft_model(model, peft.LoraConfig(**QUERIES))), tmp_path / "saved")
+    path = out / "lora" / "adapter_config.json"
+    path.write_text(path.read_text().replace("language_model", "text_model"))
+    with pytest.raises(ArtefactError, match=r"text_model.* not found .*or load it with the versions that made it"):
+        gazepatch.load(out)
+
+
+@needs_peft
 def test_an_adapter_that_is_not_active_is_refused(model: Any, tmp_path: Path) -> None:
     wrapped = patched(peft.get_peft_model(model, peft.LoraConfig(**QUERIES)))
     wrapped.base_model.set_adapter([])

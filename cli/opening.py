@@ -20,11 +20,10 @@ def open_model(source: str, reading: Mapping[str, Any] | None = None) -> tuple[A
         source: Local folder or Hub id.
         reading: Settings that were given in the place of these, by `reading_options`.
     """
-    from transformers import AutoModelForImageTextToText
-
     import gazepatch
     from gazepatch.artefact.finding import artefact_folder, base_config, base_of, is_artefact
     from gazepatch.artefact.manifest import read
+    from gazepatch.artefact.weights import load_model
     from gazepatch.patch import context_tokens_of, patch_of
     from gazepatch.processors import open_processor
 
@@ -44,7 +43,7 @@ def open_model(source: str, reading: Mapping[str, Any] | None = None) -> tuple[A
             settings, tokens = config_from(given, patch_of(model).config), context_tokens_of(model)
             gazepatch.apply(gazepatch.restore(model), settings, context_tokens=tokens)
     else:
-        model = gazepatch.apply(AutoModelForImageTextToText.from_pretrained(source), settings)
+        model = gazepatch.apply(load_model(source), settings)
     return model.to(device()), processor
 
 

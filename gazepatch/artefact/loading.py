@@ -11,6 +11,7 @@ from gazepatch.artefact.checkpoint import known_layout
 from gazepatch.artefact.contents import read_artefact
 from gazepatch.artefact.finding import artefact_folder, base_config, base_of
 from gazepatch.artefact.manifest import LORA_NAME, processor_geometry
+from gazepatch.artefact.weights import load_model
 from gazepatch.config import GazeConfig
 from gazepatch.errors import ArtefactError, ConfigError
 
@@ -37,12 +38,12 @@ def load(
         **from_pretrained_kwargs: Passed on to `AutoModelForImageTextToText.from_pretrained`.
 
     Raises:
-        ConfigError: Settings of gaze were given, and an artefact has its own; or a revision of a local folder.
-        ArtefactError: The artefact is damaged, or does not fit the base model.
+        ConfigError: Settings of gaze were given, and an artefact has its own; or a revision of a local folder; or
+            `output_loading_info`.
+        ArtefactError: The artefact is damaged, or does not fit the base model, or weights of that are missing or have
+            other shapes than its `config.json` says.
         HubError: There is no such folder, and the Hub does not give it.
     """
-    from transformers import AutoModelForImageTextToText
-
     from gazepatch.lora_checkpoint import load_lora
     from gazepatch.patch import apply
 
@@ -58,7 +59,7 @@ def load(
     lora = folder / LORA_NAME
     if (manifest.provenance or {}).get("trainable") == "lora" and not lora.is_dir():
         raise ArtefactError(f"{folder} must hold the folder {LORA_NAME} that was trained with it: get it again")
-    model = AutoModelForImageTextToText.from_pretrained(source, revision=at, **from_pretrained_kwargs)
+    model: PreTrainedModel = load_model(source, revision=at, **from_pretrained_kwargs)
     manifest.check(model.config)
     if lora.exists():
         load_lora(model, lora)

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, PrinterCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from gazepatch.artefact.finding import base_config, refuse_artefact
 from gazepatch.artefact.folders import check_output
 from gazepatch.artefact.making import save
+from gazepatch.artefact.weights import load_model
 from gazepatch.config import GazeConfig, settings_of
 from gazepatch.context import initial_context_tokens
 from gazepatch.errors import ConfigError, TrainingError
@@ -77,7 +78,8 @@ def train(
         TrainingError: The data are broken or without images, a package is missing, or `out` + `.work` holds another
             training, or one that is running.
         UnsupportedModelError: The architecture has no adapter, or no layer of it can gaze.
-        ArtefactError: `source` is not a model with a processor, or an artefact already, or `out` cannot be written.
+        ArtefactError: `source` is not a model with a processor, or lacks weights, or is an artefact already, or `out`
+            cannot be written.
     """
     training = settings_of(training, TrainConfig()).changed(settings)
     config = settings_of(config, GazeConfig.paper())
@@ -165,7 +167,7 @@ def _named(source: str | Path) -> str:
 def _prepare(source: str | Path, config: GazeConfig, training: TrainConfig) -> tuple[Any, Trained]:
     """The patched model, and what of it learns."""
     set_seed(training.seed)
-    model = AutoModelForImageTextToText.from_pretrained(source)
+    model = load_model(source)
     tokens = None
     if config.context_tokens:
         # Single precision, whatever the model's: small updates would vanish in fewer bits.
@@ -176,7 +178,7 @@ def _prepare(source: str | Path, config: GazeConfig, training: TrainConfig) -> t
 
 def _teacher(source: str | Path, arguments: TrainingArguments, spread: bool) -> nn.Module:
     """A copy of the model as it was, spread over the processes if the model is."""
-    teacher: nn.Module = AutoModelForImageTextToText.from_pretrained(source).requires_grad_(False).eval()
+    teacher: nn.Module = load_model(source).requires_grad_(False).eval()
     if not spread:
         return teacher.to(arguments.device)
     layers: Any = adapter_for(teacher.config.model_type).decoder(teacher).layers  # type: ignore[union-attr, arg-type]

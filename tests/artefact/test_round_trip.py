@@ -35,12 +35,13 @@ def test_convert_then_load(base: Path, artefact: Path) -> None:
 
 @pytest.mark.parametrize("family", sorted(MODULES))
 def test_every_family_goes_round(family: str, tmp_path: Path) -> None:
-    """Converted, loaded, verified."""
+    """Converted, loaded with no weight missing, verified."""
     try:
         case = tiny(family)
     except KeyError:
         pytest.skip(f"no tiny {family}")
-    case.model.save_pretrained(tmp_path / "base")
+    # Transformers does not load what it saves of shieldgemma2 under the names of the original.
+    case.model.save_pretrained(tmp_path / "base", save_original_format=family != "shieldgemma2")
     gazepatch.convert(tmp_path / "base", tmp_path / "gaze")
     manifest = read(tmp_path / "gaze")
     manifest.check(case.model.config)

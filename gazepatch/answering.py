@@ -53,9 +53,12 @@ def answer(
     """
     streamer = _TimedStreamer(tokenizer, show)
     began = time.perf_counter()
-    settings = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens, **generate_kwargs}
+    # Whatever the model's generation config says: one answer, and a cache, without which nothing gazes.
+    settings = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "use_cache": True}
+    settings |= {"max_new_tokens": max_new_tokens, **generate_kwargs}
     with torch.no_grad():
-        out = model.generate(**inputs, **settings, streamer=streamer)
+        # Where there are stop strings, they are looked for in the words of the tokenizer.
+        out = model.generate(**inputs, **settings, streamer=streamer, tokenizer=tokenizer)
     tokens = out[0, inputs["input_ids"].shape[1] :].tolist()
     made = streamer.times[1:]  # the first one is the prompt's
     counted = stats(model) if is_patched(model) else None

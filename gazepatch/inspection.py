@@ -125,7 +125,7 @@ def _report(
         settings=in_force,
         backend=_backend(in_force.backend, device),
         spans=spans,
-        notes=_notes(spans, in_force, inputs),
+        notes=_notes(spans, in_force, inputs, root),
     )
 
 
@@ -162,12 +162,17 @@ def _call(root: Any, modality: str, inputs: Mapping[str, Any]) -> dict[str, Any]
     return call | {pixels if pixels in names else "pixel_values": inputs[pixels]}
 
 
-def _notes(spans: list[Span], settings: GazeConfig, inputs: Mapping[str, Any] | None) -> list[str]:
+def _notes(spans: list[Span], settings: GazeConfig, inputs: Mapping[str, Any] | None, root: Any) -> list[str]:
     if inputs is None:
         return []
     if not spans:
         return ["no visual tokens: the model behaves as if it were not patched"]
     notes = []
+    if settings.prefill == "dense" and _without_cache(root):
+        notes.append(
+            "the model's generation config says use_cache=false, and nothing gazes without a cache: pass "
+            "use_cache=True to generate, as the commands do"
+        )
     if without := [span for span in spans if span.grid is None]:
         where = ", ".join(f"row {span.row} [{span.start}, {span.stop})" for span in without)
         notes.append(f"the grid is not known at {where}: regions are one-dimensional runs there")
@@ -176,6 +181,11 @@ def _notes(spans: list[Span], settings: GazeConfig, inputs: Mapping[str, Any] | 
         few = f"row {row} has {tokens} visual tokens, fewer than min_visual_tokens={minimum}"
         notes.append(f"{few}: it is read whole (with 0 it would gaze)")
     return notes
+
+
+def _without_cache(root: Any) -> bool:
+    """Whether `generate` keeps no cache unless it is told to; None is transformers' default, to keep one."""
+    return getattr(getattr(root, "generation_config", None), "use_cache", None) is False
 
 
 def read_whole(spans: Iterable[Span], minimum: int) -> dict[int, int]:

@@ -72,7 +72,10 @@ def bench(
             whole.append(_prompt_and_token(model, inputs, new_tokens))
         gazed.append(_prompt_and_token(model, inputs, new_tokens))
         if not stats(model).visual_entries:
-            raise ConfigError("expected inputs with at least one image, got none: without any, both sides do the same")
+            raise ConfigError(
+                "expected tokens that read an image, got none that did, so that both sides do the same: give inputs "
+                "with at least one image"
+            )
         if progress is not None:
             progress(done + 1, rounds + 1)
     gazed, whole = gazed[1:], whole[1:]
@@ -106,7 +109,9 @@ def _prompt_and_token(model: nn.Module, inputs: Mapping[str, Any], new_tokens: i
             torch.cuda.synchronize(root.device)
         marks.append(time.perf_counter())
 
-    settings = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "num_beams": 1}
+    settings: dict[str, Any] = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    # Whatever the model's generation config says: without a cache nothing gazes.
+    settings |= {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "use_cache": True, "stop_strings": None}
     mark()
     handle = root.register_forward_hook(mark)
     try:

@@ -161,6 +161,8 @@ def generate_logits(
         min_new_tokens=steps + 1,
         do_sample=False,
         num_beams=1,
+        num_return_sequences=1,
+        stop_strings=None,
         use_cache=True,
         cache_implementation="dynamic",
         output_logits=True,

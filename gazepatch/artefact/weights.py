@@ -34,9 +34,10 @@ def load_model(source: str | Path, *, revision: str | None = None, **from_pretra
         )
     # Transformers' own error for wrong shapes points to a report in its log, which may be silent.
     random_allowed = from_pretrained_kwargs.pop("ignore_mismatched_sizes", False)
-    model, report = AutoModelForImageTextToText.from_pretrained(
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(
         source, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True, **from_pretrained_kwargs
     )
+    model, report = loaded
     _refuse_missing(source, _own(model, report["missing_keys"]))
     if not random_allowed:
         _refuse_mismatched(source, report["mismatched_keys"])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gazepatch.cli.asked import check_prompt, entries_read, max_new_tokens_option, open_images, say_notes
+from gazepatch.cli.opening import base_option
 from gazepatch.cli.output import json_option, print_json
 from gazepatch.cli.settings import reading_options
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 @max_new_tokens_option
 @click.option("--dense", is_flag=True, help="Let the model's own attention answer.")
 @click.option("--compare", is_flag=True, help="Let both answer, one after the other.")
+@base_option
 @reading_options
 @json_option
 def command(
@@ -32,6 +34,7 @@ def command(
     max_new_tokens: int,
     dense: bool,
     compare: bool,
+    base: str | None,
     as_json: bool,
     **reading: Any,
 ) -> None:
@@ -48,7 +51,7 @@ def command(
     from gazepatch.patch import restored
 
     pictures = open_images(images)
-    patched, processor = open_model(model, reading)
+    patched, processor = open_model(model, reading, base)
     inputs = prompt_inputs(patched, processor, pictures, prompt)
     answers: dict[str, Any] = {}
     for name in ("dense", "gaze") if compare else ("dense",) if dense else ("gaze",):

@@ -94,7 +94,7 @@ def _check_push(repo: str, model: str, full: bool) -> None:
     with bad_usage():
         check_repo_id(repo)
     if not full:
-        check_base(os.path.abspath(model) if os.path.isdir(model) else model)
+        check_base(os.path.abspath(model) if os.path.isdir(model) else model, "convert the model by its Hub id")
 
 
 def _check_verify(model: str, revision: str | None, config: GazeConfig) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from gazepatch.cli.opening import base_option
 from gazepatch.cli.output import bar_of, json_option, print_json, print_table
 from gazepatch.cli.settings import least_option, share_or_number
 from gazepatch.config import GazeConfig, budget_text
@@ -27,10 +28,17 @@ def _budgets(ctx: click.Context, param: click.Parameter, value: str | None) -> l
 @click.argument("data")
 @click.option("--budgets", metavar="B,B,...", callback=_budgets, help="Budgets to measure, by default the model's own.")
 @click.option("--limit", metavar="N", type=click.IntRange(min=1), help="Read the first N conversations only.")
+@base_option
 @least_option
 @json_option
 def command(
-    model: str, data: str, budgets: list[float | int], limit: int | None, as_json: bool, **reading: Any
+    model: str,
+    data: str,
+    budgets: list[float | int],
+    limit: int | None,
+    base: str | None,
+    as_json: bool,
+    **reading: Any,
 ) -> None:
     """Measure how closely MODEL with gaze follows itself dense, on conversations in DATA.
 
@@ -45,7 +53,7 @@ def command(
     records = read_records(data)  # broken data are found before any weights are read
     if lack := lack_of_images(records):
         click.echo(f"Nothing will gaze: {lack}", err=True)
-    patched, processor = open_model(model, reading)
+    patched, processor = open_model(model, reading, base)
     with bar_of("eval", " conversations") as progress:
         scores = gazepatch.evaluate(patched, processor, records, budgets=budgets, limit=limit, progress=progress)
     if as_json:

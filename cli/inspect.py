@@ -6,22 +6,25 @@ import json
 
 import click
 
+from gazepatch.cli.opening import base_option
 from gazepatch.cli.output import json_option, print_json, quiet
 
 
 @click.command("inspect")
 @click.argument("model")
+@base_option
 @json_option
-def command(model: str, as_json: bool) -> None:
+def command(model: str, base: str | None, as_json: bool) -> None:
     """Say which layers of MODEL would gaze, and why others would not.
 
     MODEL is a local folder or Hub id of a model or an artefact. No weights are read.
     """
     import gazepatch
-    from gazepatch.cli.opening import device
+    from gazepatch.cli.opening import check_base_option, device
 
     quiet()
-    report = gazepatch.inspect(model, device=device())
+    check_base_option(model, base)
+    report = gazepatch.inspect(model, device=device(), base=base)
     if as_json:
         print_json(report)
         return

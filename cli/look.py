@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from gazepatch.cli.asked import check_prompt, entries_read, max_new_tokens_option, open_images, say_notes
+from gazepatch.cli.opening import base_option
 from gazepatch.cli.output import json_option
 from gazepatch.cli.settings import reading_options
 
@@ -27,6 +28,7 @@ PAGE = Path("gaze.html")
     type=click.Path(dir_okay=False, path_type=Path),
     help=f"Page to write, in the place of the one that is there.  [default: {PAGE}]",
 )
+@base_option
 @reading_options
 @json_option
 def command(
@@ -35,6 +37,7 @@ def command(
     prompt: str,
     max_new_tokens: int,
     out: Path | None,
+    base: str | None,
     as_json: bool,
     **reading: Any,
 ) -> None:
@@ -54,7 +57,7 @@ def command(
     from gazepatch.viewer import answer_trace, render
 
     pictures = open_images(images)
-    patched, processor = open_model(model, reading)
+    patched, processor = open_model(model, reading, base)
     inputs = prompt_inputs(patched, processor, pictures, prompt)
     show = None if as_json else lambda text: click.echo(text, nl=False)
     with gazepatch.trace(patched) as trace:

@@ -64,6 +64,7 @@ def inspect(
     inputs: Mapping[str, Any] | None = None,
     *,
     device: torch.device | str | None = None,
+    base: str | Path | None = None,
 ) -> Inspection:
     """Look at a model without changing it, or at a model or an artefact by name without loading any weights.
 
@@ -71,13 +72,17 @@ def inspect(
         model: A model, patched or not; or a local folder or Hub id of a model or an artefact.
         inputs: What a processor returns for the model: its images are then located, without running the model.
         device: With a name: where the model would be, on which the backend depends.
+        base: With the name of an adapter: where its base model is, as for `gazepatch.load`.
 
     Raises:
         UnsupportedModelError: The architecture has no adapter.
-        ArtefactError: The folder holds neither a model nor an intact artefact.
+        ArtefactError: The folder holds neither a model nor an intact artefact, or `base` was given for one that has
+            weights of its own.
         HubError: There is no such folder, and the Hub does not give it.
-        GazeError: Inputs were given with a path, or a device with a model.
+        GazeError: Inputs were given with a path, or a device with a model, or a base with what is no artefact.
     """
+    if base is not None and (isinstance(model, nn.Module) or not is_artefact(model)):
+        raise GazeError("base goes with the name of an adapter artefact, got a model, which is its own: leave it out")
     if isinstance(model, nn.Module):
         if device is not None:
             raise GazeError("a model is on a device already, so none must be given: move the model instead")
@@ -89,7 +94,7 @@ def inspect(
         return _report(base_config(model), None, where)
     folder = artefact_folder(model)
     manifest = read(folder)
-    source, revision = base_of(manifest, folder)
+    source, revision = base_of(manifest, folder, base)
     report = _report(base_config(source, revision=revision), manifest.gaze, where)
     return replace(report, base_model=manifest.base_model, base_revision=manifest.base_revision)
 

@@ -111,7 +111,7 @@ def base_of(manifest: Manifest, folder: Path, base: str | Path | None = None) ->
     if os.path.isabs(manifest.base_model) and not os.path.isdir(manifest.base_model):
         raise ArtefactError(
             f"base model folder {manifest.base_model} not found: it was moved, or the artefact was made on another "
-            "machine; say where the model is with gazepatch.load(..., base=...)"
+            "machine; say where the model is with gazepatch.load(..., base=...) or --base MODEL"
         )
     return manifest.base_model, manifest.base_revision
 

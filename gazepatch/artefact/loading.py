@@ -11,6 +11,7 @@ from gazepatch.artefact.checkpoint import known_layout
 from gazepatch.artefact.contents import read_artefact
 from gazepatch.artefact.finding import artefact_folder, base_config, base_of
 from gazepatch.artefact.manifest import LORA_NAME, processor_geometry
+from gazepatch.artefact.provenance import remember
 from gazepatch.artefact.weights import load_model
 from gazepatch.config import GazeConfig
 from gazepatch.errors import ArtefactError, ConfigError
@@ -63,7 +64,10 @@ def load(
     manifest.check(model.config)
     if lora.exists():
         load_lora(model, lora)
-    return apply(model, manifest.gaze, context_tokens=tokens)
+    apply(model, manifest.gaze, context_tokens=tokens)
+    if not manifest.full:  # whose weights may have changed meanwhile, which is long to find out
+        remember(model, manifest.provenance)
+    return model
 
 
 def _refuse_settings(given: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ from gazepatch.artefact.contents import read_artefact
 from gazepatch.artefact.finding import base_config, local_checkpoint, refuse_artefact
 from gazepatch.artefact.folders import check_output, complete_folder
 from gazepatch.artefact.manifest import CARD_NAME, FILE_NAME, LORA_NAME, Manifest, processor_geometry
+from gazepatch.artefact.provenance import remembered
 from gazepatch.config import GazeConfig, settings_of
 from gazepatch.context import TOKENS_NAME, with_context_tokens, write_context_tokens
 from gazepatch.errors import ArtefactError, GazeError
@@ -126,7 +127,8 @@ def save(
         full: Write the model's own weights as they are now as well, for a model that was trained as a whole.
         processor: With `full`, what belongs beside them. By default the files of the tokenizer and the processor, and
             the licence, are copied from where the model was loaded; there is a warning if there is no processor.
-        provenance: How it was trained, for `gaze_config.json`: anything that JSON can hold.
+        provenance: How it was trained, for `gaze_config.json`: anything that JSON can hold. By default that of the
+            adapter that the model was loaded from, if its context tokens and LoRA adapters are still the same.
         force: Replace `out` if it is an artefact already, once the new one is complete.
 
     Raises:
@@ -149,6 +151,7 @@ def save(
     if base is None and not full:
         raise ArtefactError(f"an artefact names its base model, and this one {_nowhere(source)}")
     check_output(out, local, force)
+    provenance = remembered(root) if provenance is None else provenance
     manifest = replace(Manifest.of(config, gaze, base), full=full, provenance=provenance)
     if source is not None:
         geometry = processor_geometry(source, revision=manifest.base_revision)

@@ -90,7 +90,8 @@ def push(
     folder = Path(folder)
     contents = contents_of(folder)
     if not contents.manifest.full:
-        check_base(contents.manifest.base_model)
+        again = f"gazepatch.save(gazepatch.load({str(folder)!r}, base=ID), out)"
+        check_base(contents.manifest.base_model, f"write the same adapter for the model's Hub id, with {again}")
 
     api = HfApi(token=token, library_name="gazepatch")
     with hub_failures(f"pushing to {repo_id}", repo_id, _PUSH_AGAIN):
@@ -117,17 +118,17 @@ def check_repo_id(repo_id: str) -> None:
         )
 
 
-def check_base(base_model: str | None) -> None:
+def check_base(base_model: str | None, advice: str) -> None:
     """Raise ArtefactError unless others can load the base model of an adapter too: it is of no use to them otherwise.
 
     Args:
         base_model: As in its manifest: a Hub id, or the absolute path of a folder.
+        advice: How to come by an adapter with a Hub id.
     """
     if base_model is None or not is_repo_id(base_model):
         raise ArtefactError(
             f"an adapter with a folder of this machine as its base model, {base_model}, is not published, as nobody "
-            "else can load it: convert the model by its Hub id, or publish a full artefact, with the model's own files "
-            "(full=True or --full)"
+            f"else can load it: {advice}; or publish a full artefact, with the model's own files (full=True or --full)"
         )
 
 

@@ -92,16 +92,18 @@ _MODULE_OF = {
 __all__ = [*_MODULE_OF, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import version
+if not TYPE_CHECKING:  # with it, a type checker believes every name, misspelt ones too
 
-        return version("gazepatch")
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'gazepatch' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"gazepatch.{_MODULE_OF[name]}"), name)
-    globals()[name] = value  # found directly from now on
-    return value
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            from importlib.metadata import version
+
+            return version("gazepatch")
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module 'gazepatch' has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"gazepatch.{_MODULE_OF[name]}"), name)
+        globals()[name] = value  # found directly from now on
+        return value
 
 
 def __dir__() -> list[str]:

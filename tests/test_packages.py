@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -37,6 +40,25 @@ def test_every_package_has_an_init() -> None:
 def test_types_are_shipped() -> None:
     assert SETUPTOOLS["package-data"] == {"gazepatch": ["py.typed", "viewer.html"]}
     assert (ROOT / "gazepatch" / "py.typed").is_file()
+
+
+def test_type_checkers_see_names_that_are_not_there(tmp_path: Path) -> None:
+    (tmp_path / "theirs.py").write_text("import gazepatch\ngazepatch.GazeConfig\ngazepatch.laod\n")
+    # Errors of the copy itself, where much is missing, are not asked for.
+    command = [sys.executable, "-m", "mypy", "--follow-imports=silent", "--ignore-missing-imports", "theirs.py"]
+    environment = os.environ | {"MYPYPATH": str(_light_copy(tmp_path / "installed"))}
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert run.stdout.splitlines()[:-1] == ['theirs.py:3: error: Module has no attribute "laod"  [attr-defined]'], (
+        run.stdout + run.stderr
+    )
+
+
+def _light_copy(folder: Path) -> Path:
+    """The package's door, and of what lies behind it only what needs nothing heavy: to check it all takes minutes."""
+    (folder / "gazepatch").mkdir(parents=True)
+    for name in ("__init__.py", "config.py", "errors.py", "py.typed"):
+        shutil.copy(ROOT / "gazepatch" / name, folder / "gazepatch")
+    return folder
 
 
 def test_every_direct_dependency_is_pinned() -> None:

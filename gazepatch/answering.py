@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import TextStreamer
+from transformers import StopStringCriteria, TextStreamer
 
+from gazepatch.errors import ConfigError
 from gazepatch.patch import is_patched, stats
 
 
@@ -50,6 +51,9 @@ def answer(
         max_new_tokens: Longest answer.
         show: Gets the text piece by piece while it is made.
         **generate_kwargs: Passed on to `generate`.
+
+    Raises:
+        ConfigError: The model's generation config has stop strings that cannot be found with this tokenizer.
     """
     streamer = _TimedStreamer(tokenizer, show)
     began = time.perf_counter()
@@ -57,8 +61,7 @@ def answer(
     settings = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "use_cache": True}
     settings |= {"max_new_tokens": max_new_tokens, **generate_kwargs}
     with torch.no_grad():
-        # Where there are stop strings, they are looked for in the words of the tokenizer.
-        out = model.generate(**inputs, **settings, streamer=streamer, tokenizer=tokenizer)
+        out = model.generate(**inputs, **_stopping(model, tokenizer), **settings, streamer=streamer)
     tokens = out[0, inputs["input_ids"].shape[1] :].tolist()
     made = streamer.times[1:]  # the first one is the prompt's
     counted = stats(model) if is_patched(model) else None
@@ -69,6 +72,20 @@ def answer(
         per_token_s=(made[-1] - made[0]) / (len(made) - 1) if len(made) > 1 else None,
         read_share=counted.read_share if counted is not None and counted.visual_entries else None,
     )
+
+
+def _stopping(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """What `generate` needs for the stop strings of the model's generation config, if it has any."""
+    strings = getattr(model.generation_config, "stop_strings", None)
+    if not strings:
+        return {}
+    try:
+        return {"stopping_criteria": [StopStringCriteria(tokenizer, strings)], "stop_strings": None}
+    except ValueError as error:  # of tokenizers whose words transformers cannot put together
+        raise ConfigError(
+            f"expected stop_strings in the model's generation config that its tokenizer can write, got {strings!r}, at "
+            f"which transformers says {str(error)!r}: take them out of generation_config.json"
+        ) from error
 
 
 class _TimedStreamer(TextStreamer):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import transformers
-from commanding import gaze
+from commanding import fails, gaze
 
 import gazepatch
 from gazepatch.config import GazeConfig
@@ -56,6 +56,13 @@ def test_stop_strings_end_an_answer(base: Path, page: Path, tmp_path: Path) -> N
     assert len(answer["tokens"]) <= 3 and answer["text"].endswith(stop.strip())
     timing = run("bench", other, page, "this ?", "--new-tokens", 6, "--rounds", 1)
     assert timing["new_tokens"] == 6  # of a fixed number
+
+
+def test_stop_strings_that_cannot_be_found(base: Path, page: Path, tmp_path: Path) -> None:
+    other = saying(base, tmp_path / "other", stop_strings=["x"])
+    said = "expected stop_strings in the model's generation config that its tokenizer can write, got ['x']"
+    for command in ("ask", "look"):
+        fails(1, said, command, other, page, "this ?", "--json")
 
 
 def test_a_model_that_keeps_no_cache_is_noted(base: Path, page: Path, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def read_context_tokens(path: str | Path, model_type: str, hidden_size: int) -> 
             names, metadata = list(file.keys()), file.metadata() or {}
             tokens = file.get_tensor(TENSOR) if names == [TENSOR] else None
     except (SafetensorError, OSError, ValueError) as error:
-        raise ArtefactError(f"{path} is no intact safetensors file: {error}; get it again") from None
+        raise ArtefactError(f"{path} is not a valid safetensors file: {error}; get a new copy") from None
     if tokens is None:
         listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         raise ArtefactError(f"{path} must hold one tensor, {TENSOR}, got {listed or 'none'}")

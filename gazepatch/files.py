@@ -25,7 +25,7 @@ def place_of(path: Path) -> Path:
     """
     path = path.resolve()
     if path.exists() and not path.is_file():
-        raise OSError(f"{path} is no regular file, and none can be put in its place: give another path")
+        raise OSError(f"{path} is not a regular file, and cannot be replaced by one: give another path")
     if not path.parent.is_dir():
         raise OSError(f"no folder {path.parent} to write {path.name} to")
     if not os.access(path.parent, os.W_OK):

@@ -76,7 +76,7 @@ def load_lora(model: Any, folder: Path) -> None:
         put_on(model, config)
     except Exception as error:  # of PEFT, safetensors and torch
         raise ArtefactError(
-            f"{folder} must hold adapters of PEFT for this model: {' '.join(str(error).split())}; get it again, or "
+            f"{folder} must hold adapters of PEFT for this model: {' '.join(str(error).split())}; get a new copy, or "
             "load it with the versions that made it"
         ) from error
     # PEFT made them of their layers' dtype, and trains them in single precision beside layers of fewer bits.
@@ -112,7 +112,7 @@ def _compare(folder: Path, expected: Mapping[str, Tensor], found: Mapping[str, T
         if keys:
             raise ArtefactError(
                 f"{folder} must fit the model's layers key by key, got {len(keys)} {what} keys, among them "
-                f"{min(keys)}; get it again, or load it with the versions that made it"
+                f"{min(keys)}; get a new copy, or load it with the versions that made it"
             )
     if meta := [key for key, held in expected.items() if held.is_meta]:  # where values vanish without a word
         raise ArtefactError(

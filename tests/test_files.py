@@ -37,7 +37,7 @@ def test_places_for_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert place_of(tmp_path / "link") == tmp_path / "target" and place_of(tmp_path / "new") == tmp_path / "new"
     os.mkfifo(tmp_path / "pipe")
     for name in ("pipe", "."):
-        with pytest.raises(OSError, match="is no regular file"):
+        with pytest.raises(OSError, match="is not a regular file"):
             place_of(tmp_path / name)
     with pytest.raises(OSError, match=r"no folder .*gone to write page to"):
         place_of(tmp_path / "gone" / "page")

@@ -239,7 +239,7 @@ SOURCE_DAMAGE: dict[str, tuple[Damage, str]] = {
         "expected model.safetensors or model.safetensors.index.json in .*, got neither",
     ),
     "missing shard": (lambda f: a_shard(f).unlink(), "lacks model-00001-of-.*, which its index names"),
-    "cut shard": (lambda f: a_shard(f).write_bytes(a_shard(f).read_bytes()[:-1]), "is no intact safetensors file"),
+    "cut shard": (lambda f: a_shard(f).write_bytes(a_shard(f).read_bytes()[:-1]), "is not a valid safetensors file"),
     "index of nothing": (change("model.safetensors.index.json", lambda v: v.clear()), "must map tensors to shards"),
     "index no JSON": (lambda f: (f / "model.safetensors.index.json").write_text("{"), "must map tensors to shards"),
     "index nested without end": (

@@ -109,7 +109,7 @@ def test_bad_usage(artefact: Path, page: Path, tmp_path: Path) -> None:
     for message, args in (
         ("does not exist", (artefact, "no.png", "this")),
         ("no folder", (artefact, page, "this", "-o", tmp_path / "no" / "look.html")),
-        ("is no regular file", (artefact, page, "this", "-o", os.devnull)),
+        ("is not a regular file", (artefact, page, "this", "-o", os.devnull)),
     ):
         result = look(*args)
         assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1

@@ -107,11 +107,11 @@ def shards_of(index: Path) -> list[Path]:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         shards = [Path(name) for name in names]
     except (ValueError, RecursionError, KeyError, AttributeError, TypeError) as error:
-        raise ArtefactError(f"{index} must map tensors to shards in weight_map: {error!r}; get it again") from None
+        raise ArtefactError(f"{index} must map tensors to shards in weight_map: {error!r}; get a new copy") from None
     if bad := [str(shard) for shard in shards if shard.name != str(shard) or shard.suffix != WEIGHTS_SUFFIX]:
         raise ArtefactError(f"{index} must name safetensors files beside it, got {', '.join(bad)}")
     if not shards:
-        raise ArtefactError(f"{index} must name at least one shard, got none: get it again")
+        raise ArtefactError(f"{index} must name at least one shard, got none: get a new copy")
     return shards
 
 
@@ -119,7 +119,7 @@ def key_layout(folder: Path) -> str:
     """A fingerprint of the names and shapes of all tensors of a checkpoint, from the headers of its files alone.
 
     Raises:
-        ArtefactError: As `weight_files`, or a file is no intact safetensors file.
+        ArtefactError: As `weight_files`, or a file is not a valid safetensors file.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -130,7 +130,7 @@ def key_layout(folder: Path) -> str:
             with safe_open(folder / name, framework="numpy") as file:
                 tensors += [(key, list(file.get_slice(key).get_shape())) for key in file.keys()]  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as error:
-            raise ArtefactError(f"{folder / name} is no intact safetensors file: {error}; get it again") from None
+            raise ArtefactError(f"{folder / name} is not a valid safetensors file: {error}; get a new copy") from None
     for tensor in sorted(tensors):
         digest.update(json.dumps(tensor).encode())
     return digest.hexdigest()
@@ -182,9 +182,9 @@ def config_values(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # bad JSON and bad UTF-8 alike, and JSON nested without end
-        raise ArtefactError(f"{path} must be a JSON object: {error}; get the model again") from None
+        raise ArtefactError(f"{path} must be a JSON object: {error}; get a new copy of the model") from None
     if not isinstance(values, dict):
-        raise ArtefactError(f"{path} must be a JSON object, got {type(values).__name__}; get the model again")
+        raise ArtefactError(f"{path} must be a JSON object, got {type(values).__name__}; get a new copy of the model")
     return values
 
 

@@ -77,7 +77,7 @@ def _check_settings(folder: Path, manifest: Manifest) -> None:
     if manifest.full and path.is_file() and config_values(path).get("gaze") != manifest.gaze.to_dict():
         raise ArtefactError(
             f"the settings in {path} differ from those in {FILE_NAME}, as if files of two artefacts had been mixed: "
-            "get it again, or make it again"
+            "get a new copy, or make it again"
         )
 
 
@@ -117,7 +117,7 @@ def _contents_of(folder: Path, manifest: Manifest) -> Contents:
         else:
             left_out.append(f"{name}/" if path.is_dir() else name)
     if missing := sorted(required - files.keys()):
-        raise ArtefactError(f"{folder} must hold {', '.join(missing)}: it is no whole artefact, make it again")
+        raise ArtefactError(f"{folder} must hold {', '.join(missing)}: the artefact is incomplete, make it again")
     return Contents(manifest, files, tuple(left_out))
 
 

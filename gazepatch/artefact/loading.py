@@ -59,7 +59,7 @@ def load(
     manifest.check_files(processor_geometry(source, revision=at, **hub), layout)
     lora = folder / LORA_NAME
     if (manifest.provenance or {}).get("trainable") == "lora" and not lora.is_dir():
-        raise ArtefactError(f"{folder} must hold the folder {LORA_NAME} that was trained with it: get it again")
+        raise ArtefactError(f"{folder} must hold the folder {LORA_NAME} that was trained with it: get a new copy")
     model: PreTrainedModel = load_model(source, revision=at, **from_pretrained_kwargs)
     manifest.check(model.config)
     if lora.exists():

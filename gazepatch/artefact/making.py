@@ -180,7 +180,7 @@ def record_fidelity(folder: Path, fidelity: Mapping[str, Any]) -> None:
     """Write what was measured against dense into an artefact's manifest and card; each file is replaced at once.
 
     Raises:
-        ArtefactError: The folder is no intact artefact.
+        ArtefactError: The folder is not a valid artefact.
     """
     manifest, _ = read_artefact(folder)
     _write_manifest(folder, replace(manifest, fidelity=fidelity), licence_of(folder))

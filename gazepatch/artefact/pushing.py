@@ -80,7 +80,7 @@ def push(
 
     Raises:
         ConfigError: `repo_id` or `revision` is malformed.
-        ArtefactError: The folder is no whole artefact, or names a base model that nobody else can load.
+        ArtefactError: The folder is not a whole artefact, or names a base model that nobody else can load.
         HubError: The Hub cannot be reached or refuses; the message says what to do before pushing again.
     """
     from huggingface_hub import HfApi

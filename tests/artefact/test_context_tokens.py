@@ -109,12 +109,12 @@ def huge(path: Path) -> None:
 
 Damage = Callable[[Path], object]
 DAMAGE: dict[str, tuple[Damage, str]] = {
-    "empty": (lambda path: path.write_bytes(b""), "is no intact safetensors file"),
-    "cut off": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "is no intact safetensors file"),
-    "header cut off": (lambda path: path.write_bytes(path.read_bytes()[:40]), "is no intact safetensors file"),
-    "longer": (lambda path: path.write_bytes(path.read_bytes() + b"0"), "is no intact safetensors file"),
-    "a pickle": (pickled, "is no intact safetensors file"),
-    "a header of 2 GB": (claims_two_gigabytes, "is no intact safetensors file"),
+    "empty": (lambda path: path.write_bytes(b""), "is not a valid safetensors file"),
+    "cut off": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "is not a valid safetensors file"),
+    "header cut off": (lambda path: path.write_bytes(path.read_bytes()[:40]), "is not a valid safetensors file"),
+    "longer": (lambda path: path.write_bytes(path.read_bytes() + b"0"), "is not a valid safetensors file"),
+    "a pickle": (pickled, "is not a valid safetensors file"),
+    "a header of 2 GB": (claims_two_gigabytes, "is not a valid safetensors file"),
     "a huge file": (huge, "context tokens have at most"),
     "one dimension": (
         lambda path: save_file({"context_tokens": tokens().view(-1)}, path, **good_file()),

@@ -98,6 +98,9 @@ class Trained:
             return output
 
         self.model.register_forward_hook(reach)
+        if self.trainable == "lora":
+            decoder = patch_of(self.model).runtime.adapter.decoder(self.model)
+            decoder.register_forward_pre_hook(_want_gradients, with_kwargs=True)
 
     def learn(self, wrapped: nn.Module) -> None:
         """Put the model, in whatever processes share it by, into training mode, but for what has to stay as it is.
@@ -132,6 +135,17 @@ class Trained:
                 yield wrapped
         finally:
             wrapped.train(training)
+
+
+def _want_gradients(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Have the decoder's input want gradients, with an image or without.
+
+    FSDP2 hands in those of a layer when they are passed on to its input. Without any, those of the first layer come
+    last, while a process whose records have images hands in the same where they belong.
+    """
+    embeds = kwargs.get("inputs_embeds")
+    if torch.is_grad_enabled() and embeds is not None and not embeds.requires_grad:
+        embeds.requires_grad_()
 
 
 def _still(module: nn.Module, decoder: nn.Module) -> Iterator[nn.Module]:

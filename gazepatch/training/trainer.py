@@ -58,9 +58,6 @@ class GazeTrainer(Trainer):
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
             plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or trained.layer_classes()
-            # A layer whose input needs no gradient hands in its own last, and in a process without images that would be
-            # the first layer: the others would hand in theirs for another one.
-            trainer["model"].enable_input_require_grads()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Shuffled:
         return self.order

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import transformers.utils.hub
 
 from hub.routes import Routes
 from hub.state import Hub
@@ -49,5 +50,7 @@ def client_uses(url: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "no token"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", "hf_writer")
+    # Newer transformers keep a client, whose address may be that of a Hub of another test by now.
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
     never = types.SimpleNamespace(sleep=lambda seconds: None)
     monkeypatch.setattr(huggingface_hub.utils._http, "time", never)  # it waits 23 s in all before it gives up

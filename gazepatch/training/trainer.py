@@ -183,11 +183,14 @@ def logits_at(model: nn.Module, inputs: Mapping[str, Any], columns: Tensor, kept
     """
     root: Any = root_model(model)
     dtype = root.get_input_embeddings().weight.dtype  # which the model's own pixels may not have
-    inputs = {
-        name: x.to(dtype) if "pixel_values" in name and torch.is_tensor(x) and x.is_floating_point() else x
-        for name, x in inputs.items()
-    }
+    inputs = {name: x.to(dtype) if _is_pixels(name, x) else x for name, x in inputs.items()}
     logits: Tensor = model(**inputs, use_cache=False, logits_to_keep=columns).logits
     if logits.shape[1] != len(columns):  # some families take no `logits_to_keep`, and say nothing
         logits = logits[:, columns]
     return logits[kept]
+
+
+def _is_pixels(name: str, value: Any) -> bool:
+    """By the names that processors give them: other numbers, such as seconds of frames, keep their precision."""
+    named = "pixel_values" in name or "patches" in name
+    return named and torch.is_tensor(value) and value.is_floating_point()

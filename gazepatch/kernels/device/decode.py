@@ -9,7 +9,7 @@ Where little is read, what takes long is not reading but one instruction after t
 one division where regions fit into tiles, loops over text and periphery that have no tiles are jumped over, and
 addresses of visual entries differ from tile to tile by one number where a tile is of one region.
 
-Source: split-KV as in FlashDecoding; the combination as in https://arxiv.org/abs/2310.01889.
+Source: split-KV as in FlashDecoding.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from gazepatch.kernels.device.arrival import arrive
+from gazepatch.kernels.device.combination import combine, together
 from gazepatch.kernels.device.scores import LOG2E, LOWEST, in_powers_of_two, scores_of
 
 
@@ -213,7 +214,7 @@ def decode_kernel(
                 PRECISION,
             )
 
-    row_max, row_sum, acc = _together(row_max, row_sum, acc, PARTS)
+    row_max, row_sum, acc = together(row_max, row_sum, acc, PARTS)
     p_output = output + group * (ROWS * VALUE_DIM)
     o_row = rows[None, :] * VALUE_DIM + value_dims[:, None]
     inside = (rows < ROWS)[None, :] & (value_dims < VALUE_DIM)[:, None]
@@ -227,7 +228,7 @@ def decode_kernel(
         tl.store(p_partial + split * (ROWS * VALUE_DIM) + o_row, acc, mask=inside)
         if arrive(arrived + group, WAITS) == splits - 1:
             tl.store(arrived + group, 0)
-            _combine(p_partial, p_max_and_sum, splits, p_output, ROWS, VALUE_DIM, BLOCK_G, BLOCK_V, BLOCK_S)
+            combine(p_partial, p_max_and_sum, splits, p_output, ROWS, VALUE_DIM, BLOCK_G, BLOCK_V, BLOCK_S)
 
 
 @triton.jit
@@ -280,8 +281,7 @@ def _read_others(
         x = scores_of(_product(k, q, PARTS, PRECISION), scale, softcap, CAPPED)
         if HAS_BIAS:
             x += (tl.load(p_bias + token, mask=there, other=0.0) * LOG2E)[:, :, None]
-        x = tl.where(there[:, :, None], x, -float("inf"))
-        row_max, row_sum, acc = _attend(x, v, row_max, row_sum, acc, PARTS, PRECISION)
+        row_max, row_sum, acc = _attend(x, there, v, row_max, row_sum, acc, PARTS, PRECISION)
     return row_max, row_sum, acc
 
 
@@ -326,8 +326,7 @@ def _read_runs(
         p_slots = p_values + first * VALUE_DIM + (slot[:, None, :] * VALUE_DIM + value_dims[None, :, None])
         v = tl.load(p_slots, mask=there[:, None, :] & in_value, other=0.0)
         x = scores_of(_product(k, q, PARTS, PRECISION), scale, softcap, CAPPED)
-        x = tl.where(there[:, :, None], x, -float("inf"))
-        row_max, row_sum, acc = _attend(x, v, row_max, row_sum, acc, PARTS, PRECISION)
+        row_max, row_sum, acc = _attend(x, there, v, row_max, row_sum, acc, PARTS, PRECISION)
     return row_max, row_sum, acc
 
 
@@ -365,8 +364,7 @@ def _read_periphery(
         x = tl.load(p_logits + window[:, :, None], mask=shown, other=0.0) * LOG2E
         p_window = p_means + window.to(tl.int64)[:, None, :] * VALUE_DIM
         v = tl.load(p_window, mask=inside[:, None, :] & in_value, other=0.0)
-        x = tl.where((read == 0)[:, :, None], x, -float("inf"))
-        row_max, row_sum, acc = _attend(x, v, row_max, row_sum, acc, PARTS, PRECISION)
+        row_max, row_sum, acc = _attend(x, read == 0, v, row_max, row_sum, acc, PARTS, PRECISION)
     return row_max, row_sum, acc
 
 
@@ -390,46 +388,9 @@ def _slots(p_runs, tile, cells, places, pieces, PER_TILE: tl.constexpr, IN_PIECE
 
 
 @triton.jit
-def _combine(
-    p_partial,
-    p_max_and_sum,
-    splits,
-    p_output,
-    ROWS: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    LOWEST: tl.constexpr = LOWEST,
-):
-    """Put together what the programs of a selection found, BLOCK_S of them at a time: one wait for all their loads."""
-    rows, dims = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_V)
-    inside = (rows < ROWS)[:, None] & (dims < VALUE_DIM)[None, :]
-    o_row = rows[:, None] * VALUE_DIM + dims[None, :]
-    row_max = tl.full([BLOCK_G], LOWEST, tl.float32)
-    row_sum = tl.zeros([BLOCK_G], tl.float32)
-    acc = tl.zeros([BLOCK_G, BLOCK_V], tl.float32)
-    for at in range(0, splits, BLOCK_S):
-        split = at + tl.arange(0, BLOCK_S)
-        p_split = p_max_and_sum + split[None, :] * (ROWS * 2) + rows[:, None] * 2
-        known = (split < splits)[None, :] & (rows < ROWS)[:, None]
-        maxima = tl.load(p_split, mask=known, other=LOWEST, cache_modifier=".cg")
-        sums = tl.load(p_split + 1, mask=known, other=0.0, cache_modifier=".cg")
-        p_found = p_partial + split[None, :, None] * (ROWS * VALUE_DIM) + o_row[:, None, :]
-        among = (split < splits)[None, :, None] & inside[:, None, :]
-        found = tl.load(p_found, mask=among, other=0.0, cache_modifier=".cg")
-        new_max = tl.maximum(row_max, tl.max(maxima, 1))
-        share, keep = tl.exp2(maxima - new_max[:, None]), tl.exp2(row_max - new_max)
-        acc = acc * keep[:, None] + tl.sum(found * share[:, :, None], 1)
-        row_sum = row_sum * keep + tl.sum(sums * share, 1)
-        row_max = new_max
-    result = acc / tl.where(rows < ROWS, row_sum, 1.0)[:, None]
-    tl.store(p_output + o_row, result.to(p_output.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _attend(x, v, row_max, row_sum, acc, PARTS: tl.constexpr, PRECISION: tl.constexpr):
-    """Take scores `x` `[P, N, M]`, in powers of two, and their values `[P, D_v, N]` into running softmaxes."""
+def _attend(x, shown, v, row_max, row_sum, acc, PARTS: tl.constexpr, PRECISION: tl.constexpr):
+    """Take scores `x` `[P, N, M]`, in powers of two, and values `[P, D_v, N]` into running softmaxes, where `shown`."""
+    x = tl.where(shown[:, :, None], x, -float("inf"))
     new_max = tl.maximum(row_max, tl.max(x, 1))
     p, keep = tl.exp2(x - new_max[:, None, :]), tl.exp2(row_max - new_max)
     acc = acc * keep[:, None, :] + _product(v, p.to(v.dtype), PARTS, PRECISION)
@@ -445,34 +406,3 @@ def _product(x, y, PARTS: tl.constexpr, PRECISION: tl.constexpr):
         flat_x, flat_y = tl.reshape(x, [x.shape[1], x.shape[2]]), tl.reshape(y, [y.shape[1], y.shape[2]])
         product = tl.dot(flat_x, flat_y, input_precision=PRECISION)[None, :, :]
     return product
-
-
-@triton.jit
-def _together(row_max, row_sum, acc, PARTS: tl.constexpr):
-    """One softmax of the first axis."""
-    new_max = tl.max(row_max, 0)
-    share = tl.exp2(row_max - new_max[None, :])
-    return new_max, tl.sum(row_sum * share, 0), _sum_of_parts(acc * share[:, None, :], PARTS)
-
-
-@triton.jit
-def _sum_of_parts(x, PARTS: tl.constexpr):
-    """`tl.sum` over the first axis, whose parts are those of the warps.
-
-    All parts of a number come to one thread, which adds them up: a reduction would shuffle them, and then go through
-    shared memory once more.
-    """
-    x = tl.permute(x, (1, 2, 0))
-    if PARTS == 1:
-        total = tl.reshape(x, [x.shape[0], x.shape[1]])
-    elif PARTS == 2:
-        first, second = tl.split(x)
-        total = first + second
-    elif PARTS == 4:
-        first, second = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], 2, 2]))
-        one, two = tl.split(first)
-        three, four = tl.split(second)
-        total = (one + two) + (three + four)
-    else:
-        total = tl.sum(x, 2)
-    return total

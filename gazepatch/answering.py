@@ -13,6 +13,10 @@ from transformers import StopStringCriteria, TextStreamer
 from gazepatch.errors import ConfigError
 from gazepatch.patch import is_patched, stats
 
+#: Arguments of `generate` for one greedy answer, whatever the model's generation config says. Without a cache nothing
+#: gazes.
+ONE_ANSWER: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "use_cache": True}
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -57,9 +61,7 @@ def answer(
     """
     streamer = _TimedStreamer(tokenizer, show)
     began = time.perf_counter()
-    # Whatever the model's generation config says: one answer, and a cache, without which nothing gazes.
-    settings = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "use_cache": True}
-    settings |= {"max_new_tokens": max_new_tokens, **generate_kwargs}
+    settings = {**ONE_ANSWER, "max_new_tokens": max_new_tokens, **generate_kwargs}
     with torch.no_grad():
         out = model.generate(**inputs, **_stopping(model, tokenizer), **settings, streamer=streamer)
     tokens = out[0, inputs["input_ids"].shape[1] :].tolist()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from gazepatch.errors import ConfigError
 from gazepatch.inspection import locate, read_whole
-from gazepatch.lora import has_lora, without_lora
+from gazepatch.lora import without_lora
 from gazepatch.patch import (
     context_tokens_of,
     dense,
@@ -163,7 +162,7 @@ def _follow(model: Any, batch: Mapping[str, Any], whole: bool, sums: Sequence[_S
     labels = inputs.pop("labels")
     columns, kept, answer = supervised(labels)
     choosing = torch.zeros_like(labels, dtype=torch.bool).index_copy(1, columns, kept)
-    with dense(model), without_lora(root) if has_lora(root) else nullcontext():
+    with dense(model), without_lora(root):
         densely = logits_at(model, inputs, columns, kept)
     for of_budget in sums:
         set_budget(model, of_budget.budget)

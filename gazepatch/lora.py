@@ -118,7 +118,10 @@ def has_lora(model: Any) -> bool:
 
 @contextmanager
 def without_lora(model: Any) -> Iterator[None]:
-    """The model without its adapters for the length of a `with` block."""
+    """The model without its adapters, if it has any, for the length of a `with` block."""
+    if not has_lora(model):
+        yield
+        return
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     copies = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gazepatch.answering import ONE_ANSWER
 from gazepatch.errors import ConfigError
 from gazepatch.patch import generating_model, restored, stats
 
@@ -109,9 +110,7 @@ def _prompt_and_token(model: nn.Module, inputs: Mapping[str, Any], new_tokens: i
             torch.cuda.synchronize(root.device)
         marks.append(time.perf_counter())
 
-    settings: dict[str, Any] = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
-    # Whatever the model's generation config says: without a cache nothing gazes.
-    settings |= {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "use_cache": True, "stop_strings": None}
+    settings = {**ONE_ANSWER, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "stop_strings": None}
     mark()
     handle = root.register_forward_hook(mark)
     try:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from gazepatch.answering import ONE_ANSWER
 from gazepatch.config import GazeConfig, budget_text
 from gazepatch.errors import ConfigError
 from gazepatch.patch import (
@@ -157,13 +158,10 @@ def generate_logits(
     forced = None if tokens is None else lambda row, ids: tokens[row, len(ids) - prompt, None].tolist()
     out = root.generate(
         **_copied(inputs),
+        **ONE_ANSWER,
         max_new_tokens=steps + 1,
         min_new_tokens=steps + 1,
-        do_sample=False,
-        num_beams=1,
-        num_return_sequences=1,
         stop_strings=None,
-        use_cache=True,
         cache_implementation="dynamic",
         output_logits=True,
         return_dict_in_generate=True,

@@ -117,6 +117,7 @@ class GazeState:
 
         `spans` are its visual tokens, by slot, and those before it that were kept like text because of a cut.
         """
+        self._make_way(self.tokens + new_tokens - (0 if insertion is None else insertion.inserted))
         self.check_whole()
         self.running = self.broken = True
         if insertion is not None:
@@ -128,6 +129,9 @@ class GazeState:
         if self.chunk is not None:
             self._extend(self.chunk, new_tokens)
         self.new_tokens = new_tokens
+
+    def _make_way(self, tokens: int) -> None:
+        """A forward starts that brings the sequence to so many tokens: refuse it where there is no room."""
 
     def check_whole(self) -> None:
         """Raise CacheError if the last change failed."""

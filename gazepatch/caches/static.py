@@ -7,7 +7,6 @@ from one step to the next. So a step compiles once, and can be captured in a CUD
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -21,8 +20,6 @@ from gazepatch.caches.state import GazeState, bias_of
 from gazepatch.config import GazeConfig
 from gazepatch.counters import StepCounters
 from gazepatch.errors import CacheError
-from gazepatch.insertion import Insertion
-from gazepatch.layout import Span
 from gazepatch.ops.pending import PendingEntry
 from gazepatch.score_mod import as_bias
 
@@ -76,23 +73,13 @@ class StaticState(GazeState):
                     "make one with a larger max_cache_len"
                 )
 
-    def begin(
-        self,
-        spans: Sequence[Span],
-        rows: int,
-        new_tokens: int,
-        insertion: Insertion | None = None,
-        prompt: bool = True,
-    ) -> None:
-        """A prompt starts."""
-        tokens = self.tokens + new_tokens - (0 if insertion is None else insertion.inserted)
+    def _make_way(self, tokens: int) -> None:
         if tokens > self.capacity:
             raise CacheError(
                 f"this static cache has room for {self.capacity} tokens, got {tokens}: make one with a larger "
                 "max_cache_len"
             )
-        self.ready = False
-        super().begin(spans, rows, new_tokens, insertion, prompt)
+        self.ready = False  # as only prompts start so
 
     def finish(self, completed: bool) -> None:
         """The forward is over; a prompt leaves everything ready for steps."""

@@ -35,14 +35,15 @@ class Trained:
     def __init__(self, model: Any, trainable: str, *, lora_rank: int) -> None:
         self.model, self.trainable = model, trainable
         self.teacher: nn.Module | None = None
+        self._decoder = patch_of(model).runtime.adapter.decoder(model)
         model.requires_grad_(trainable == "full")
         self._dtypes = widen(model) if trainable == "full" else {}
         if trainable == "lora":
-            add_lora(model, patch_of(model).runtime.adapter.decoder(model), lora_rank)
+            add_lora(model, self._decoder, lora_rank)
         if (tokens := context_tokens_of(model)) is not None:
             tokens.requires_grad_(True)
         self.names = [name for name, held in model.named_parameters() if held.requires_grad]
-        self._still = [*_still(model, patch_of(model).runtime.adapter.decoder(model))]
+        self._still = [*_still(model, self._decoder)]
 
     def gathered(self, keep: bool = True) -> dict[str, Tensor]:
         """These parameters, whole, on the CPU, one after the other; every process must call it, and may keep none."""
@@ -82,7 +83,7 @@ class Trained:
 
     def layer_classes(self) -> list[str]:
         """`sharded.layer_classes` of the model."""
-        return layer_classes(patch_of(self.model).runtime.adapter.decoder(self.model))
+        return layer_classes(self._decoder)
 
     def reach_all(self) -> None:
         """Let every pass reach all of these parameters, with a gradient of nothing if need be.
@@ -99,8 +100,7 @@ class Trained:
 
         self.model.register_forward_hook(reach)
         if self.trainable == "lora":
-            decoder = patch_of(self.model).runtime.adapter.decoder(self.model)
-            decoder.register_forward_pre_hook(_want_gradients, with_kwargs=True)
+            self._decoder.register_forward_pre_hook(_want_gradients, with_kwargs=True)
 
     def learn(self, wrapped: nn.Module) -> None:
         """Put the model, in whatever processes share it by, into training mode, but for what has to stay as it is.
@@ -131,6 +131,7 @@ class Trained:
         training = wrapped.training
         wrapped.eval()
         try:
+            # Adapters that the model came with are part of it.
             with dense(wrapped), without_lora(root_model(wrapped)) if self.trainable == "lora" else nullcontext():
                 yield wrapped
         finally:

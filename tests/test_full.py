@@ -169,6 +169,18 @@ def test_a_trained_model_is_saved_whole(base: Path, tmp_path: Path) -> None:
     assert torch.equal(again(**case.inputs).logits, model(**case.inputs).logits)
 
 
+def test_the_type_is_that_of_the_weights(tmp_path: Path) -> None:
+    case = tiny("emu3")  # whose text decoder comes first
+    model = case.model.bfloat16()
+    context = torch.nn.Parameter(torch.randn(3, model.config.text_config.hidden_size))
+    gazepatch.apply(model, SETTINGS, context_tokens=context)
+    assert model.dtype == torch.float32  # that of what learns
+    out = gazepatch.save(model, tmp_path / "full", full=True)
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    loaded = gazepatch.load(out)
+    assert {held.dtype for held in loaded.parameters()} == {torch.bfloat16}
+
+
 def test_what_belongs_beside_the_weights_is_saved_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     base = write_reader(tmp_path / "base")
     (base / "LICENSE").write_text("free")

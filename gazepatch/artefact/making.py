@@ -163,6 +163,7 @@ def save(
             save_lora(root, folder / LORA_NAME)
         if full:
             root.save_pretrained(folder)
+            add_to_config(folder, {"dtype": _dtype_of_weights(root)})
             if processor is not None:
                 processor.save_pretrained(folder)
             elif source is not None:
@@ -203,6 +204,15 @@ def _nowhere(source: str | None) -> str:
         f"was loaded from {source!r}, which is neither a folder (seen from here) nor a model of the Hub: set "
         "model.config._name_or_path to the folder"
     )
+
+
+def _dtype_of_weights(root: PreTrainedModel) -> str:
+    """As transformers names a model's type after its first parameter, which context tokens are in some families."""
+    from gazepatch.patch import context_tokens_of
+
+    tokens = context_tokens_of(root)
+    own = (held for held in root.parameters() if held is not tokens and held.is_floating_point())
+    return str(next(own).dtype).removeprefix("torch.")
 
 
 def _copy_beside(source: str, revision: str | None, folder: Path) -> None:

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from contexts import GAZE, assert_close, context
 from stepping import WHOLE
-from tiny import CORE, Case, batch, tiny
+from tiny import CORE, Case, batch, text, tiny
 from torch import Tensor, nn
 
 import gazepatch
+from gazepatch import UnsupportedModelError
 from gazepatch.patch import apply, context_tokens_of, patched, restore
 from gazepatch.verification import _uncached, generate_logits
 
@@ -110,6 +112,18 @@ def test_a_decoder_whose_layers_alone_say_that_they_are_checkpointed() -> None:
     assert len(expected) > 10
     for name, gradient in expected.items():
         assert_close(model.get_parameter(name).grad, gradient)
+
+
+@pytest.mark.parametrize("kind", [transformers.StableLmConfig, transformers.NemotronConfig])
+def test_layers_that_hand_nothing_on_cannot_be_checkpointed(case: Case, kind: type) -> None:
+    config = transformers.LlavaConfig(vision_config=case.model.config.vision_config, text_config=text(kind))
+    config.image_token_index = case.model.config.image_token_index
+    model = transformers.LlavaForConditionalGeneration(config).train()
+    with checkpointing(model, reentrant=False), patched(model, GAZE):
+        with pytest.raises(UnsupportedModelError, match=r"call model\.gradient_checkpointing_disable\(\)"):
+            model(**case.inputs)
+        model.gradient_checkpointing_disable()
+        model(**case.inputs, labels=case.inputs["input_ids"]).loss.backward()
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])

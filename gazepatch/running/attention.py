@@ -23,7 +23,7 @@ from gazepatch.caches.layer import GazeLayer
 from gazepatch.caches.static import StaticState
 from gazepatch.running.arguments import refuse_unsupported, scores_of, tempered
 from gazepatch.running.call import Attended, Call, implementation
-from gazepatch.running.checkpointing import OF_FORWARD
+from gazepatch.running.checkpointing import handed_on
 from gazepatch.running.forward import Forward
 from gazepatch.running.masks import as_4d, block_mask, by_position, of_keys
 from gazepatch.running.prompt import gaze, see_own_image
@@ -69,7 +69,7 @@ class GazeAttention:
             attention_mask = block_mask(module, query, key, attention_mask, **kwargs)
         running = self.runtime.running
         latents, running.latents = running.latents, None
-        forward: Forward | None = kwargs.pop(OF_FORWARD, None) or running.forward
+        forward = handed_on(module, kwargs, running.forward)
         if forward is None or forward.plain:
             return self.dense(module, query, key, value, attention_mask, **kwargs)
         if forward.state.slots.inserted and getattr(module, "attn_temperature_tuning", False) and not module.use_rope:

@@ -14,7 +14,7 @@ from gazepatch.caches.name import CACHE, FORMER
 from gazepatch.caches.state import GazeState
 from gazepatch.errors import PatchError, UnsupportedModelError
 from gazepatch.insertion import Insertion
-from gazepatch.running.checkpointing import OF_FORWARD, checkpoints, runs_again
+from gazepatch.running.checkpointing import checkpoints, hand_on, runs_again
 from gazepatch.running.cross_attention import start_cross_attention, step_cross_attention
 from gazepatch.running.forward import Forward
 from gazepatch.running.masks import Documents, documents
@@ -95,8 +95,8 @@ class DecoderHooks:
             call = lengthen(call, state, forward.insertion, self._context_tokens(decoder), cache)
         if runtime.store_of:
             self._keep_queries(call, forward)
-        if runs_again(decoder, self.signature) and (forward.insertion is not None or forward.routes):
-            call[OF_FORWARD] = forward
+        if runs_again(decoder) and (forward.insertion is not None or forward.routes):
+            hand_on(forward, call, self.signature)
         return call
 
     def _context_tokens(self, decoder: nn.Module) -> Tensor:

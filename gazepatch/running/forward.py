@@ -33,6 +33,7 @@ class Forward:
         documents: Sequences that are packed into its rows, where it has context tokens; None without any.
         cross_attention: The same as cross-attention layers see it, whose keys are images; None in other families.
         plain: Whether it is a step that the model's own attention takes as it would unpatched, in every layer.
+        runs_again: Whether its layers will be run once more when it is over, for their gradients.
     """
 
     state: GazeState
@@ -47,6 +48,7 @@ class Forward:
     documents: Documents | None = None
     cross_attention: Forward | None = None
     plain: bool = False
+    runs_again: bool = False
     _own_images: dict[torch.device, OwnImage] = field(default_factory=dict)
     _bias: tuple[Tensor | None, torch.device, Tensor | None] | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import pickle
 from typing import Any
 
 import pytest
@@ -151,6 +152,14 @@ def test_a_copy_goes_its_own_way(case: Case) -> None:
         assert torch.equal(*logits)
         case.model(input_ids=torch.tensor([[5]]), past_key_values=cache)
         assert cache.get_seq_length() == twin.get_seq_length() + 1
+
+
+def test_it_cannot_be_saved(case: Case) -> None:
+    with torch.no_grad(), patched(case.model, QUARTER):
+        cache = DynamicCache()
+        case.model(**case.inputs, past_key_values=cache)
+        with pytest.raises(CacheError, match=r"keep a copy\.deepcopy of it, or fill another one"):
+            pickle.dumps(cache)
 
 
 def test_reset_makes_a_cache_that_starts_again(case: Case) -> None:

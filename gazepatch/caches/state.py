@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -69,6 +70,17 @@ class GazeState:
         self.config = config
         self.counters = Counters()
         self.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GazeState:
+        made = memo[id(self)] = object.__new__(type(self))
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise CacheError(
+            "the cache of a patched model cannot be pickled or saved, as it belongs to this very model: keep a "
+            "copy.deepcopy of it, or fill another one from the same prompt"
+        )
 
     def clear(self) -> None:
         """Forget the sequence."""

@@ -13,6 +13,7 @@ from gazepatch.cli.output import bar_of, json_option, print_json, quiet
 from gazepatch.cli.settings import config_from, options_of
 from gazepatch.cli.usage import bad_usage
 from gazepatch.config import GazeConfig
+from gazepatch.errors import ConfigError
 
 
 @click.command("convert")
@@ -121,9 +122,12 @@ def _measured(folder: Path) -> dict[str, Any]:
 
     patched, processor = open_model(str(folder))
     inputs = prompt_inputs(patched, processor, [sample_image()], PROMPT)
-    report = gazepatch.verify(patched, inputs)
     on = f"one made-up image of {SIDE_PX} x {SIDE_PX} pixels, {PROMPT!r}"
-    fidelity = {"input": on, **measure_fidelity(patched, inputs), "checks": checks_of(report)}
+    try:
+        report = gazepatch.verify(patched, inputs)
+        fidelity = {"input": on, **measure_fidelity(patched, inputs), "checks": checks_of(report)}
+    except ConfigError as error:
+        raise click.ClickException(f"{folder} is written, but cannot be checked: {error}") from error
     record_fidelity(folder, fidelity)
     if not report.passed:
         broken = ", ".join(check.name for check in report.checks if not check.passed)

@@ -28,6 +28,7 @@ from gazepatch.training.chat import Collator, supervised
 from gazepatch.training.objectives import agreed, distill
 from gazepatch.training.records import Records, read_records
 from gazepatch.training.trainer import logits_at
+from gazepatch.verification import check_finite
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def evaluate(
 
     Raises:
         PatchError: The model is not patched.
-        ConfigError: A budget is not one, or `limit` is not positive.
+        ConfigError: A budget is not one, `limit` is not positive, or the model's logits are not finite.
         TrainingError: The data are broken.
     """
     config, tokens = patch_of(model).config, context_tokens_of(model)
@@ -130,6 +131,7 @@ class _Sums:
 
     def add(self, gazed: Tensor, densely: Tensor, answer: Tensor, read: float | None) -> None:
         """The logits `[N, V]` of both for an answer `[N]`, and the share that gaze read for it; None: of no image."""
+        check_finite(densely, gazed)
         self.tokens += len(answer)
         if read is not None:
             self.with_images += len(answer)

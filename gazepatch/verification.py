@@ -191,6 +191,20 @@ def _copied(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value.clone() if torch.is_tensor(value) else value for name, value in inputs.items()}
 
 
+def check_finite(dense: Tensor, gazed: Tensor) -> None:
+    """Refuse logits that cannot be compared: of NaN, the first token would be the most likely one on both sides.
+
+    Raises:
+        ConfigError: Some are infinite or NaN.
+    """
+    for how, logits in (("dense", dense), ("with gaze", gazed)):
+        if not bool(logits.isfinite().all()):
+            raise ConfigError(
+                f"expected logits to compare, got NaN or infinity from the model {how}, in {logits.dtype}: load it "
+                "with another dtype, such as dtype='float32', or get a new copy of its weights"
+            )
+
+
 def _gap(a: Tensor, b: Tensor) -> float:
     return (a.float() - b.float()).abs().max().item()
 

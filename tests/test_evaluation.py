@@ -145,6 +145,14 @@ def test_refusals(model: Any, base: Path, data: Path) -> None:
     assert gazepatch.is_patched(model)
 
 
+def test_logits_that_are_no_numbers_agree_with_nothing(model: Any, base: Path, data: Path) -> None:
+    model.get_decoder().norm.weight.data.fill_(float("nan"))
+    processor = transformers.AutoProcessor.from_pretrained(base)
+    with pytest.raises(ConfigError, match=r"got NaN or infinity from the model dense, in torch\.float32: load it with"):
+        gazepatch.evaluate(model, processor, data)
+    assert gazepatch.is_patched(model)
+
+
 def test_rows_with_few_visual_tokens_are_found_by_their_sum() -> None:
     rows = ((0, 0, 5), (2, 1, 4), (0, 7, 12), (1, 0, 9))
     spans = [Span(row, start, stop, None, media=0) for row, start, stop in rows]

@@ -15,7 +15,7 @@ from gazepatch.errors import ConfigError, UnsupportedModelError
 from gazepatch.patch import is_patched, patched
 from gazepatch.running.attention import GazeAttention
 from gazepatch.timing import bench
-from gazepatch.verification import verify
+from gazepatch.verification import check_finite, verify
 
 SMALL = GazeConfig(region=(3, 3, 1), window=None, budget=0.25, min_visual_tokens=0)
 
@@ -94,3 +94,13 @@ def test_verify_blames_no_model_for_what_it_does_unpatched() -> None:
     ends = {k: v[:, :stop] if v.dim() == 2 and v.shape[1] == length else v for k, v in case.inputs.items()}
     with patched(case.model, SMALL), pytest.raises(ConfigError, match=r"unpatched, the model differs by .*text"):
         verify(case.model, ends)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_logits_that_cannot_be_compared(broken: float) -> None:
+    fine, bad = torch.ones(2, 3), torch.tensor([1.0, broken])
+    check_finite(fine, fine)
+    with pytest.raises(ConfigError, match=r"from the model dense, in torch\.float32: load it with another dtype"):
+        check_finite(bad, fine)
+    with pytest.raises(ConfigError, match=r"from the model with gaze, in torch\.bfloat16"):
+        check_finite(fine, bad.to(torch.bfloat16))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from gazepatch.patch import context_tokens_of, patch_of, patched, restored, root_model, stats
-from gazepatch.verification import Verification, generate_logits
+from gazepatch.verification import Verification, check_finite, generate_logits
 
 
 @torch.no_grad()
@@ -28,6 +29,9 @@ def measure_fidelity(model: nn.Module, inputs: Mapping[str, Any], *, steps: int 
     Returns:
         `agreement`, the share of tokens that gaze would choose as well; `divergence`, the mean of
         `KL(dense || gaze)` in nats; `read_share` of the visual entries; `steps`, and what it was measured with.
+
+    Raises:
+        ConfigError: The model's logits are not finite.
     """
     settings, context_tokens = replace(patch_of(model).config, min_visual_tokens=0), context_tokens_of(model)
     with restored(model):
@@ -35,6 +39,7 @@ def measure_fidelity(model: nn.Module, inputs: Mapping[str, Any], *, steps: int 
         with patched(model, settings, context_tokens=context_tokens):
             gazed, _ = generate_logits(model, inputs, steps - 1, tokens)
             read_share = stats(model).read_share
+    check_finite(whole, gazed)
     # In float32 the rounding of distributions that are nearly the same makes it negative.
     log_p, log_q = whole.double().log_softmax(-1), gazed.double().log_softmax(-1)
     return {
@@ -52,5 +57,11 @@ def measure_fidelity(model: nn.Module, inputs: Mapping[str, Any], *, steps: int 
 
 
 def checks_of(report: Verification) -> dict[str, Any]:
-    """What `verify` found, for the same card: each promise with the value that was measured, and its limit."""
-    return {check.name: {"measured": check.value, "limit": check.limit} for check in report.checks}
+    """What `verify` found, for the same card: each promise with the value that was measured, and its limit.
+
+    What is not finite becomes None: JSON has no word for it.
+    """
+    return {
+        check.name: {"measured": check.value if math.isfinite(check.value) else None, "limit": check.limit}
+        for check in report.checks
+    }

@@ -15,6 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from commanding import fails, gaze
+from safetensors.torch import load_file, save_file
 
 import gazepatch
 from gazepatch.artefact.manifest import FILE_NAME, read
@@ -159,6 +160,16 @@ def test_convert_and_verify(base: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert result.exit_code == 1 and "does not keep its promises on this machine: exact undo: logits" in result.stderr
     bad = read(tmp_path / "bad").fidelity
     assert bad is not None and bad["checks"] == {"exact undo: logits": {"measured": 1.0, "limit": 0.0}}
+
+
+def test_a_model_whose_logits_are_no_numbers_is_not_measured(base: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(base, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights |= {name: weight * float("nan") for name, weight in weights.items() if name.endswith("model.norm.weight")}
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    said = f"{tmp_path / 'gaze'} is written, but cannot be checked: expected logits to compare, got NaN or infinity"
+    fails(1, said, "convert", broken, "-o", tmp_path / "gaze", "--verify", "--min-visual-tokens", "0")
+    assert read(tmp_path / "gaze").fidelity is None and "NaN" not in (tmp_path / "gaze" / "README.md").read_text()
 
 
 OPTIONS: dict[str, tuple[list[str], object]] = {

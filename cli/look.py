@@ -52,6 +52,7 @@ def command(
 
     import gazepatch
     from gazepatch.answering import answer
+    from gazepatch.artefact.folders import writing
     from gazepatch.cli.opening import open_model, prompt_inputs
     from gazepatch.files import replace_file
     from gazepatch.viewer import answer_trace, render
@@ -62,13 +63,16 @@ def command(
     show = None if as_json else lambda text: click.echo(text, nl=False)
     with gazepatch.trace(patched) as trace:
         given = answer(patched, processor.tokenizer, inputs, max_new_tokens=max_new_tokens, show=show)
+    if not as_json:
+        click.echo()
     traced = {"model": model, "prompt": prompt, **answer_trace(given, trace, processor.tokenizer)}
     if place is not None:
-        replace_file(place, render(traced, pictures, getattr(processor, "image_processor", None)))
+        with writing(place):
+            replace_file(place, render(traced, pictures, getattr(processor, "image_processor", None)))
     if as_json:
         click.echo(json.dumps(traced))  # a line for each of so many numbers would be long to read
     else:
-        click.echo(f"\n[{entries_read(given, images)}: {out}]")
+        click.echo(f"[{entries_read(given, images)}: {out}]")
         if images:
             say_notes(patched, inputs)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
 from pathlib import Path
+
+#: What the system says where there is no room: a full disk, a quota, a limit on the size of files.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
@@ -15,6 +19,14 @@ def replace_file(path: Path, content: str | bytes) -> None:
         os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
+
+
+def lacks_room(error: Exception) -> bool:
+    """Whether a write failed because there is no room."""
+    if isinstance(error, OSError):
+        return error.errno in NO_ROOM
+    text = str(error)  # safetensors has the system's error in it, and torch's writer only where in its code it noticed
+    return any(f"(os error {number})" in text for number in NO_ROOM) or "inline_container" in text
 
 
 def place_of(path: Path) -> Path:

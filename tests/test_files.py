@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from gazepatch.files import place_of, replace_file
+from gazepatch.files import lacks_room, place_of, replace_file
 
 
 def test_text_and_bytes_take_the_place(tmp_path: Path) -> None:
@@ -44,6 +46,23 @@ def test_places_for_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
     with pytest.raises(OSError, match="cannot be written to: give a path in another folder for new"):
         place_of(tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    "error, lacks",
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EFBIG, "File too large"), True),
+        (PermissionError(errno.EACCES, "Permission denied"), False),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), True),
+        (SafetensorError("Error while serializing: I/O error: Permission denied (os error 13)"), False),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 9857792 vs 9857684"), True),
+        (RuntimeError("the size of tensor a (2) must match"), False),
+    ],
+    ids=str,
+)
+def test_what_lacks_room(error: Exception, lacks: bool) -> None:
+    assert lacks_room(error) == lacks
 
 
 def _umask() -> int:

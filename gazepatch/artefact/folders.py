@@ -14,6 +14,7 @@ from pathlib import Path
 
 from gazepatch.artefact.manifest import FILE_NAME
 from gazepatch.errors import ArtefactError
+from gazepatch.files import lacks_room
 from gazepatch.locks import locked
 
 
@@ -51,7 +52,8 @@ def complete_folder(out: Path) -> Iterator[Path]:
     What a killed process left behind is cleared away by the next one that writes the same folder.
 
     Raises:
-        ArtefactError: There can be no folder beside `out`, or somebody else wrote `out` at the same moment.
+        ArtefactError: There can be no folder beside `out`, or no room for what belongs in it, or somebody else wrote
+            `out` at the same moment.
     """
     recover(out)
     name = uuid.uuid4().hex[:8]
@@ -59,7 +61,7 @@ def complete_folder(out: Path) -> Iterator[Path]:
     with writing(out):
         new.mkdir(parents=True)
     try:
-        with locked(new):
+        with locked(new), given_room(out, "make room there, or choose another place"):
             yield new
             _replace(out, new, old)
     finally:
@@ -78,7 +80,23 @@ def writing(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ArtefactError(f"{out} cannot be written: {error.strerror}; choose another place") from error
+        raise ArtefactError(f"{out} cannot be written: {error.strerror or error}; choose another place") from error
+
+
+@contextmanager
+def given_room(path: Path, then: str) -> Iterator[None]:
+    """Say what could not be written when something in the block finds no room, and what to do `then`.
+
+    Raises:
+        ArtefactError: In the place of what torch, safetensors or the system raises.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not lacks_room(error):
+            raise
+        number = error.errno if isinstance(error, OSError) else None
+        raise ArtefactError(f"{path} cannot be written: {os.strerror(number or errno.ENOSPC)}; {then}") from error
 
 
 def _replace(out: Path, new: Path, old: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
+from gazepatch.artefact.folders import given_room
 from gazepatch.errors import TrainingError
 from gazepatch.patch import context_tokens_of, patch_of, root_model, set_budget
 from gazepatch.training.chat import supervised
@@ -154,7 +155,9 @@ class GazeTrainer(Trainer):
         self.trained.read(Path(resume_from_checkpoint))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        then = "make room: the same command then goes on from the last checkpoint, if there is one"
+        with given_room(self.work.folder, then):
+            super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.work.complete(self.state.global_step)

@@ -67,6 +67,17 @@ def test_ask_says_what_was_read(base: Path, artefact: Path, page: Path, tmp_path
     assert f"[nothing read after the prompt: {tmp_path / 'page.html'}]" in result.stdout
 
 
+def test_without_room_for_the_page(artefact: Path, page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    result = gaze("look", artefact, page, "this ?", "--max-new-tokens", 1, "-o", tmp_path / "page.html")
+    assert result.exit_code == 1 and result.stdout.endswith("\n") and list(tmp_path.iterdir()) == []
+    said = f"Error: {tmp_path / 'page.html'} cannot be written: No space left on device; choose another place\n"
+    assert result.stderr == said
+
+
 def test_ask_refuses(artefact: Path, page: Path) -> None:
     fails(2, "exclude each other", "ask", artefact, page, "this", "--dense", "--compare")
     fails(2, "does not exist", "ask", artefact, "no.png", "this")

@@ -21,7 +21,7 @@ from gazepatch import ArtefactError, GazeConfig, TrainingError
 from gazepatch.artefact.manifest import read
 from gazepatch.cli import main
 from gazepatch.locks import locked
-from gazepatch.training.checkpoints import Work
+from gazepatch.training.checkpoints import Work, newest_checkpoint
 from gazepatch.training.trainer import GazeTrainer
 
 # ---- going on
@@ -159,6 +159,18 @@ def test_a_place_where_nothing_can_be(base: Path, data: Path, tmp_path: Path) ->
         with pytest.raises(ArtefactError, match=r"cannot be written: .*; choose another place"):
             trained(base, data, tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_without_room_for_a_checkpoint(base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(*_: object) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 9857792 vs 9857684")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full_disk)
+        with pytest.raises(ArtefactError, match=r"out\.work cannot be written: No space left on device; make room: "):
+            trained(base, data, tmp_path / "out", steps=2)
+    assert newest_checkpoint(tmp_path / "out.work") is None
+    trained(base, data, tmp_path / "out", steps=2)
 
 
 def test_two_processes_train_as_one(base: Path, data: Path, tmp_path: Path) -> None:

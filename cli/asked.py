@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +30,15 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".ti
 
 
 def check_prompt(images: Sequence[str], prompt: str) -> None:
-    """Refuse an image in the prompt's place, there or not: a usage error."""
+    """Refuse an image in the prompt's place, there or not, and what is no text: a usage error."""
     if os.path.isfile(prompt):
         raise click.UsageError(f"PROMPT is missing: {prompt} is a file", click.get_current_context())
+    if any("\udc80" <= letter <= "\udcff" for letter in prompt):  # which stand for bytes that Python could not decode
+        raise click.UsageError(
+            f"expected PROMPT in the encoding of this terminal, {sys.getfilesystemencoding()}, got bytes that are not: "
+            "if they are UTF-8, set PYTHONUTF8=1",
+            click.get_current_context(),
+        )
     if not images and prompt.lower().endswith(IMAGE_SUFFIXES):
         raise click.UsageError(
             f"PROMPT is missing, and there is no file {prompt}: give an image that exists, then the prompt. If that is "

@@ -91,6 +91,11 @@ def test_a_forgotten_prompt(artefact: Path, page: Path) -> None:
         fails(2, f"PROMPT is missing: {page} is a file", command, artefact, page, page)
 
 
+def test_a_prompt_that_is_no_text(artefact: Path, page: Path) -> None:
+    for command in ("ask", "look", "verify", "bench"):
+        fails(2, "got bytes that are not: if they are UTF-8, set PYTHONUTF8=1", command, artefact, page, "caf\udce9 ?")
+
+
 def test_a_file_that_is_no_image_is_found_before_the_weights_are_read(
     artefact: Path, page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

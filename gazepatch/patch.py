@@ -299,7 +299,9 @@ def _attention(decoder: nn.Module) -> str:
     name: str = decoder.config._attn_implementation  # type: ignore[union-attr, assignment]
     if name.startswith(PREFIX):
         raise PatchError(
-            "a part of this model, or a model around it, is patched already: call gazepatch.restore on that one first"
+            "a part of this model, or a model around it, is patched already: call gazepatch.restore on that one first. "
+            "If it was made with a copy of a patched model's configuration, call "
+            "model.set_attn_implementation('sdpa') instead"
         )
     if name not in ORIGINALS:
         raise UnsupportedModelError(

@@ -253,6 +253,19 @@ def test_a_part_that_is_patched_is_named(case: Case) -> None:
     apply(case.model, SMALL)
 
 
+def test_a_model_with_the_configuration_of_a_patched_one_is_helped(ran: Case) -> None:
+    dense = generate_logits(ran.model, ran.inputs, 2)[0]
+    with patched(ran.model, SMALL):
+        other = type(ran.model)(copy.deepcopy(ran.model.config)).eval()
+        other.generation_config = ran.model.generation_config
+        other.load_state_dict(ran.model.state_dict())
+    with pytest.raises(PatchError, match=r"copy of a patched .* call model\.set_attn_implementation\('sdpa'\) instead"):
+        apply(other, SMALL)
+    other.set_attn_implementation("sdpa")
+    assert torch.equal(generate_logits(other, ran.inputs, 2)[0], dense)
+    apply(other, SMALL)
+
+
 def test_a_features_function_that_was_set_on_the_instance_comes_back(ran: Case) -> None:
     own = ran.model.model.get_image_features
     ran.model.model.get_image_features = replaced = lambda *a, **k: own(*a, **k)

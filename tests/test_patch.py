@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import pickle
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from gazepatch.config import GazeConfig
 from gazepatch.counters import Stats
 from gazepatch.errors import CacheError, ConfigError, GazeError, PatchError, UnsupportedModelError
 from gazepatch.patch import apply, dense, is_patched, patched, restore, stats
+from gazepatch.running import changes
 from gazepatch.verification import fingerprint, generate_logits, verify
 
 SMALL = GazeConfig(region=(3, 3, 1), window=None, budget=0.25, min_visual_tokens=0)
@@ -154,6 +157,47 @@ def test_an_exception_inside_apply_leaves_the_model_as_it_was(ran: Case, monkeyp
     monkeypatch.setattr(type(ran.model.model.language_model), "register_forward_hook", fail)
     with pytest.raises(MemoryError):
         apply(ran.model, SMALL)
+    monkeypatch.undo()
+    assert fingerprint(ran.model) == before
+
+
+def test_restore_does_without_context_tokens_that_somebody_removed(ran: Case) -> None:
+    before = fingerprint(ran.model)
+    apply(ran.model, SMALL, context_tokens=torch.ones(2, 64))
+    del ran.model.get_decoder().gaze_context_tokens
+    restore(ran.model)
+    assert fingerprint(ran.model) == before
+
+
+@pytest.mark.parametrize("failing", range(4))
+def test_a_failure_at_any_change_leaves_the_model_as_it_was(
+    ran: Case, failing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, put, done = fingerprint(ran.model), changes.set_attribute, itertools.count()
+
+    def fail(*args: Any) -> None:
+        put(*args)
+        if next(done) == failing:
+            raise MemoryError
+
+    monkeypatch.setattr(changes, "set_attribute", fail)
+    with pytest.raises(MemoryError):
+        apply(ran.model, SMALL, context_tokens=torch.ones(2, 64))
+    monkeypatch.undo()
+    assert fingerprint(ran.model) == before
+
+
+def test_context_tokens_that_cannot_be_put_there_leave_the_model_as_it_was(
+    ran: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = fingerprint(ran.model)
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(nn.Module, "register_parameter", fail)
+    with pytest.raises(MemoryError):
+        apply(ran.model, SMALL, context_tokens=torch.ones(2, 64))
     monkeypatch.undo()
     assert fingerprint(ran.model) == before
 

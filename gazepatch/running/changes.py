@@ -22,7 +22,11 @@ Undo = list[Callable[[], None]]
 
 def add_parameter(root: PreTrainedModel, decoder: nn.Module, made: nn.Parameter, undo: Undo) -> None:
     """Give the text decoder its context tokens."""
-    undo.append(lambda: delattr(decoder, CONTEXT_TOKENS))
+
+    def back() -> None:
+        decoder._parameters.pop(CONTEXT_TOKENS, None)  # not there if it never got there, or somebody has removed it
+
+    undo.append(back)
     decoder.register_parameter(CONTEXT_TOKENS, made)
     # The model's own files stay as they were: context tokens have one of their own.
     ignored = list(root._keys_to_ignore_on_save or [])
@@ -33,13 +37,13 @@ def add_parameter(root: PreTrainedModel, decoder: nn.Module, made: nn.Parameter,
 def put_hooks(root: PreTrainedModel, decoder: nn.Module, attention: GazeAttention, undo: Undo) -> None:
     """Let a model run through the attention of its patch, and through the hooks that tell this what goes on."""
     runtime = attention.runtime
-    attention.register()
-    known: Undo = [functools.partial(unregister, attention.name)]
-    set_attribute(decoder.config, "_attn_implementation_internal", attention.name, known)
     # A model that is thrown away while patched must leave behind neither its functions nor, where another model shares
     # its configuration, their name.
+    known: Undo = [functools.partial(unregister, attention.name)]
     finalizer = weakref.finalize(root, take_back, known)
     undo.append(lambda: finalizer() and None)
+    attention.register()
+    set_attribute(decoder.config, "_attn_implementation_internal", attention.name, known)
     base, capture, hooks = root.base_model, Capture(runtime), DecoderHooks(runtime, decoder, attention.name)
     for modality in MODALITIES:
         if (function := getattr(base, name := f"get_{modality}_features", None)) is not None:

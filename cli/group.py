@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import io
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -85,5 +87,8 @@ def _message(error: Exception) -> str:
 @click.pass_context
 def main(ctx: click.Context) -> None:
     """Gaze attention for vision-language models: each token reads only the image regions it needs."""
+    # A model may say anything, also what the terminal's encoding lacks: that is escaped, as on stderr.
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())

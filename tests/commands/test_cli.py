@@ -37,6 +37,12 @@ def test_help_names_every_command() -> None:
     assert gaze().stdout == result.stdout
 
 
+def test_what_the_encoding_of_the_terminal_lacks_is_escaped(base: Path, tmp_path: Path) -> None:
+    result = CliRunner(charset="latin-1").invoke(main, ["convert", str(base), "-o", str(tmp_path / "\u732b\xe9")])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(f"{tmp_path}/\\u732b\xe9\n")
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help(name: str) -> None:
     result = gaze(name, "--help")

@@ -26,7 +26,8 @@ def read_picture(file: str | Path | BinaryIO) -> Image:
         with Image.open(file) as opened:
             decoded: Image.Image = ImageOps.exif_transpose(opened).convert("RGB")
             return decoded
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    # Each of its decoders has errors of its own: those of AVIF and DDS are RuntimeErrors.
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from None
 
 

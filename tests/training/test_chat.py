@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from talking import TURNS, trained, write_image
 
 from gazepatch import TrainingError
@@ -125,8 +126,12 @@ def test_templates_that_look_at_the_first_part_of_a_message(processor: Any, tmp_
 
 def test_an_image_that_is_damaged_names_its_line(processor: Any, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
-    with pytest.raises(TrainingError, match=r"some.jsonl, line 1: an image cannot be read"):
-        labelled(processor, tmp_path, {"messages": TURNS, "images": ["a.png"]})
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.dds")
+    whole = (tmp_path / "b.dds").read_bytes()
+    (tmp_path / "b.dds").write_bytes(whole[:80] + b"\3\0\0\0" + whole[84:])  # flags that no pixels have
+    for name in ("a.png", "b.dds"):
+        with pytest.raises(TrainingError, match=r"some.jsonl, line 1: an image cannot be read"):
+            labelled(processor, tmp_path, {"messages": TURNS, "images": [name]})
 
 
 def test_supervised_positions() -> None:

@@ -96,9 +96,12 @@ def select_settings(
     """Settings of the selection, for `regions` of `windows` each that `splits` programs score."""
     scored = scored_regions(windows, dim, bytes_per_element)
     warps, block_all = 8 if regions > MANY_REGIONS else 4, max(16, power(regions))
+    once = splits * scored >= padded_regions(regions)
     return {
         "EARLY": tuned_for(architecture, dim, bytes_per_element).early,
         "WAITS": _waits(architecture),
+        # Products of float32 are each thread's own: they and all loads at once are more than registers hold.
+        "ONCE": once and bytes_per_element <= 2,
         # So many heads' scores of all regions are held at a time.
         "HEADS": max(1, min(power(group), HELD * 32 * warps // block_all)),
         "BLOCK_M": padded(group),
@@ -110,7 +113,7 @@ def select_settings(
         "WAYS": max(4, min(16, COUNTED // block_all)),
         "num_warps": warps,
         # A program with a single tile has nothing to load ahead, and what would do so is long.
-        "num_stages": 1 if splits * scored >= padded_regions(regions) else _stages(architecture),
+        "num_stages": 1 if once else _stages(architecture),
     }
 
 

@@ -82,6 +82,7 @@ def select_kernel(
     APPENDS: tl.constexpr,
     EARLY: tl.constexpr,
     WAITS: tl.constexpr,
+    ONCE: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -95,22 +96,17 @@ def select_kernel(
     splits, pair = tl.num_programs(0), batch * tl.num_programs(1) + key_head
     if CAPPED:
         scale = scale / softcap
-    if APPENDS:  # by a program that has no more to score than others
+    if APPENDS:  # asked for here and stored later: nothing waits for memory before it has asked for all it needs
+        appends = (split == splits - 1).to(tl.int32)  # a program that has no more to score than others
         slot = _slot_to_fill(offset, filled)
-        copies = ((split == splits - 1) & (slot < room)).to(tl.int32)  # nothing past the end of a full store
-        slot += pair.to(tl.int64) * room
         p_new = new_key + batch.to(tl.int64) * stride_new_key_batch + key_head * stride_new_key_head
-        _copy(p_new, key + slot * DIM, copies * DIM, BLOCK_D)
+        entry_key = _entry(p_new, appends, DIM, BLOCK_D)
         if VALUE_DIM > 0:
             p_new = new_value + batch.to(tl.int64) * stride_new_value_batch + key_head * stride_new_value_head
-            _copy(p_new, value + slot * VALUE_DIM, copies * VALUE_DIM, BLOCK_V)
-    rows, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    o_head = (key_head * GROUP + rows)[:, None] * stride_query_head
-    p_query = query + batch.to(tl.int64) * stride_query_batch + o_head + dims[None, :]
-    q = tl.load(p_query, mask=(rows < GROUP)[:, None] & (dims < DIM)[None, :], other=0.0)
+            entry_value = _entry(p_new, appends, VALUE_DIM, BLOCK_V)
     first_head = pair * GROUP
     _score_regions(
-        q,
+        query + batch.to(tl.int64) * stride_query_batch + key_head * GROUP * stride_query_head,
         mean_keys + batch.to(tl.int64) * stride_mean_batch + key_head.to(tl.int64) * stride_mean_head,
         log_counts + batch * stride_count_batch,
         logits,
@@ -122,6 +118,7 @@ def select_kernel(
         softcap,
         regions,
         padded,
+        stride_query_head,
         stride_mean_window,
         stride_mean_dim,
         GROUP,
@@ -129,11 +126,18 @@ def select_kernel(
         WINDOWS,
         PERIPHERY,
         CAPPED,
+        ONCE,
         BLOCK_M,
         BLOCK_R,
         BLOCK_C,
         BLOCK_D,
     )
+    if APPENDS:
+        appends *= (slot < room).to(tl.int32)  # nothing past the end of a full store
+        slot += pair.to(tl.int64) * room
+        _append(key + slot * DIM, entry_key, appends, DIM, BLOCK_D)
+        if VALUE_DIM > 0:
+            _append(value + slot * VALUE_DIM, entry_value, appends, VALUE_DIM, BLOCK_V)
     if EARLY:  # not before, as programs that wait take the room of those that have something to do
         tl.extra.cuda.gdc_launch_dependents()
     before = splits - 1
@@ -177,7 +181,7 @@ def _slot_to_fill(offset, filled):
 
 @triton.jit
 def _score_regions(
-    q,
+    p_query,
     p_means,
     p_counts,
     logits,
@@ -189,6 +193,7 @@ def _score_regions(
     softcap,
     regions,
     padded,
+    stride_query_head,
     stride_mean_window,
     stride_mean_dim,
     GROUP: tl.constexpr,
@@ -196,6 +201,7 @@ def _score_regions(
     WINDOWS: tl.constexpr,
     PERIPHERY: tl.constexpr,
     CAPPED: tl.constexpr,
+    ONCE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -205,10 +211,13 @@ def _score_regions(
     rows, dims, cells = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_R * BLOCK_C)
     region, column = cells // BLOCK_C, cells % BLOCK_C
     o_cell = (region * WINDOWS + column)[None, :] * stride_mean_window + dims[:, None] * stride_mean_dim
+    p_query += rows[:, None] * stride_query_head + dims[None, :]
+    q = tl.load(p_query, mask=(rows < GROUP)[:, None] & (dims < DIM)[None, :], other=0.0)
     o_head = (first_head + rows).to(tl.int64)[:, None]
     p_logits, p_regions = logits + o_head * (regions * WINDOWS), region_logits + o_head * padded
     size = _sizes(p_counts, split, region, column, regions, WINDOWS, BLOCK_R)
-    for tile in range(split, tl.cdiv(padded, BLOCK_R), splits):
+    # A single round is none for the compiler: all loads are asked for together.
+    for tile in range(split, split + 1 if ONCE else tl.cdiv(padded, BLOCK_R), 1 if ONCE else splits):
         first = tile * BLOCK_R
         there = (first + region < regions) & (column < WINDOWS)
         p_tile = p_means + (first * WINDOWS).to(tl.int64) * stride_mean_window + o_cell
@@ -278,10 +287,15 @@ def _take_best(
 
 
 @triton.jit
-def _copy(source, target, dim, BLOCK: tl.constexpr):
+def _entry(p_new, wanted, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     dims = tl.arange(0, BLOCK)
-    x = tl.load(source + dims, mask=dims < dim)
-    tl.store(target + dims, x.to(target.dtype.element_ty), mask=dims < dim)
+    return tl.load(p_new + dims, mask=dims < wanted * SIZE)
+
+
+@triton.jit
+def _append(p_store, entry, wanted, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    dims = tl.arange(0, BLOCK)
+    tl.store(p_store + dims, entry.to(p_store.dtype.element_ty), mask=dims < wanted * SIZE)
 
 
 @triton.jit

@@ -49,6 +49,9 @@ KERNELS = ("decode", "select", "means", "prefill", "query_gradient", "key_gradie
 GROUPS = (4, 7)  # query heads a key head: Llama 3 and Qwen2.5, say
 WINDOWS, REGIONS, TOKENS = 4, 4096, 64
 
+#: Settings that are Triton's, not those of a kernel.
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl", "enable_fp_fusion")
+
 #: What models and settings may leave out: pointers, and the constants that say so.
 OF_PROMPT = ("bias",), ("HAS_BIAS", "CAPPED")
 OPTIONAL: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -87,9 +90,7 @@ def compiled(kernel: str, target: str, dtype: str, dim: int, group: int, bare: b
         absent, off = OPTIONAL[kernel]
         pointers = {name: kind for name, kind in pointers.items() if name not in absent}
         constants |= dict.fromkeys(absent) | dict.fromkeys(off, False)
-    options = {
-        name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg", "launch_pdl") if name in constants
-    }
+    options = {name: constants.pop(name) for name in OPTIONS if name in constants}
     signature, attributes = {}, {}
     for i, name in enumerate(function.arg_names):
         scalar = "fp32" if name in ("scale", "softcap") else "i32"
@@ -125,7 +126,7 @@ def _decode(target: str, dtype: str, dim: int, group: int) -> tuple[Any, ...]:
 def _select(target: str, dtype: str, dim: int, group: int) -> tuple[Any, ...]:
     names = ("query", "mean_keys", "key", "value", "new_key", "new_value")
     pointers = dict.fromkeys(names, f"*{dtype}")
-    pointers |= dict.fromkeys(("log_counts", "logits", "region_logits"), "*fp32")
+    pointers |= dict.fromkeys(("log_counts", "logits", "weights", "tile_max_and_sum"), "*fp32")
     pointers |= {"budget": "*i32", "arrived": "*i32", "taken": "*i8"}
     pointers |= dict.fromkeys(("table", "runs", "total", "filled"), "*i64")
     constants = {

@@ -17,7 +17,7 @@ from gazepatch.selection import select as torch_select
 
 pytest.importorskip("triton")
 from gazepatch.kernels.ops import select
-from gazepatch.kernels.settings import padded_regions
+from gazepatch.kernels.settings import most_tiles, padded_regions
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -62,6 +62,7 @@ class Selection:
             torch.tensor(budget, **whole),
             torch.empty(rows, heads, self.regions * self.windows, device=DEVICE),
             torch.empty(rows, heads, padded_regions(self.regions), device=DEVICE),
+            torch.empty(rows, heads, most_tiles(self.regions, self.windows), 2, device=DEVICE),
             torch.empty(rows, key_heads, selections, max(budget), 2, **whole),
             torch.empty(rows, key_heads, selections, self.regions, dtype=torch.int8, device=DEVICE),
             torch.tensor([5], device=DEVICE),
@@ -74,7 +75,7 @@ class Selection:
         """Runs, taken regions and tokens that were counted."""
         arguments = self.arguments(budget, head_reduce, splits)
         select(*arguments)
-        logits, _, runs, taken, total, arrived = arguments[5:11]
+        logits, _, _, runs, taken, total, arrived = arguments[5:12]
         assert not arrived.any()
         torch.testing.assert_close(logits, self.logits().flatten(1, 2), atol=1e-5, rtol=0)
         return runs, taken, int(total) - 5

@@ -53,7 +53,7 @@ def test_scores_that_are_no_numbers_stay_in_bounds(nan: float) -> None:
     case.query[0] = nan
     arguments = case.arguments([9, 4], "mean", 2)
     select(*arguments)
-    runs, taken = arguments[7:9]
+    runs, taken = arguments[8:10]
     assert torch.equal(taken[0].nonzero()[:, -1].view(2, 9), torch.arange(9, device=DEVICE).expand(2, 9))
     assert_runs(runs, taken.bool(), case)
 
@@ -65,6 +65,22 @@ def test_many_regions(group: int) -> None:
     case.length[:] = 1
     _, taken, _ = case.run([500], "mean", splits=1)
     assert torch.equal(taken.bool(), case.expected([500], "mean"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("windows", [1, 4])
+@pytest.mark.parametrize("splits", [1, 3, 20])
+def test_equal_regions_weigh_the_same_in_every_tile(splits: int, windows: int, dtype: torch.dtype) -> None:
+    case = Selection(300, windows, group=4, distinct=3, rows=1)
+    case.length[:], case.log_counts[:] = windows, 0
+    of_region = case.mean_keys.unflatten(2, (300, windows))
+    of_region[:, :, 150:] = of_region[:, :, :150]
+    of_region[:, :, :5], of_region[:, :, 150:155] = 30, -30  # tiles have very different logits
+    case.query, case.mean_keys = case.query.to(dtype), case.mean_keys.to(dtype)
+    for budget in (40, 90, 155):
+        runs, taken, _ = case.run([budget], "mean", splits)
+        assert (taken.sum(-1) == budget).all() and (runs[..., 1] > 0).all()
+        assert (taken[..., 5:150] >= taken[..., 155:]).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

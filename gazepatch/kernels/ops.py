@@ -26,7 +26,8 @@ def select_launch(
     table: Tensor,
     budget: Tensor,
     logits: Tensor,
-    region_logits: Tensor,
+    weights: Tensor,
+    tile_max_and_sum: Tensor,
     runs: Tensor,
     taken: Tensor,
     total: Tensor | None,
@@ -52,7 +53,8 @@ def select_launch(
         table: `[b, R, 2]` int32, contiguous: first slot and tokens of the regions.
         budget: `[b]` int32, regions that a query of the row reads.
         logits: Out, `[B, H, R * C]` float32: of the windows; written with `periphery`.
-        region_logits: Out, `[B, H, padded_regions(R)]` float32.
+        weights: Out, `[B, H, padded_regions(R)]` float32.
+        tile_max_and_sum: Out, `[B, H, most_tiles(R, C), 2]` float32.
         runs: Out, `[B, H_kv, g, S, 2]` int32: start and length of the selected regions by their number, zeros after
             them. With `g` = G every query head selects for itself.
         taken: Out, `[B, H_kv, g, R]` int8: which regions are selected; written with `periphery`.
@@ -80,7 +82,8 @@ def select_launch(
         table.view(torch.int64),
         budget,
         logits,
-        region_logits,
+        weights,
+        tile_max_and_sum,
         runs.view(torch.int64),
         taken,
         total,
@@ -94,7 +97,8 @@ def select_launch(
         scale,
         1.0 if softcap is None else softcap,
         regions,
-        region_logits.shape[2],
+        weights.shape[2],
+        tile_max_and_sum.shape[2],
         runs.shape[3],
         query.stride(0),
         query.stride(1),
@@ -125,9 +129,9 @@ def select_launch(
 
 @operator(
     "select(Tensor query, Tensor mean_keys, Tensor log_counts, Tensor table, Tensor budget, "
-    "Tensor(a!) logits, Tensor(b!) region_logits, Tensor(c!) runs, Tensor(d!) taken, Tensor(e!)? total, "
-    "Tensor(f!) arrived, Tensor(g!)? key, Tensor(h!)? value, Tensor? new_key, Tensor? new_value, Tensor? filled, "
-    "int offset, float scale, float? softcap, bool by_max, bool periphery, int splits) -> ()",
+    "Tensor(a!) logits, Tensor(b!) weights, Tensor(c!) tile_max_and_sum, Tensor(d!) runs, Tensor(e!) taken, "
+    "Tensor(f!)? total, Tensor(g!) arrived, Tensor(h!)? key, Tensor(i!)? value, Tensor? new_key, Tensor? new_value, "
+    "Tensor? filled, int offset, float scale, float? softcap, bool by_max, bool periphery, int splits) -> ()",
 )
 def select(*arguments: Any) -> None:
     """What `selection` launches."""

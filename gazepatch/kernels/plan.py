@@ -20,10 +20,11 @@ from gazepatch.kernels.settings import (
     balanced_splits,
     even_splits,
     most_splits,
+    most_tiles,
     multiprocessors,
     padded_regions,
-    scored_regions,
     scoring_programs,
+    selecting_programs,
     tiles_of,
     tuned_for,
 )
@@ -37,6 +38,8 @@ MAX_REGIONS = 8192
 MAX_WINDOWS = 64  # of a region
 #: Query heads of a key head: a program holds them all, in registers and shared memory.
 MAX_GROUP = 32
+#: Tensors of a plan that selections write.
+WRITTEN = ("arrived", "runs", "weights", "tile_max_and_sum", "logits", "taken")
 
 
 class WorkSplit(NamedTuple):
@@ -84,7 +87,9 @@ class KernelPlan(DecodePlan):
             self.runs = self.table[:, None, None].expand(*self.shape, -1, -1).contiguous()
         else:
             self.runs = torch.empty(*self.shape, self.count, 2, dtype=torch.int32, device=device)
-            self.region_logits = torch.empty(batch, heads, padded_regions(count), device=device)
+            self.weights = torch.empty(batch, heads, padded_regions(count), device=device)
+            tiles = most_tiles(count, regions.windows)
+            self.tile_max_and_sum = torch.empty(batch, heads, tiles, 2, device=device)
             self.logits = torch.empty(batch, heads, windows if config.periphery else 0, device=device)
             self.taken = torch.empty(*self.shape, count if config.periphery else 0, dtype=torch.int8, device=device)
         self._split_of_kind: dict[tuple[int, int, int], WorkSplit] = {}
@@ -97,7 +102,7 @@ class KernelPlan(DecodePlan):
             return buffers.keep((*self.shape, self.heads, name), made)
 
         self._steps.clear()
-        for name in ("arrived",) if self.whole else ("arrived", "runs", "region_logits", "logits", "taken"):
+        for name in ("arrived",) if self.whole else WRITTEN:
             setattr(self, name, keep(name, getattr(self, name)))
         split, kind = self._split(query, value_dim), _kind(query, value_dim)
         partial, max_and_sum = keep(("partial", kind), split.partial), keep(("max_and_sum", kind), split.max_and_sum)
@@ -194,7 +199,8 @@ class KernelPlan(DecodePlan):
             self.table,
             self.budget,
             self.logits,
-            self.region_logits,
+            self.weights,
+            self.tile_max_and_sum,
             self.runs,
             self.taken,
             None if self.regions.even else total,
@@ -248,9 +254,8 @@ class KernelPlan(DecodePlan):
 
     def _make_split(self, dim: int, value_dim: int, bytes_per_element: int) -> WorkSplit:
         device, regions = self.log_counts.device, self.regions.start.shape[1]
-        scored = scored_regions(self.regions.windows, dim, bytes_per_element)
         most_scoring = most_splits(self.pairs, scoring_programs(regions) * self.programs)
-        scoring = even_splits(-(-regions // scored), most_scoring)
+        scoring = selecting_programs(self.regions.windows, dim, bytes_per_element, regions, most_scoring)
         tuned = tuned_for(architecture(device), max(dim, value_dim), bytes_per_element)
         tiles = tiles_of(self.runs.shape[3], self.longest, tuned.block)
         groups = self.pairs * self.selections

@@ -12,16 +12,16 @@ from torch import Tensor
 from gazepatch.backend import MAX_DIM
 from gazepatch.kernels.tuned import DECODE
 
-#: Bytes of mean keys that a program of the selection scores at a time.
+#: Bytes of mean keys that a program of the selection scores at a time, at most.
 SCORED_BYTES = 1 << 15
+#: Windows that it scores at a time.
+LEAST_SCORED, MOST_SCORED = 32, 128
 #: Multiprocessors to plan for where kernels are interpreted.
 INTERPRETED = 4
 #: Regions from which on a program of the selection has twice the warps, and a multiprocessor no room for a second one.
 MANY_REGIONS = 2048
 #: Of a thread of NVIDIA's, 65,536 of which are those of a multiprocessor.
 MAX_REGISTERS = 255
-#: Numbers that are counted at a time in a selection.
-COUNTED = 8192
 #: Numbers that a thread holds at a time where a program waits for many of them at once.
 HELD = 128
 
@@ -94,26 +94,27 @@ def select_settings(
     architecture: str, group: int, windows: int, regions: int, dim: int, bytes_per_element: int, splits: int
 ) -> dict[str, Any]:
     """Settings of the selection, for `regions` of `windows` each that `splits` programs score."""
-    scored = scored_regions(windows, dim, bytes_per_element)
-    warps, block_all = 8 if regions > MANY_REGIONS else 4, max(16, power(regions))
+    scored = scored_regions(windows, dim, bytes_per_element, regions, splits)
+    # No fewer than the lanes of a warp hold, by fours: they never share out heads.
+    warps, block_all = 8 if regions > MANY_REGIONS else 4, max(128, scored, power(regions))
     once = splits * scored >= padded_regions(regions)
     return {
         "EARLY": tuned_for(architecture, dim, bytes_per_element).early,
         "WAITS": _waits(architecture),
         # Products of float32 are each thread's own: they and all loads at once are more than registers hold.
         "ONCE": once and bytes_per_element <= 2,
-        # So many heads' scores of all regions are held at a time.
-        "HEADS": max(1, min(power(group), HELD * 32 * warps // block_all)),
+        # So many heads' weights of all regions are held at a time, and what there is of their tiles.
+        "HEADS": max(1, min(power(group), HELD * 32 * warps // max(block_all, 4 * block_all // scored))),
         "BLOCK_M": padded(group),
         "BLOCK_R": scored,
         "BLOCK_C": power(windows),
         "BLOCK_D": padded(dim),
         "BLOCK_ALL": block_all,
-        # Parts of a range are counted at a time, more where each costs less.
-        "WAYS": max(4, min(16, COUNTED // block_all)),
         "num_warps": warps,
         # A program with a single tile has nothing to load ahead, and what would do so is long.
         "num_stages": 1 if once else _stages(architecture),
+        # A product that is rounded in one thread and not in another would break ties.
+        "enable_fp_fusion": False,
     }
 
 
@@ -168,15 +169,29 @@ def padded(dim: int) -> int:
     return max(16, power(dim))
 
 
-def scored_regions(windows: int, dim: int, bytes_per_element: int) -> int:
-    """Regions that a program of the selection scores at a time: a power of two, for at least 16 windows."""
-    cells = max(16, min(128, SCORED_BYTES // (padded(dim) * bytes_per_element)))
-    return max(1, cells // power(windows))
+def scored_regions(windows: int, dim: int, bytes_per_element: int, regions: int, programs: int) -> int:
+    """Regions that a program of the selection scores at a time: a power of two, one tile each if programs suffice."""
+    each = power(-(-padded_regions(regions) // programs)) * power(windows)
+    most = min(MOST_SCORED, SCORED_BYTES // (padded(dim) * bytes_per_element))
+    return max(1, min(most, max(LEAST_SCORED, each)) // power(windows))
+
+
+def selecting_programs(windows: int, dim: int, bytes_per_element: int, regions: int, most: int) -> int:
+    """Programs of the selection, up to `most`, that a key head has: one where that can do with one tile."""
+    if scored_regions(windows, dim, bytes_per_element, regions, 1) >= regions:
+        return 1
+    tiles = -(-padded_regions(regions) // scored_regions(windows, dim, bytes_per_element, regions, most))
+    return even_splits(tiles, most)
 
 
 def padded_regions(regions: int) -> int:
     """Numbers of a row of what the selection finds of regions, so that it can be loaded 16 bytes at a time."""
     return -(-regions // 16) * 16
+
+
+def most_tiles(regions: int, windows: int) -> int:
+    """Tiles that a selection scores, at most: whatever the head dim."""
+    return -(-padded_regions(regions) // max(1, LEAST_SCORED // power(windows)))
 
 
 def regions_per_tile(longest: int, block: int) -> int:

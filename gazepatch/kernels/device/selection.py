@@ -15,11 +15,10 @@ import triton
 import triton.language as tl
 
 from gazepatch.kernels.device.arrival import arrive
-from gazepatch.kernels.device.scores import LOG2E, LOWEST, scores_of
+from gazepatch.kernels.device.best import places_of_best
+from gazepatch.kernels.device.scores import scores_of
+from gazepatch.kernels.device.weights import shares_of_tiles, weights_in_tile, weights_of
 from gazepatch.regions import ABSENT  # the logit of a region that is not there, or less
-
-#: Above the bits of every share, which is below 2.
-TOP = 1 << 30
 
 
 # What differs from prompt to prompt is not specialised: compiling again would take longer than an answer.
@@ -239,7 +238,7 @@ def _score_regions(
         if PERIPHERY:
             window = (first + region) * WINDOWS + column
             tl.store(p_logits + window[None, :], x, mask=(rows < GROUP)[:, None] & there[None, :])
-        weight, top = _weights(x, BLOCK_M, BLOCK_R, BLOCK_C)
+        weight, top = weights_in_tile(x, BLOCK_M, BLOCK_R, BLOCK_C)
         p_both = p_tiles[:, None] + (2 * tile + tl.arange(0, 2))[None, :]
         tl.store(p_both, tl.join(top, tl.sum(weight, 1)), mask=(rows < tl.where(first < padded, GROUP, 0))[:, None])
         numbers = first + tl.arange(0, BLOCK_R)
@@ -271,27 +270,23 @@ def _take_best(
     AT_ONCE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_ALL: tl.constexpr,
-    TOP: tl.constexpr = TOP,
 ):
     """Store which regions each selection of a (row, key head) pair reads, from the weights of all of them."""
     number = tl.arange(0, BLOCK_ALL)
     TILES: tl.constexpr = BLOCK_ALL // BLOCK_R
     # Of one head: what is not there is the same for all.
-    absent = tl.reshape(_weights_of(p_weights, 0, padded, -1.0, GROUP, 1, BLOCK_ALL), [BLOCK_ALL]) < 0
+    absent = tl.reshape(weights_of(p_weights, 0, padded, -1.0, GROUP, 1, BLOCK_ALL), [BLOCK_ALL]) < 0
     wanted = tl.load(p_budget)
     whole = 1.0 if BY_MAX else 1.0 * SELECTIONS / GROUP
     for selection in range(SELECTIONS):
         score = tl.zeros([TILES, BLOCK_R], tl.float32)
         for head in range(selection, selection + GROUP // SELECTIONS, AT_ONCE):
-            weight = _weights_of(p_weights, head, padded, 0.0, GROUP, AT_ONCE, BLOCK_ALL)
-            share = _share_of_tiles(p_tiles, head, padded, tiles, whole, GROUP, AT_ONCE, TILES, BLOCK_R)
+            weight = weights_of(p_weights, head, padded, 0.0, GROUP, AT_ONCE, BLOCK_ALL)
+            share = shares_of_tiles(p_tiles, head, padded, tiles, whole, GROUP, AT_ONCE, TILES, BLOCK_R)
             shares = tl.reshape(weight, [AT_ONCE, TILES, BLOCK_R]) * share[:, :, None]
             score = tl.maximum(score, tl.max(shares, 0)) if BY_MAX else score + tl.sum(shares, 0)
         entry = tl.load(p_table + number, mask=number < regions)
-        score = tl.reshape(score, [BLOCK_ALL])
-        # NaN is above all, as in the twin; what is absent, of whatever score, below.
-        bits = tl.minimum(score.to(tl.uint32, bitcast=True), TOP - 1).to(tl.int32, bitcast=True)
-        place = _places(tl.where(absent, -1, bits), wanted, regions, BLOCK_ALL)
+        place = places_of_best(tl.reshape(score, [BLOCK_ALL]), absent, wanted, regions, BLOCK_ALL)
         group = (pair * SELECTIONS + selection).to(tl.int64)
         if PERIPHERY:
             within = tl.reshape(number, [TILES, BLOCK_R])
@@ -334,122 +329,3 @@ def _sizes(
     """Logarithms of the tokens of a tile's windows."""
     there = (tile * BLOCK_R + region < regions) & (column < WINDOWS)
     return tl.load(p_counts + tile * (BLOCK_R * WINDOWS) + region * WINDOWS + column, mask=there, other=ABSENT)
-
-
-@triton.jit
-def _weights(x, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, LOG2E: tl.constexpr = LOG2E):
-    """`[M, R]` sums of a region's exponentials, divided by a power of two, and `[M]` which power it was.
-
-    Nothing is rounded by that, so equal regions weigh the same to the bit, wherever they are scored.
-    """
-    y = x * LOG2E
-    whole = (y + 12582912.0) - 12582912.0  # to the nearest whole number: so large floats have nothing after the point
-    top = tl.max(whole, 1)
-    weight = tl.exp2(y - whole) * _power_of_two(whole - top[:, None])
-    return weight if BLOCK_C == 1 else tl.sum(tl.reshape(weight, [BLOCK_M, BLOCK_R, BLOCK_C]), 2), top
-
-
-@triton.jit
-def _power_of_two(n):
-    """Of whole numbers up to 0; 0 from -127 on. Exact, and cheap: a sum whose last bits are those of the exponent."""
-    return ((tl.maximum(n, -127.0) + (8388608.0 + 127.0)).to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _weights_of(p_weights, head, padded, other, GROUP: tl.constexpr, HEADS: tl.constexpr, BLOCK_ALL: tl.constexpr):
-    """`[HEADS, R]` from some head on; `other` for heads and regions that are none."""
-    heads, number = head + tl.arange(0, HEADS), tl.arange(0, BLOCK_ALL)
-    inside = (heads < GROUP)[:, None] & (number < padded)[None, :]
-    p_heads = p_weights + heads[:, None] * padded + number[None, :]
-    return tl.load(p_heads, mask=inside, other=other, cache_modifier=".cg")
-
-
-@triton.jit
-def _share_of_tiles(
-    p_tiles,
-    head,
-    padded,
-    tiles,
-    whole,
-    GROUP: tl.constexpr,
-    HEADS: tl.constexpr,
-    TILES: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    LOWEST: tl.constexpr = LOWEST,
-):
-    """`[HEADS, TILES]` share, times `whole`, of a region that weighs 1; 0 for heads and tiles that are none."""
-    heads, number = head + tl.arange(0, HEADS), tl.arange(0, 2 * TILES)
-    inside = (heads < GROUP)[:, None] & (number // 2 * BLOCK_R < padded)[None, :]
-    p_both = p_tiles + heads[:, None] * (2 * tiles) + number[None, :]
-    both = tl.load(p_both, mask=inside, other=LOWEST, cache_modifier=".cg")
-    top, total = tl.split(tl.reshape(both, [HEADS, TILES, 2]))
-    part = tl.where(total < 0, 0.0, _power_of_two(top - tl.max(top, 1)[:, None]))
-    sums = tl.maximum(tl.sum(part * total, 1), 0.5)  # the largest weighs more
-    return part * (whole / sums)[:, None]
-
-
-@triton.jit
-def _places(bits, wanted, regions, BLOCK_ALL: tl.constexpr):
-    """Of each region among the `wanted` best, by number; -1 for others. The first of equal ones, as in the twin."""
-    # As many as a thread holds side by side, which it adds up without asking others.
-    fours = tl.reshape(bits, [BLOCK_ALL // 4, 4])
-    threshold, top, above = _threshold(fours, wanted, regions, BLOCK_ALL)
-    # Two counts a number, as below: there are fewer than 65,536 regions.
-    one = tl.where(fours >= top, 1 << 16, tl.where(fours >= threshold, 1, 0))
-    upto = _running_sum(one, BLOCK_ALL)
-    over, among, rest = upto >> 16, upto & 0xFFFF, wanted - above
-    take = one > (among > rest).to(tl.int32)
-    return tl.reshape(tl.where(take, over + tl.minimum(among, rest) - 1, -1), [BLOCK_ALL])
-
-
-@triton.jit
-def _running_sum(fours, BLOCK_ALL: tl.constexpr):
-    """Of four neighbours at a time, which are one thread's, so that few numbers are asked of others."""
-    even, odd = tl.split(tl.reshape(fours, [BLOCK_ALL // 4, 2, 2]))
-    one, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    two = one + second
-    three = two + third
-    four = three + fourth
-    before = tl.cumsum(four, 0) - four
-    even, odd = tl.join(before + one, before + three), tl.join(before + two, before + four)
-    return tl.reshape(tl.join(even, odd), [BLOCK_ALL // 4, 4])
-
-
-@triton.jit
-def _threshold(fours, wanted, regions, BLOCK_ALL: tl.constexpr, TOP: tl.constexpr = TOP):
-    """Where the `wanted` largest begin: `threshold`, `top` and how many are at least that, `above`.
-
-    All of these are among the wanted, and the others lie between the two: all that do, or those with the lowest numbers
-    where only one value does. The bits of a positive float grow with its value, so they are found by counting: of the
-    range that they are in, cut at 4 places, the part where the last of them is.
-    """
-    # Both ends by one look at other threads, and of those that are there: -1 is least both ways, without signs.
-    top, lowest = tl.split(tl.max(tl.join(_most(fours + 1), _most(~fours)), 0))
-    threshold, top = tl.maximum(~lowest.to(tl.int32), 0), top.to(tl.int32)
-    above, held = wanted * 0, wanted * 0 + regions
-    while (held > wanted) & (top - threshold > 1):
-        width = (top - threshold + 4) // 5
-        cut = threshold + width
-        first = _less(fours, cut) + (_less(fours, cut + width) << 16)
-        second = _less(fours, cut + 2 * width) + (_less(fours, cut + 3 * width) << 16)
-        first, second = tl.split(tl.sum(tl.join(first, second), 0))
-        less = (first & 0xFFFF, first >> 16, second & 0xFFFF, second >> 16)
-        for i in tl.static_range(4):
-            count = BLOCK_ALL - less[i]
-            enough = count >= wanted
-            held, above = tl.where(enough, count, held), tl.maximum(above, tl.where(enough, 0, count))
-            threshold += tl.where(enough, width, 0)
-        top = tl.minimum(top, threshold + width)
-    return threshold, top, above
-
-
-@triton.jit
-def _most(fours):
-    return tl.max(fours.to(tl.uint32, bitcast=True), 1)
-
-
-@triton.jit
-def _less(fours, cut):
-    """How many of four are: by the signs of differences, which take fewer instructions than comparisons."""
-    return tl.sum((fours - cut).to(tl.uint32, bitcast=True) >> 31, 1).to(tl.int32)

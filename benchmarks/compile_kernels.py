@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton does by default up to 3.9, which warns without it
 
 import torch
 import triton
@@ -150,7 +149,7 @@ def _select(target: str, dtype: str, dim: int, group: int) -> tuple[Any, ...]:
 def _means(target: str, dtype: str, dim: int, group: int) -> tuple[Any, ...]:
     pointers = {"entries": f"*{dtype}", "means": f"*{dtype}", "start": "*i32", "length": "*i32"}
     sizes = {"DIM": dim, "BLOCK_W": 4, "BLOCK_T": 16, "BLOCK_D": padded(dim)}
-    return means_kernel, pointers, sizes | {"num_warps": 4, "num_stages": 3}
+    return means_kernel, pointers, sizes | {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
 
 
 def _prefill(target: str, dtype: str, dim: int, group: int) -> tuple[Any, ...]:

@@ -289,6 +289,7 @@ def window_means(entries: Tensor, start: Tensor, length: Tensor, longest: int) -
             BLOCK_T=tokens,
             BLOCK_D=padded(dim),
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return means
 

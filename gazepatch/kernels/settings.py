@@ -84,6 +84,7 @@ def decode_settings(
         "STAGES": tuned.stages,
         "num_warps": tuned.warps,
         "num_stages": tuned.stages,
+        "enable_fp_fusion": True,  # said here and below, as Triton's own choice changes with 3.10
         **({"launch_pdl": True} if tuned.early else {}),
         **({"maxnreg": MAX_REGISTERS} if _has_all_registers(architecture, tuned) else {}),
     }
@@ -126,7 +127,8 @@ def prefill_settings(architecture: str, dim: int, value_dim: int, bytes_per_elem
     block = 32 if bytes_per_element <= 2 and row <= 256 else 16
     # The widest rows leave no room for a third stage in the 99 KiB that GPUs for desktops have.
     stages = min(_stages(architecture), 2 if row > 512 else 3)
-    return {"BLOCK_M": block, "BLOCK_N": block, "num_warps": 4, "num_stages": stages, **sizes}
+    options = {"num_warps": 4, "num_stages": stages, "enable_fp_fusion": True}
+    return {"BLOCK_M": block, "BLOCK_N": block, **sizes, **options}
 
 
 def _stages(architecture: str) -> int:

@@ -49,6 +49,8 @@ def command(
     config = config_from(settings, GazeConfig.paper())
     arguments = dict(_argument(text) for text in trainer)
 
+    import torch
+
     import gazepatch
     from gazepatch.artefact.manifest import read
 
@@ -57,6 +59,8 @@ def command(
         folder = gazepatch.train(
             model, data, out, config=config, training=training, trainer_arguments=arguments, force=force
         )
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # while all are there: who ends later would find the others gone
     if int(os.environ.get("RANK", 0)):
         return  # the first process speaks for all
     manifest = read(folder)

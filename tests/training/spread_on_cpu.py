@@ -57,3 +57,4 @@ if __name__ == "__main__":
             except InterruptedError:
                 stop_at = 0
         gazepatch.train(model, data, config=config, progress=False, **settings)
+    torch.distributed.destroy_process_group()  # while both are there: who ends later would find the other gone

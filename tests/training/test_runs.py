@@ -183,7 +183,7 @@ def test_two_processes_train_as_one(base: Path, data: Path, tmp_path: Path) -> N
         [*command, "gazepatch.cli", "train", str(base), str(talk), "-o", str(tmp_path / "two"), *options],
         capture_output=True,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
     )
     assert run.returncode == 0, run.stderr
     one, two = trained(base, talk, tmp_path / "one", steps=7), tmp_path / "two"

@@ -58,7 +58,7 @@ def spread(base: Path, talk: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         ],
         capture_output=True,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
     )
     assert run.returncode == 0, run.stderr
     return folder

@@ -214,18 +214,20 @@ def decode_kernel(
                 PRECISION,
             )
 
-    row_max, row_sum, acc = together(row_max, row_sum, acc, PARTS)
     p_output = output + group * (ROWS * VALUE_DIM)
     o_row = rows[None, :] * VALUE_DIM + value_dims[:, None]
     inside = (rows < ROWS)[None, :] & (value_dims < VALUE_DIM)[:, None]
+    # In each of the branches: they store in different layouts, and one result for both would be brought into both.
     if splits == 1:
-        tl.store(p_output + o_row, (acc / row_sum[None, :]).to(output.dtype.element_ty), mask=inside)
+        _, total, found = together(row_max, row_sum, acc, PARTS)
+        tl.store(p_output + o_row, (found / total[None, :]).to(output.dtype.element_ty), mask=inside)
     else:
+        largest, total, found = together(row_max, row_sum, acc, PARTS)
         p_max_and_sum = max_and_sum + group * splits * (ROWS * 2)
         p_partial = partial + group * splits * (ROWS * VALUE_DIM)
-        tl.store(p_max_and_sum + split * (ROWS * 2) + rows * 2, row_max, mask=rows < ROWS)
-        tl.store(p_max_and_sum + split * (ROWS * 2) + rows * 2 + 1, row_sum, mask=rows < ROWS)
-        tl.store(p_partial + split * (ROWS * VALUE_DIM) + o_row, acc, mask=inside)
+        o_max_and_sum = split * (ROWS * 2) + rows[:, None] * 2 + tl.arange(0, 2)[None, :]
+        tl.store(p_max_and_sum + o_max_and_sum, tl.join(largest, total), mask=(rows < ROWS)[:, None])
+        tl.store(p_partial + split * (ROWS * VALUE_DIM) + o_row, found, mask=inside)
         if arrive(arrived + group, WAITS) == splits - 1:
             tl.store(arrived + group, 0)
             combine(p_partial, p_max_and_sum, splits, p_output, ROWS, VALUE_DIM, BLOCK_G, BLOCK_V, BLOCK_S)

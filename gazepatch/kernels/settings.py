@@ -81,7 +81,6 @@ def decode_settings(
         "PARTS": tuned.warps if apart(max(dim, value_dim), bytes_per_element) else 1,
         # Of float32: three products of tensor cores are as exact, where registers hold what they take.
         "PRECISION": "tf32x3" if architecture.startswith("cuda") and padded(dim) * bytes_per_element <= 512 else "ieee",
-        "STAGES": tuned.stages,
         "num_warps": tuned.warps,
         "num_stages": tuned.stages,
         "enable_fp_fusion": True,  # said here and below, as Triton's own choice changes with 3.10

@@ -5,9 +5,9 @@ that the three kinds of entries make. Each of its warps attends by itself to a p
 own, so that none waits for another until all have read theirs; then these are put together. The last program of a
 selection to finish combines what all of them found. Both go by log-sum-exps.
 
-Where little is read, what takes long is not reading but one instruction after the other, in few warps: so there is but
-one division where regions fit into tiles, loops over text and periphery that have no tiles are jumped over, and
-addresses of visual entries differ from tile to tile by one number where a tile is of one region.
+Where little is read, what takes long is not reading but one instruction after the other, in few warps: so the query and
+the first region are asked for at once, no integers are divided, loops over text and periphery that have no tiles are
+jumped over, and addresses of visual entries differ from tile to tile by one number where a tile is of one region.
 
 Source: split-KV as in FlashDecoding.
 """
@@ -95,7 +95,6 @@ def decode_kernel(
     BLOCK_S: tl.constexpr,
     PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
     LOG2E: tl.constexpr = LOG2E,
     LOWEST: tl.constexpr = LOWEST,
 ):
@@ -112,7 +111,19 @@ def decode_kernel(
     heads = selection * ROWS + rows
     p_query = query + batch * stride_query_batch + heads[None, :] * stride_query_head + dims[:, None]
     q = tl.load(p_query, mask=(rows < ROWS)[None, :] & (dims < DIM)[:, None], other=0.0)
-    q = tl.broadcast_to(q[None, :, :], [PARTS, BLOCK_D, BLOCK_M])
+
+    # All tiles, one kind after the other, shared out as evenly as they can be.
+    to_others = tl.cdiv(others, BLOCK_N)
+    pieces = tl.cdiv(longest, BLOCK_N) if IN_PIECES else 1
+    to_runs = to_others + (tl.cdiv(places, PER_TILE) * pieces if HAS_RUNS else 0)
+    tiles = to_runs + (tl.cdiv(windows, BLOCK_N) if PERIPHERY else 0)
+    begin, end = _share_of(tiles, split, splits)
+
+    # The first regions are asked for before the query is waited for.
+    begin_runs, end_runs = tl.maximum(begin, to_others) - to_others, tl.minimum(end, to_runs) - to_others
+    place = _quotient(begin_runs, pieces) if IN_PIECES else begin_runs
+    p_runs = runs + group * places
+    run = _run(p_runs, place, cells, places, PER_TILE, BLOCK_N) if HAS_RUNS else 0
     scale, softcap = in_powers_of_two(scale, softcap, CAPPED)
     row_max = tl.full([PARTS, BLOCK_M], LOWEST, tl.float32)
     row_sum = tl.zeros([PARTS, BLOCK_M], tl.float32)
@@ -122,13 +133,7 @@ def decode_kernel(
         alone = (split + parts == 0)[:, None]
         row_max = tl.where(alone, sink.to(tl.float32)[None, :] * LOG2E, row_max)
         row_sum = tl.where(alone, 1.0, row_sum)
-
-    # All tiles, one kind after the other, shared out as evenly as they can be.
-    to_others = tl.cdiv(others, BLOCK_N)
-    pieces = tl.cdiv(longest, BLOCK_N) if IN_PIECES else 1
-    to_runs = to_others + (tl.cdiv(places, PER_TILE) * pieces if HAS_RUNS else 0)
-    tiles = to_runs + (tl.cdiv(windows, BLOCK_N) if PERIPHERY else 0)
-    begin, end = _share_of(tiles, split, splits)
+    q = tl.broadcast_to(q[None, :, :], [PARTS, BLOCK_D, BLOCK_M])
 
     # Most programs have tiles of one kind, and what a loop does before it begins is long.
     if begin < to_others:
@@ -166,10 +171,11 @@ def decode_kernel(
             acc,
             visual_key + batch * stride_visual_key_batch + head * stride_visual_key_head,
             visual_value + batch * stride_visual_value_batch + head * stride_visual_value_head,
-            runs + group * places,
-            tl.maximum(begin, to_others),
-            tl.minimum(end, to_runs),
-            to_others,
+            run,
+            place,
+            p_runs,
+            begin_runs,
+            end_runs,
             places,
             pieces,
             cells,
@@ -185,7 +191,6 @@ def decode_kernel(
             BLOCK_V,
             PARTS,
             PRECISION,
-            STAGES,
         )
     if PERIPHERY:
         # These two before the condition: inside, heads of 256 spill registers (Triton 3.9).
@@ -236,10 +241,16 @@ def decode_kernel(
 @triton.jit
 def _share_of(tiles, split, splits):
     """The tiles that a program reads, from one up to another."""
-    each = tiles // splits
+    each = _quotient(tiles, splits)
     more = tiles - each * splits
     begin = split * each + tl.minimum(split, more)
     return begin, begin + each + (split < more).to(tl.int32)
+
+
+@triton.jit
+def _quotient(x, y):
+    """`x // y` of numbers below 2 ** 20, for which floats are exact enough: with integers it is thirty instructions."""
+    return ((x.to(tl.float32) + 0.5) / y.to(tl.float32)).to(tl.int32)
 
 
 @triton.jit
@@ -295,10 +306,11 @@ def _read_runs(
     acc,
     p_keys,
     p_values,
+    run,
+    place,
     p_runs,
     begin,
     end,
-    to_others,
     places,
     pieces,
     cells,
@@ -314,21 +326,23 @@ def _read_runs(
     BLOCK_V: tl.constexpr,
     PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """Visual entries of the selected regions."""
     dims, value_dims = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     in_dim, in_value = (dims < DIM)[None, None, :], (value_dims < VALUE_DIM)[None, :, None]
-    # Stages are shared out among loads and the loads they depend on: with as many as elsewhere, entries would be asked
-    # for only when those before them are done with.
-    for tile in tl.range(begin, end, num_stages=2 * STAGES - 1):
-        first, slot, there = _slots(p_runs, tile - to_others, cells, places, pieces, PER_TILE, IN_PIECES, BLOCK_N)
+    piece = begin - place * pieces
+    # `run` comes from a tile before: were it loaded in its own, all that a tile loads would wait for it. Not from two
+    # before: Triton loads nothing ahead in loops that hand on what they were handed.
+    for _ in range(begin, end):
+        first, slot, there = _slots(run, piece, cells, PER_TILE, IN_PIECES, BLOCK_N)
         p_slots = p_keys + first * DIM + (slot[:, :, None] * DIM + dims[None, None, :])
         k = tl.load(p_slots, mask=there[:, :, None] & in_dim, other=0.0)
         p_slots = p_values + first * VALUE_DIM + (slot[:, None, :] * VALUE_DIM + value_dims[None, :, None])
         v = tl.load(p_slots, mask=there[:, None, :] & in_value, other=0.0)
         x = scores_of(_product(k, q, PARTS, PRECISION), scale, softcap, CAPPED)
         row_max, row_sum, acc = _attend(x, there, v, row_max, row_sum, acc, PARTS, PRECISION)
+        place, piece = _after(place, piece, pieces, IN_PIECES)
+        run = _run(p_runs, place, cells, places, PER_TILE, BLOCK_N)
     return row_max, row_sum, acc
 
 
@@ -371,19 +385,35 @@ def _read_periphery(
 
 
 @triton.jit
-def _slots(p_runs, tile, cells, places, pieces, PER_TILE: tl.constexpr, IN_PIECES: tl.constexpr, BLOCK_N: tl.constexpr):
+def _run(p_runs, place, cells, places, PER_TILE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """First slots and tokens of the regions of a tile, PER_TILE for each place; zeros where there are none."""
+    if PER_TILE > 1:
+        place = place * PER_TILE + cells // (BLOCK_N // PER_TILE)
+    return tl.load(p_runs + place, mask=place < places, other=0)
+
+
+@triton.jit
+def _after(place, piece, pieces, IN_PIECES: tl.constexpr):
+    """Place and piece of the tile after one."""
+    if IN_PIECES:
+        is_last = piece + 1 == pieces
+        place, piece = place + is_last.to(tl.int32), tl.where(is_last, 0, piece + 1)
+    else:
+        place += 1
+    return place, piece
+
+
+@triton.jit
+def _slots(run, piece, cells, PER_TILE: tl.constexpr, IN_PIECES: tl.constexpr, BLOCK_N: tl.constexpr):
     """Slots of a tile, as a first one and what comes to it, and which are read.
 
-    A tile is PER_TILE short regions, or one of the `pieces` of a long one. It does not cross the ends of regions: what
-    it leaves empty costs no reading, and every address follows from few numbers.
+    A tile is PER_TILE short regions, or a `piece` of a long one. It does not cross the ends of regions: what it leaves
+    empty costs no reading, and every address follows from few numbers.
     """
     if PER_TILE == 1:
-        run = tl.load(p_runs + (tile // pieces if IN_PIECES else tile))
-        before = tile % pieces * BLOCK_N if IN_PIECES else 0
+        before = piece * BLOCK_N if IN_PIECES else 0
         first, slot, there = (run & 0xFFFFFFFF) + before, cells, cells < (run >> 32).to(tl.int32) - before
     else:
-        place = tile * PER_TILE + cells // (BLOCK_N // PER_TILE)
-        run = tl.load(p_runs + place, mask=place < places, other=0)
         offset = cells % (BLOCK_N // PER_TILE)
         first, slot, there = 0, (run & 0xFFFFFFFF) + offset, offset < (run >> 32).to(tl.int32)
     return first, slot, there

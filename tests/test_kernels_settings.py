@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
@@ -71,16 +72,14 @@ def test_the_last_program_has_as_much_to_read_as_the_others(tiles: int, results:
 
 
 @pytest.mark.parametrize("regions", [1, 64, 100, 129, 500, 2052, 3648, 8192])
-@pytest.mark.parametrize("windows", [1, 4, 9, 64])
-@pytest.mark.parametrize(("dim", "size"), [(64, 2), (128, 2), (256, 4)])
-@pytest.mark.parametrize("most", [1, 3, 33, 132])
-def test_every_region_is_scored_in_a_tile(regions: int, windows: int, dim: int, size: int, most: int) -> None:
-    programs = selecting_programs(windows, dim, size, regions, most)
-    settings = select_settings("cuda90", 7, windows, regions, dim, size, programs)
-    tiles = -(-padded_regions(regions) // settings["BLOCK_R"])
-    assert 1 <= programs <= min(most, tiles) and tiles <= most_tiles(regions, windows)
-    assert settings["ONCE"] == (programs == tiles and size == 2)
-    assert settings["BLOCK_ALL"] >= regions and settings["BLOCK_ALL"] % settings["BLOCK_R"] == 0
+def test_every_region_is_scored_in_a_tile(regions: int) -> None:
+    for windows, (dim, size), most in itertools.product([1, 4, 9, 64], [(64, 2), (128, 2), (256, 4)], [1, 3, 33, 132]):
+        programs = selecting_programs(windows, dim, size, regions, most)
+        settings = select_settings("cuda90", 7, windows, regions, dim, size, programs)
+        tiles = -(-padded_regions(regions) // settings["BLOCK_R"])
+        assert 1 <= programs <= min(most, tiles) and tiles <= most_tiles(regions, windows)
+        assert settings["ONCE"] == (programs == tiles and size == 2)
+        assert settings["BLOCK_ALL"] >= regions and settings["BLOCK_ALL"] % settings["BLOCK_R"] == 0
 
 
 @pytest.mark.parametrize("kernel", ["decode", "select"])

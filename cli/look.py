@@ -52,9 +52,8 @@ def command(
 
     import gazepatch
     from gazepatch.answering import answer
-    from gazepatch.artefact.folders import writing
     from gazepatch.cli.opening import open_model, prompt_inputs
-    from gazepatch.files import replace_file
+    from gazepatch.files import replace_file, writing
     from gazepatch.viewer import answer_trace, render
 
     pictures = open_images(images)

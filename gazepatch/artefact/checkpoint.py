@@ -191,9 +191,8 @@ def config_values(path: Path) -> dict[str, Any]:
 def add_to_config(folder: Path, entries: Mapping[str, Any]) -> None:
     """Add entries to the `config.json` of a checkpoint; the file is replaced at once."""
     path = folder / CONFIG_NAME
-    values = json.loads(path.read_text(encoding="utf-8"))
     # Never into the file itself, which may be a hard link to the source's.
-    replace_file(path, json.dumps(values | dict(entries), indent=2, ensure_ascii=False) + "\n")
+    replace_file(path, json.dumps(config_values(path) | dict(entries), indent=2, ensure_ascii=False) + "\n")
 
 
 def _linked(source: Path, target: Path) -> bool:

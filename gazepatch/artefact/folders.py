@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gazepatch.artefact.manifest import FILE_NAME
 from gazepatch.errors import ArtefactError
-from gazepatch.files import lacks_room
+from gazepatch.files import given_room, writing
 from gazepatch.locks import locked
 
 
@@ -68,35 +68,6 @@ def complete_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
         if out.exists():
             _remove(old)
-
-
-@contextmanager
-def writing(out: Path) -> Iterator[None]:
-    """Say of what the system refuses in the block that `out` cannot be written.
-
-    Raises:
-        ArtefactError: In the place of an `OSError`.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise ArtefactError(f"{out} cannot be written: {error.strerror or error}; choose another place") from error
-
-
-@contextmanager
-def given_room(path: Path, then: str) -> Iterator[None]:
-    """Say what could not be written when something in the block finds no room, and what to do `then`.
-
-    Raises:
-        ArtefactError: In the place of what torch, safetensors or the system raises.
-    """
-    try:
-        yield
-    except Exception as error:
-        if not lacks_room(error):
-            raise
-        number = error.errno if isinstance(error, OSError) else None
-        raise ArtefactError(f"{path} cannot be written: {os.strerror(number or errno.ENOSPC)}; {then}") from error
 
 
 def _replace(out: Path, new: Path, old: Path) -> None:

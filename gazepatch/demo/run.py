@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gazepatch.artefact.folders import writing
 from gazepatch.config import GazeConfig
 from gazepatch.demo.checkpoint import SIDE, build
 from gazepatch.demo.page import PAGE, QUESTIONS
+from gazepatch.files import writing
 
 if TYPE_CHECKING:
     from gazepatch.answering import Answer

@@ -12,9 +12,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gazepatch.artefact.folders import writing
 from gazepatch.errors import TrainingError
-from gazepatch.files import replace_file
+from gazepatch.files import replace_file, writing
 from gazepatch.locks import locked
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
-from gazepatch.artefact.folders import given_room
 from gazepatch.errors import TrainingError
+from gazepatch.files import given_room
 from gazepatch.patch import context_tokens_of, patch_of, root_model, set_budget
 from gazepatch.training.chat import supervised
 from gazepatch.training.checkpoints import Work

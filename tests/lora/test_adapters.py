@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from adapting import SETTINGS, logits, needs_peft, patched, reloaded, trained
-from tiny import Case, tiny
+from adapting import SETTINGS, logits, needs_peft, patched, trained
+from tiny import Case
 
 import gazepatch
 from gazepatch import ArtefactError
@@ -30,16 +30,6 @@ def on(model: Any) -> Any:
 
 
 ORDERS: dict[str, Callable[[Any], Any]] = {"first": lambda model: patched(on(model)), "last": lambda m: on(patched(m))}
-
-
-@pytest.fixture
-def case() -> Case:
-    return tiny("llava")
-
-
-@pytest.fixture
-def model(case: Case, tmp_path: Path) -> Any:
-    return reloaded(case.model, tmp_path / "base")
 
 
 @needs_peft

@@ -4,21 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from patching import SMALL
 from tiny import Case, tiny
 
-from gazepatch.config import GazeConfig
 from gazepatch.patch import patched, stats
 from gazepatch.verification import generate_logits
-
-SMALL = GazeConfig(region=(3, 3, 1), window=None, budget=0.25, min_visual_tokens=0)
-
-
-@pytest.fixture
-def ran() -> Case:
-    """A case whose model has run once: at its first run transformers sets up hooks of its own."""
-    case = tiny("llava")
-    generate_logits(case.model, case.inputs, 1)
-    return case
 
 
 def test_a_text_only_call_is_as_if_unpatched(ran: Case) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from adapting import logits, needs_peft, patched, reloaded, trained
+from adapting import logits, needs_peft, patched, trained
 from tiny import Case, tiny
 
 import gazepatch
@@ -19,16 +19,6 @@ from gazepatch.lora_checkpoint import load_lora, save_lora
 from gazepatch.registry import adapter_for
 
 peft = pytest.importorskip("peft")
-
-
-@pytest.fixture
-def case() -> Case:
-    return tiny("llava")
-
-
-@pytest.fixture
-def model(case: Case, tmp_path: Path) -> Any:
-    return reloaded(case.model, tmp_path / "base")
 
 
 @needs_peft

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +62,17 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def processor(base: Path) -> Any:
     return transformers.AutoProcessor.from_pretrained(base)
+
+
+@pytest.fixture(scope="session")
+def on_two_processes() -> Callable[..., str]:
+    """A function that runs a program with these arguments on two processes to its end, and returns what they print."""
+
+    def run(*arguments: object) -> str:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+        done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run

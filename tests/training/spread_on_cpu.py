@@ -1,6 +1,6 @@
 """Trainings that FSDP2 spreads over processes without a GPU, for tests: accelerate does that with GPUs only.
 
-    python -m torch.distributed.run --nproc-per-node 2 tests/spread_on_cpu.py MODEL DATA GAZE TRAININGS
+    python -m torch.distributed.run --nproc-per-node 2 tests/training/spread_on_cpu.py MODEL DATA GAZE TRAININGS
 
 GAZE is a GazeConfig in JSON, TRAININGS a list of keyword arguments of `gazepatch.train`; one that has `stop_at` is
 interrupted at the end of that step, and then called again without it.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -173,25 +172,20 @@ def test_without_room_for_a_checkpoint(base: Path, data: Path, tmp_path: Path, m
     trained(base, data, tmp_path / "out", steps=2)
 
 
-def test_two_processes_train_as_one(base: Path, data: Path, tmp_path: Path) -> None:
+def test_two_processes_train_as_one(
+    base: Path, data: Path, tmp_path: Path, on_two_processes: Callable[..., str]
+) -> None:
     # Some records have no image, so that one process may have none; and they are no multiple of an update's.
     talk = data.with_name("mixed.json")
     talk.write_text(json.dumps([*map(json.loads, data.read_text().splitlines()), *[{"messages": TURNS}] * 3]))
     options = ["--region", "2,2,1", "--context-tokens", "2", *arguments(QUICK | {"steps": 7})]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
-    run = subprocess.run(
-        [*command, "gazepatch.cli", "train", str(base), str(talk), "-o", str(tmp_path / "two"), *options],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
-    )
-    assert run.returncode == 0, run.stderr
+    printed = on_two_processes("-m", "gazepatch.cli", "train", base, talk, "-o", tmp_path / "two", *options)
     one, two = trained(base, talk, tmp_path / "one", steps=7), tmp_path / "two"
     assert (read(two).provenance or {})["processes"] == 2
     torch.testing.assert_close(tokens_of(two), tokens_of(one), rtol=1e-3, atol=1e-3)
     one_loss, two_loss = ((read(folder).provenance or {})["final_loss"] for folder in (one, two))
     assert two_loss == pytest.approx(one_loss, rel=1e-3)
-    assert run.stdout.count("Last loss") == 1
+    assert printed.count("Last loss") == 1
 
 
 # ---- the command

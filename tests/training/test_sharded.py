@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,26 +39,15 @@ def talk(data: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def spread(base: Path, talk: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def spread(
+    base: Path, talk: Path, tmp_path_factory: pytest.TempPathFactory, on_two_processes: Callable[..., str]
+) -> Path:
     """The folder of all trainings on two processes, started once."""
     folder = tmp_path_factory.mktemp("spread")
     calls = [QUICK | {"batch_size": 4} | values | {"out": str(folder / name)} for name, values in TRAININGS.items()]
     calls = [call | {"trainer_arguments": call.get("trainer_arguments", {}) | {"fsdp": True}} for call in calls]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    run = subprocess.run(
-        [
-            *command,
-            str(Path(__file__).with_name("spread_on_cpu.py")),
-            base,
-            talk,
-            json.dumps(CONFIG.to_dict()),
-            json.dumps(calls),
-        ],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
-    )
-    assert run.returncode == 0, run.stderr
+    program = Path(__file__).with_name("spread_on_cpu.py")
+    on_two_processes(program, base, talk, json.dumps(CONFIG.to_dict()), json.dumps(calls))
     return folder
 
 
